@@ -1,0 +1,38 @@
+# Everything here needs only python3 (3.10 or newer, with venv and pip) and make. Each target makes
+# or refreshes its virtual environment first. PYTHON= names another Python, VENV= another folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin
+
+.PHONY: help environment demo test static check clean
+
+help:
+	@echo 'make demo     convert the demo model to 3 bits, measure what was lost, write some text'
+	@echo 'make test     run the tests'
+	@echo 'make check    everything CI does: style, types, documents, tests'
+	@echo 'make clean    remove the environment and whatever was made'
+
+environment:
+	@$(PYTHON) tools/setup.py --venv $(VENV)
+
+demo: environment
+	$(RUN)/cvxq convert demo/model -o demo/demo.cvxq --bits 3 --report demo/report.json
+	$(RUN)/cvxq perplexity demo/demo.cvxq --text demo/evaluation.txt --against demo/model
+	$(RUN)/cvxq generate demo/demo.cvxq "The old house stood at the end of the lane," --max-tokens 120
+
+test: environment
+	$(RUN)/python -m pytest
+
+static: environment
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/mypy tools benchmarks demo
+	$(RUN)/python tools/check_documents.py
+
+check: static test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f demo/demo.cvxq demo/report.json
