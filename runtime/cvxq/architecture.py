@@ -1,0 +1,152 @@
+"""The network of a file's config.json, built without memory for its weights.
+
+Only code of the installed transformers is ever run.  Parameters are created on torch's meta
+device; buffers that the modules compute for themselves (rotary frequencies, masks) are real,
+since no file supplies them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import modeling_rope_utils as rope
+
+from cvxq.errors import InconsistentFileError, UnsupportedModelError
+
+# The name of the keyword that sets the parameters' dtype changed with transformers 4.56.
+_DTYPE_KEYWORD = (
+    "dtype"
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
+    else "torch_dtype"
+)
+
+
+def read_config(blob: bytes) -> Any:
+    """Parse the bytes of a config.json into the transformers config it describes.
+
+    Raises UnsupportedModelError when the installed transformers has no such model, or when the
+    model would need code from the checkpoint; InconsistentFileError when it is not a JSON object.
+    """
+    try:
+        settings = json.loads(blob)
+    except ValueError as error:
+        raise InconsistentFileError(f"config.json of the file is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise InconsistentFileError("config.json of the file is not a JSON object")
+    kind = settings.get("model_type")
+    settings = _readable_by_this_version(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        try:
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"transformers {transformers.__version__} cannot read the config of model type "
+                f"{kind!r}: {_first_line(error)}"
+            ) from error
+    return config
+
+
+def build_network(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the causal language model of `config` with parameters of `dtype` on the meta device.
+
+    Raises UnsupportedModelError when transformers has no causal language model for it.
+    """
+    try:
+        with _parameters_on_meta():
+            network = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, **{_DTYPE_KEYWORD: dtype}
+            )
+    except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} cannot build a causal language model of type "
+            f"{config.model_type!r}: {_first_line(error)}"
+        ) from error
+    empty = [name for name, buffer in network.named_buffers() if buffer.is_meta]
+    if empty:
+        raise UnsupportedModelError(
+            f"{type(network).__name__} has a buffer that no file supplies: {empty[0]!r}"
+        )
+    return network.eval()
+
+
+def context_length(config: Any) -> int | None:
+    """Return the most tokens the model was built for, or None when it states no limit."""
+    text = config.get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty`, with which modules allocate weights, gives meta tensors: no memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within this context every parameter that a module registers is on the meta device."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        with _EmptyOnMeta():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _readable_by_this_version(settings: dict[str, Any]) -> dict[str, Any]:
+    """Rewrite what transformers 5 stores differently, when an older one is installed.
+
+    Version 5 keeps the rotary settings in `rope_parameters`; version 4 reads `rope_theta`,
+    `partial_rotary_factor` (GPT-NeoX: `rotary_emb_base`, `rotary_pct`) and `rope_scaling`, and
+    would silently take its defaults.  Version 5 reads files of version 4 by itself.
+    """
+    nested = settings.get("rope_parameters")
+    if not isinstance(nested, dict) or hasattr(rope, "RopeParameters"):
+        return settings
+    if any(isinstance(value, dict) for value in nested.values()):
+        raise UnsupportedModelError(
+            "config.json has rotary settings per kind of layer, which transformers "
+            f"{transformers.__version__} cannot read; install transformers 5"
+        )
+    rewritten = {key: value for key, value in settings.items() if key != "rope_parameters"}
+    rest = dict(nested)
+    for new, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
+        if new in rest:
+            rewritten[new] = rewritten[old] = rest.pop(new)
+    if rest.get("rope_type", "default") != "default":
+        rewritten["rope_scaling"] = rest
+    return rewritten
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,111 @@
+"""The tokens a network has read, with their keys and values.
+
+A `Session` outlives one answer: the next prompt of a chat usually begins with everything read so
+far, and only what differs is computed.  Long prompts are read in pieces, so that attention's
+temporaries stay bounded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from cvxq.errors import ArgumentError, ContextError
+
+PREFILL_TOKENS = 512  # read per forward pass
+
+
+class Session:
+    """A network in the middle of a text: `ids` are the tokens read so far."""
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        context_length: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        """Start with an empty text; `context_length` None means that there is no limit."""
+        self.network = network
+        self.context_length = context_length
+        self.prefill_tokens = prefill_tokens
+        self.ids: list[int] = []
+        self._cache: DynamicCache | None = None
+        # Recurrent networks keep a state that cannot be rewound: they read everything anew.
+        self._has_keys = not getattr(network, "_is_stateful", False)
+        forward = inspect.signature(network.forward).parameters
+        self._last_only: dict[str, Any] = (
+            {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
+        )
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens may still be read, or None when there is no limit."""
+        return None if self.context_length is None else self.context_length - len(self.ids)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if length < len(self.ids):
+            if self._cache is not None and length > 0:
+                self._cache.crop(length - len(self.ids))
+            else:
+                self._cache = None
+            del self.ids[length:]
+
+    def resume(self, ids: Sequence[int]) -> torch.Tensor:
+        """Read the text `ids` from its beginning, computing only what differs from before.
+
+        Returns the logits (V,) float32 after its last token.  Raises ContextError when it is
+        longer than the context.
+        """
+        if not ids:
+            raise ArgumentError("the prompt has no tokens; give at least one")
+        if self.context_length is not None and len(ids) > self.context_length:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens, but the model's context holds "
+                f"{self.context_length}; shorten it"
+            )
+        shared = 0
+        for ours, theirs in zip(self.ids, ids[:-1], strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        self.rewind(shared)
+        return self.feed(ids[shared:])
+
+    @torch.inference_mode()
+    def feed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Read `ids` (at least one) after the text so far; return logits (V,) float32."""
+        if self.room is not None and len(ids) > self.room:
+            raise ContextError(f"the model's context of {self.context_length} tokens is full")
+        if not self._has_keys:
+            self.ids.extend(ids)
+            return self._forward(self.ids, None)
+        if self._cache is None:
+            self._cache = DynamicCache()
+        try:
+            for start in range(0, len(ids), self.prefill_tokens):
+                piece = ids[start : start + self.prefill_tokens]
+                logits = self._forward(piece, self._cache)
+                self.ids.extend(piece)
+        except BaseException:  # interrupted between two layers: their lengths may differ
+            self._cache = None
+            self.ids.clear()
+            raise
+        return logits
+
+    def _forward(self, ids: Sequence[int], cache: DynamicCache | None) -> torch.Tensor:
+        device = self.network.device
+        read = len(self.ids) if cache is not None else 0
+        output = self.network(
+            input_ids=torch.tensor([list(ids)], device=device),
+            attention_mask=torch.ones((1, read + len(ids)), dtype=torch.long, device=device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **self._last_only,
+        )
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits.float()

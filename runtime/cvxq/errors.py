@@ -1,0 +1,48 @@
+"""What the runtime can refuse, and the exit code that the command line gives each.
+
+    CvxqError                  1  base of all below
+    ├── ArgumentError          2  a setting or prompt that cannot be used
+    │   └── ContextError       2  more tokens than the model's context holds
+    ├── MissingPartError       3  the file has no tokenizer (or other part) that is needed
+    ├── InconsistentFileError  4  sound checksums, but the parts contradict each other
+    └── UnsupportedModelError  5  an architecture or option that this installation cannot run
+
+Errors of the container itself (not a .cvxq file, corrupt, truncated, unknown feature) are those
+of `cvxq_format` and pass through unchanged.
+"""
+
+from __future__ import annotations
+
+
+class CvxqError(Exception):
+    """Base of the runtime's errors; the text is one line for the user."""
+
+    exit_code = 1
+
+
+class ArgumentError(CvxqError, ValueError):
+    """A setting or prompt that cannot be used."""
+
+    exit_code = 2
+
+
+class ContextError(ArgumentError):
+    """More tokens than the model's context holds."""
+
+
+class MissingPartError(CvxqError):
+    """The file lacks a part that this use of it needs."""
+
+    exit_code = 3
+
+
+class InconsistentFileError(CvxqError):
+    """The file's checksums hold but its parts contradict each other."""
+
+    exit_code = 4
+
+
+class UnsupportedModelError(CvxqError):
+    """An architecture or option that this installation cannot run."""
+
+    exit_code = 5

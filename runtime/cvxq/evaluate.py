@@ -1,0 +1,223 @@
+"""Perplexity, and divergence from the original, over windows of a text.
+
+The rules are those of published tables.  The whole text is tokenized once (a BOS only if the
+tokenizer adds one, so at most one at the start) and cut into windows of the model's context; in
+each window every token but the first is scored.  What is left at the end is dropped, unless it
+is all there is.  With a stride below the context the windows overlap, each scores only tokens
+that no earlier one did, and nothing is dropped.
+
+Standard errors treat tokens as independent: s / √n, s the sample standard deviation.  Log
+probabilities are taken in float64, a bounded number of positions at a time; of each token only
+a few numbers are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cvxq.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_LOGITS = 1 << 22  # logits in float64 at a time: 32 MB for each network
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens `ids` (L,) int64, of which those from index `first_scored` ≥ 1 on are scored."""
+
+    ids: torch.Tensor
+    first_scored: int
+
+    @property
+    def scored(self) -> int:
+        """How many tokens are scored."""
+        return len(self.ids) - self.first_scored
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tokens and its standard error (infinite for a single token)."""
+
+    mean: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Estimate:
+        """Estimate from values (n,) float64, one per token."""
+        error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        return cls(float(values.mean()), error)
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity exp(nll) ± its standard error; nll in nats per token over `tokens` tokens."""
+
+    nll: Estimate
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log likelihood."""
+        return math.exp(self.nll.mean)
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the perplexity, to first order."""
+        return self.perplexity * self.nll.standard_error
+
+
+@dataclass(frozen=True)
+class DivergenceResult:
+    """How far the network's next-token distributions are from the original's.
+
+    kl: KL(original ‖ network) in nats per token, with its median and percentiles over tokens;
+    same_top: share of tokens for which both find the same one likeliest; perplexity and
+    original_perplexity: of the two networks on the same tokens.
+    """
+
+    kl: Estimate
+    kl_median: float
+    kl_p90: float
+    kl_p99: float
+    same_top: Estimate
+    tokens: int
+    perplexity: PerplexityResult
+    original_perplexity: PerplexityResult
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokenize all of `text`, with the special tokens that the tokenizer adds by default."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids
+
+
+def windows(ids: Sequence[int], context: int, stride: int | None = None) -> list[Window]:
+    """Cut `ids` into windows of `context` tokens, `stride` apart (default: end to end).
+
+    Raises ArgumentError when fewer than two tokens are given, or for a stride outside
+    1..context.
+    """
+    if context < 2:
+        raise ArgumentError(f"context is {context} tokens, allowed: 2 or more")
+    if stride is not None and not 1 <= stride <= context:
+        raise ArgumentError(f"stride is {stride}, allowed: 1 to the context of {context} tokens")
+    if len(ids) < 2:
+        raise ArgumentError(f"the text has {len(ids)} tokens; at least 2 are needed to score one")
+    return list(_windows(torch.tensor(list(ids), dtype=torch.int64), context, stride or context))
+
+
+def _windows(ids: torch.Tensor, context: int, stride: int) -> Iterator[Window]:
+    scored = 0  # tokens up to here are done with
+    for start in range(0, len(ids), stride):
+        end = min(start + context, len(ids))
+        if stride == context and end - start < context and start > 0:
+            return
+        yield Window(ids[start:end], max(1, scored - start))
+        scored = end
+        if end == len(ids):
+            return
+
+
+def perplexity(
+    network: PreTrainedModel, windows: Iterable[Window], progress: Progress | None = None
+) -> PerplexityResult:
+    """Measure the perplexity of `network` on the scored tokens of `windows`."""
+    losses = []
+    for window in _counted(windows, progress):
+        logits = _logits(network, window)
+        losses.append(torch.cat([_nll(part, goal) for part, goal in _chunks(window, logits)]))
+    return _perplexity(_joined(losses))
+
+
+def divergence(
+    network: PreTrainedModel,
+    original: PreTrainedModel,
+    windows: Iterable[Window],
+    progress: Progress | None = None,
+) -> DivergenceResult:
+    """Measure how far `network` is from `original` at the scored tokens of `windows`.
+
+    Raises ArgumentError when their vocabularies differ in size.
+    """
+    columns: list[torch.Tensor] = []  # per chunk: (4, n) kl, same top, both losses
+    for window in _counted(windows, progress):
+        ours, theirs = _logits(network, window), _logits(original, window)
+        if ours.shape != theirs.shape:
+            raise ArgumentError(
+                f"the vocabularies differ: {ours.shape[-1]} tokens, the original {theirs.shape[-1]}"
+            )
+        for (q, goal), (p, _) in zip(
+            _chunks(window, ours), _chunks(window, theirs), strict=True
+        ):
+            columns.append(
+                torch.stack(
+                    [
+                        (p.exp() * (p - q)).nan_to_num(nan=0.0).sum(-1),
+                        (p.argmax(-1) == q.argmax(-1)).double(),
+                        _nll(q, goal),
+                        _nll(p, goal),
+                    ]
+                )
+            )
+    kl, same, nll, original_nll = torch.cat(columns, dim=1) if columns else _joined([])
+    median, p90, p99 = (float(kl.quantile(share)) for share in (0.5, 0.9, 0.99))
+    return DivergenceResult(
+        kl=Estimate.of(kl),
+        kl_median=median,
+        kl_p90=p90,
+        kl_p99=p99,
+        same_top=Estimate.of(same),
+        tokens=len(kl),
+        perplexity=_perplexity(nll),
+        original_perplexity=_perplexity(original_nll),
+    )
+
+
+def _counted(windows: Iterable[Window], progress: Progress | None) -> Iterator[Window]:
+    """Yield the windows, telling `progress` about each that is done."""
+    chosen = list(windows)
+    for index, window in enumerate(chosen):
+        yield window
+        if progress is not None:
+            progress("evaluate", index + 1, len(chosen))
+
+
+@torch.inference_mode()
+def _logits(network: PreTrainedModel, window: Window) -> torch.Tensor:
+    """Logits (n, V) that predict the n scored tokens of the window."""
+    ids = window.ids[None].to(network.device)
+    output = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    logits: torch.Tensor = output.logits[0, window.first_scored - 1 : -1]
+    return logits
+
+
+def _chunks(window: Window, logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield log probabilities (m, V) float64 on the CPU, and the tokens (m,) that came."""
+    goals = window.ids[window.first_scored :]
+    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
+    for part, goal in zip(logits.split(rows), goals.split(rows), strict=True):
+        yield part.cpu().double().log_softmax(-1), goal
+
+
+def _nll(log_probabilities: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    """Negative log likelihood (m,) of the tokens that came, in nats."""
+    return -log_probabilities.gather(1, goal[:, None])[:, 0]
+
+
+def _perplexity(losses: torch.Tensor) -> PerplexityResult:
+    return PerplexityResult(Estimate.of(losses), len(losses))
+
+
+def _joined(losses: list[torch.Tensor]) -> torch.Tensor:
+    if not losses:
+        raise ArgumentError("there are no windows to evaluate; give a text of at least 2 tokens")
+    return torch.cat(losses)

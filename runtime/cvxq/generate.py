@@ -1,0 +1,92 @@
+"""Token after token, and the text they make."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cvxq.cache import Session
+from cvxq.sample import Sampler, SamplingSettings
+from cvxq.stream import Decoder, StopStrings, TextStream
+
+FinishReason = Literal["end", "stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated: its tokens, their text, and why it ended.
+
+    text: without special tokens, cut before a stop string; ids: all tokens drawn, an
+    end-of-text token included; finish: "end" (end-of-text token), "stop" (a stop string),
+    "length" (max_tokens) or "context" (the context is full).
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    finish: FinishReason
+
+
+def generate_tokens(
+    session: Session,
+    prompt_ids: Sequence[int],
+    settings: SamplingSettings,
+    end_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """Yield the tokens that follow `prompt_ids`, the last one being of `end_ids` if one came.
+
+    What the session has read already of the prompt is not computed again.  Ends after
+    `settings.max_tokens`, or when the context is full.  Raises ContextError when the prompt
+    alone does not fit.
+    """
+    sampler = Sampler(settings)
+    logits = session.resume(prompt_ids)
+    text = list(prompt_ids)
+    for count in itertools.count(1):
+        token = sampler.choose(logits, text)
+        text.append(token)
+        yield token
+        if token in end_ids or count == settings.max_tokens or session.room == 0:
+            return
+        logits = session.feed([token])
+
+
+def generate_text(
+    session: Session,
+    tokenizer: Decoder,
+    prompt_ids: Sequence[int],
+    settings: SamplingSettings,
+    end_ids: Collection[int] = (),
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Generate a continuation of `prompt_ids`, handing each new piece of text to `on_text`.
+
+    Pieces are whole characters; together they are the text of the result.
+    """
+    stream = TextStream(tokenizer, prompt_ids)
+    stops = StopStrings(settings.stop)
+    ids: list[int] = []
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        if piece:
+            pieces.append(piece)
+            if on_text is not None:
+                on_text(piece)
+
+    finish: FinishReason = "context"
+    for token in generate_tokens(session, prompt_ids, settings, end_ids):
+        ids.append(token)
+        if token in end_ids:
+            finish = "end"
+            break
+        show(stops.push(stream.push(token)))
+        if stops.found is not None:
+            finish = "stop"
+            break
+        if len(ids) == settings.max_tokens:
+            finish = "length"
+    show(stops.finish())
+    return Generation("".join(pieces), tuple(ids), tuple(prompt_ids), finish)

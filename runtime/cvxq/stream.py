@@ -1,0 +1,111 @@
+"""Tokens to text while they arrive: whole characters only, and nothing of a stop string.
+
+A token may end inside a character (byte-level vocabularies, byte fallback), which decoders show
+as U+FFFD.  So text is shown only up to the U+FFFD characters at its end, and an incomplete
+character at the very end of an answer is left out.  Only the last tokens are decoded again for
+each new one; where a window of them begins, decoders may treat a space differently, hence the
+text that a window begins with is always one already shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+_UNKNOWN = "\ufffd"
+_WINDOW = 16  # tokens decoded again; enough for what joins across tokens
+_PATIENCE = 64  # tokens held back at most: longer runs of U+FFFD are no incomplete character
+
+
+class Decoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    def decode(
+        self,
+        token_ids: list[int],
+        skip_special_tokens: bool,
+        clean_up_tokenization_spaces: bool,
+    ) -> str:
+        """Return the text of the tokens."""
+
+
+class TextStream:
+    """Turns one token after the other into the text that it completes."""
+
+    def __init__(self, tokenizer: Decoder, context: Sequence[int] = ()) -> None:
+        """Continue after the tokens `context`, whose text is taken as shown already."""
+        self._tokenizer = tokenizer
+        self._ids = list(context[-_WINDOW:])
+        self._shown = len(self._whole(self._text()))
+        self._pending = 0
+
+    def push(self, token: int) -> str:
+        """Add a token; return the text that can be shown now, often more or less than its own."""
+        self._ids.append(token)
+        self._pending += 1
+        text = self._text()
+        whole = text if self._pending > _PATIENCE else self._whole(text)
+        new = whole[self._shown :]
+        self._shown = max(self._shown, len(whole))
+        if len(whole) == len(text):
+            self._pending = 0
+            if len(self._ids) > 2 * _WINDOW:
+                del self._ids[:-_WINDOW]
+                self._shown = len(self._text())
+        return new
+
+    def _text(self) -> str:
+        if not self._ids:
+            return ""
+        return self._tokenizer.decode(
+            self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    @staticmethod
+    def _whole(text: str) -> str:
+        return text.rstrip(_UNKNOWN)
+
+
+class StopStrings:
+    """Passes text on until a stop string is complete, holding back what may become one.
+
+    The stop string that is complete first counts, so the result does not depend on how the text
+    was cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Watch for `stops`, none of them empty."""
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """Add text; return what can be shown.  After `found` is set nothing more comes."""
+        if self.found is not None:
+            return ""
+        self._held += text
+        hits = [
+            (place + len(stop), place, stop)
+            for stop in self._stops
+            if (place := self._held.find(stop)) >= 0
+        ]
+        if hits:
+            _, place, self.found = min(hits)
+            shown, self._held = self._held[:place], ""
+            return shown
+        keep = self._possible_start()
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self) -> str:
+        """Return what was held back, now that the text has ended without a stop string."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _possible_start(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0
