@@ -1,0 +1,53 @@
+"""The .cvxq container: bytes to records and back, as FORMAT.md defines them. Needs numpy only."""
+
+from cvxq_format.codebook import Codebook, compander_levels, logarithmic_scales
+from cvxq_format.codes import pack_codes, unpack_codes, unpack_column, unpack_row
+from cvxq_format.companded import CompandedTensor
+from cvxq_format.dequantize import dequantize, dequantize_rows
+from cvxq_format.errors import (
+    CorruptError,
+    FormatError,
+    NotCvxqError,
+    TruncatedError,
+    UnsupportedError,
+    WriteError,
+)
+from cvxq_format.geometry import Geometry, payload_size
+from cvxq_format.header import CompandedEntry, Header, RawEntry
+from cvxq_format.limits import VERSION
+from cvxq_format.raw import RawTensor, bfloat16_bits
+from cvxq_format.reader import Reader, SectionInfo
+from cvxq_format.verify import Problem, verify
+from cvxq_format.writer import Writer
+
+__all__ = [
+    "VERSION",
+    "Codebook",
+    "CompandedEntry",
+    "CompandedTensor",
+    "CorruptError",
+    "FormatError",
+    "Geometry",
+    "Header",
+    "NotCvxqError",
+    "Problem",
+    "RawEntry",
+    "RawTensor",
+    "Reader",
+    "SectionInfo",
+    "TruncatedError",
+    "UnsupportedError",
+    "WriteError",
+    "Writer",
+    "bfloat16_bits",
+    "compander_levels",
+    "dequantize",
+    "dequantize_rows",
+    "logarithmic_scales",
+    "pack_codes",
+    "payload_size",
+    "unpack_codes",
+    "unpack_column",
+    "unpack_row",
+    "verify",
+]

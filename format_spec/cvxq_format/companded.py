@@ -1,0 +1,334 @@
+"""One companded matrix: its side information, decoded, and its codes, still packed.
+
+`CompandedTensor` is what the converter fills in, the writer stores and the reader returns. The
+payload on disk is a fixed sequence of blocks (FORMAT.md, "Companded payload"); `from_payload` and
+`to_bytes` are that sequence, read and written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from cvxq_format import bits
+from cvxq_format.codebook import Codebook
+from cvxq_format.errors import CorruptError, WriteError
+from cvxq_format.geometry import Geometry
+from cvxq_format.header import CompandedEntry
+from cvxq_format.limits import MAX_DEPTH, MAX_GROUP_SIZE, MAX_WEIGHTS_PER_BYTE
+
+Bytes = npt.NDArray[np.uint8]
+
+_ZERO = np.float32(0)
+
+
+@dataclass(frozen=True, eq=False)
+class CompandedTensor:
+    """A matrix as codes, depths, scales and means; E experts, C clusters, R × Kc stored.
+
+    shape: (N, K) or (E, N, K) of W, always outputs × inputs; stored as W, or Wᵀ if `transposed`.
+    codebook: index of the file's codebook. scale_unit, mean_step: float32, finite, ≥ 0.
+    depths: (E, C, Kc) uint8, 0…8. scale_codes: (E, C, Kc) uint8, below 2^scale_bits.
+    packed_codes: (bytes,) uint8, the bit planes that `pack_codes` makes.
+    column_terms (E, Kc) uint8 and cluster_terms (E, C) int16: present if depths are separable.
+    mean_codes: (E, C, Kc) int8 or None. permutation: (E, R) int64 or None; entry s is the row of
+    the stored matrix that lies at stored position s, inside the same partition.
+    """
+
+    shape: tuple[int, ...]
+    group_size: int
+    partitions: int
+    scale_unit: np.float32
+    depths: Bytes
+    scale_codes: Bytes
+    packed_codes: Bytes
+    mean_step: np.float32 = _ZERO
+    mean_codes: npt.NDArray[np.int8] | None = None
+    permutation: npt.NDArray[np.int64] | None = None
+    column_terms: Bytes | None = None
+    cluster_terms: npt.NDArray[np.int16] | None = None
+    column_bits: int = 0
+    column_shift: int = 0
+    scale_bits: int = 6
+    transposed: bool = False
+    source_orientation: str = "out_in"
+    codebook: int = 0
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return Geometry.of(self.shape, self.group_size, self.partitions, self.transposed)
+
+    @property
+    def experts(self) -> int:
+        return self.geometry.experts
+
+    @property
+    def rows(self) -> int:
+        """R, rows of the stored matrix."""
+        return self.geometry.rows
+
+    @property
+    def columns(self) -> int:
+        """Kc, columns of the stored matrix."""
+        return self.geometry.columns
+
+    @property
+    def clusters(self) -> int:
+        return self.geometry.clusters
+
+    def cluster_rows(self) -> npt.NDArray[np.int64]:
+        """Return the rows in each cluster, (C,)."""
+        return self.geometry.cluster_rows()
+
+    @cached_property
+    def code_starts(self) -> npt.NDArray[np.int64]:
+        """First byte of each cluster's codes in `packed_codes` and, last, the end: (E·C + 1,)."""
+        sizes = self.geometry.code_sizes(self.depths).reshape(-1)
+        return np.concatenate([[0], np.cumsum(sizes)])
+
+    def stored_to_source(self, expert: int = 0) -> npt.NDArray[np.int64]:
+        """Return the stored matrix's row at each stored position, (R,)."""
+        if self.permutation is None:
+            return np.arange(self.rows)
+        return self.permutation[expert]
+
+    @cached_property
+    def source_to_stored(self) -> npt.NDArray[np.int64]:
+        """Stored position of each row of the stored matrix, (E, R)."""
+        identity = np.broadcast_to(np.arange(self.rows), (self.experts, self.rows))
+        if self.permutation is None:
+            return np.ascontiguousarray(identity)
+        inverse = np.empty((self.experts, self.rows), np.int64)
+        np.put_along_axis(inverse, self.permutation, identity, axis=1)
+        return inverse
+
+    @property
+    def is_separable(self) -> bool:
+        return self.column_terms is not None
+
+    @property
+    def payload_size(self) -> int:
+        """Bytes of the payload: side information and codes."""
+        side = self.geometry.side_size(
+            self.scale_bits,
+            self.column_bits,
+            self.mean_codes is not None,
+            self.permutation is not None,
+            self.is_separable,
+        )
+        return side + int(self.packed_codes.size)
+
+    def scales(self, codebook: Codebook) -> npt.NDArray[np.float32]:
+        """Return S of every group, (E, C, Kc) float32: scale_unit · scale_table[scale code]."""
+        return (np.float32(self.scale_unit) * codebook.scale_table)[self.scale_codes]
+
+    def relative_means(self) -> npt.NDArray[np.float32] | None:
+        """Return t of every group in units of its scale, (E, C, Kc) float32, if stored."""
+        if self.mean_codes is None:
+            return None
+        return self.mean_codes.astype(np.float32) * np.float32(self.mean_step)
+
+    def to_bytes(self) -> bytes:
+        """Return the payload; raises WriteError if the fields contradict each other."""
+        check_tensor(self)
+        parts = [np.array([self.scale_unit, self.mean_step], "<f4").view(np.uint8)]
+        if self.column_terms is not None and self.cluster_terms is not None:
+            parts.append(bits.pack_bits(self.column_terms, self.column_bits))
+            parts.append(np.ascontiguousarray(self.cluster_terms, "<i2").reshape(-1).view(np.uint8))
+        else:
+            parts.append(bits.pack_bits(self.depths, 4))
+        parts.append(bits.pack_bits(self.scale_codes, self.scale_bits))
+        if self.mean_codes is not None:
+            parts.append(np.ascontiguousarray(self.mean_codes).reshape(-1).view(np.uint8))
+        if self.permutation is not None:
+            inside = self.permutation % self.geometry.partition_rows
+            parts.append(bits.pack_bits(inside, self.geometry.permutation_bits))
+        parts.append(self.packed_codes)
+        return b"".join(part.tobytes() for part in parts)
+
+    @classmethod
+    def from_payload(
+        cls, entry: CompandedEntry, payload: memoryview | bytes | Bytes, codebook: Codebook
+    ) -> CompandedTensor:
+        """Parse and check a payload; `packed_codes` stays a view of it.
+
+        Raises CorruptError, naming the tensor, if sizes, depths, permutation or spare bits break
+        the format. Memory: about 64 bytes per byte of payload at the very worst.
+        """
+        data = np.frombuffer(payload, np.uint8)
+        try:
+            return _parse(entry, data, codebook)
+        except ValueError as error:
+            if isinstance(error, CorruptError):
+                raise
+            raise CorruptError(_where(entry, str(error))) from error
+
+
+def _where(entry: CompandedEntry, text: str) -> str:
+    return f"tensor {entry.name!r} at byte {entry.offset:#x}: {text}; the file is corrupt"
+
+
+def _parse(entry: CompandedEntry, data: Bytes, codebook: Codebook) -> CompandedTensor:
+    geometry = entry.geometry
+    shape = (geometry.experts, geometry.clusters, geometry.columns)
+    side = geometry.side_size(
+        codebook.scale_bits, entry.column_bits, entry.means, entry.permuted, entry.separable
+    )
+    if side > data.size:
+        raise ValueError(f"payload of {data.size} bytes, side information alone needs {side}")
+    position = 0
+
+    def take(size: int) -> Bytes:
+        nonlocal position
+        position += size
+        return data[position - size : position]
+
+    def take_stream(count: int, width: int) -> npt.NDArray[np.unsignedinteger]:
+        return bits.unpack_bits(take(bits.stream_size(count, width)), count, width)
+
+    scale_unit, mean_step = take(8).copy().view("<f4").astype(np.float32)
+    column_terms = cluster_terms = None
+    if entry.separable:
+        column_terms = take_stream(geometry.experts * geometry.columns, entry.column_bits)
+        column_terms = column_terms.astype(np.uint8).reshape(geometry.experts, geometry.columns)
+        count = geometry.experts * geometry.clusters
+        cluster_terms = take(2 * count).copy().view("<i2").astype(np.int16)
+        cluster_terms = cluster_terms.reshape(geometry.experts, geometry.clusters)
+        depths = codebook.depths_of(column_terms, cluster_terms, entry.column_shift)
+    else:
+        depths = take_stream(geometry.groups, 4).astype(np.uint8).reshape(shape)
+        if depths.max() > MAX_DEPTH:
+            raise ValueError(f"bit depth {depths.max()}, allowed 0 to {MAX_DEPTH}")
+    scale_codes = take_stream(geometry.groups, codebook.scale_bits).astype(np.uint8).reshape(shape)
+    mean_codes = take(geometry.groups).view(np.int8).reshape(shape) if entry.means else None
+    permutation = None
+    if entry.permuted:
+        count = geometry.experts * geometry.rows
+        permutation = _read_permutation(take_stream(count, geometry.permutation_bits), geometry)
+    codes = data[side:]
+    expected = int(geometry.code_sizes(depths).sum())
+    if codes.size != expected:
+        raise ValueError(f"{codes.size} bytes of codes, the bit depths need {expected}")
+    tensor = CompandedTensor(
+        shape=entry.shape,
+        group_size=entry.group_size,
+        partitions=entry.partitions,
+        scale_unit=np.float32(scale_unit),
+        depths=depths,
+        scale_codes=scale_codes,
+        packed_codes=codes,
+        mean_step=np.float32(mean_step),
+        mean_codes=mean_codes,
+        permutation=permutation,
+        column_terms=column_terms,
+        cluster_terms=cluster_terms,
+        column_bits=entry.column_bits,
+        column_shift=entry.column_shift,
+        scale_bits=codebook.scale_bits,
+        transposed=entry.transposed,
+        source_orientation=entry.source_orientation,
+        codebook=entry.codebook,
+    )
+    check_values(tensor, codebook)
+    _check_spare_rows(tensor)
+    return tensor
+
+
+def _read_permutation(
+    entries: npt.NDArray[np.unsignedinteger], geometry: Geometry
+) -> npt.NDArray[np.int64]:
+    inside = entries.astype(np.int64).reshape(-1, geometry.partitions, geometry.partition_rows)
+    if inside.max() >= geometry.partition_rows:
+        raise ValueError(
+            f"permutation entry {inside.max()}, a partition has {geometry.partition_rows} rows"
+        )
+    first = np.arange(geometry.partitions, dtype=np.int64) * geometry.partition_rows
+    permutation = (inside + first[:, None]).reshape(geometry.experts, geometry.rows)
+    _check_permutation(permutation, geometry)
+    return permutation
+
+
+def _check_permutation(permutation: npt.NDArray[np.int64], geometry: Geometry) -> None:
+    seen = np.zeros((geometry.experts, geometry.rows), np.bool_)
+    np.put_along_axis(seen, permutation, True, axis=1)
+    if not seen.all():
+        missing = int(np.flatnonzero(~seen)[0])
+        raise ValueError(f"permutation leaves out row {missing % geometry.rows}")
+
+
+def check_values(tensor: CompandedTensor, codebook: Codebook) -> None:
+    """Raise ValueError unless every weight that this side information allows is finite."""
+    for name, value in (("scale unit", tensor.scale_unit), ("mean step", tensor.mean_step)):
+        if not np.isfinite(value) or np.signbit(value):
+            raise ValueError(f"{name} {value}, allowed finite and not below +0")
+    if tensor.mean_codes is None and tensor.mean_step != 0:
+        raise ValueError(f"mean step {tensor.mean_step} without means, allowed 0")
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = np.float32(tensor.scale_unit) * codebook.scale_table[-1]
+        reach = codebook.largest_level() + np.float32(128) * np.float32(tensor.mean_step)
+        if not np.isfinite(scale * reach):
+            raise ValueError(f"scale unit {tensor.scale_unit} lets weights overflow float32")
+
+
+def _check_spare_rows(tensor: CompandedTensor) -> None:
+    """Raise ValueError if a plane has a bit set past the last row of its cluster."""
+    rows = tensor.cluster_rows()
+    starts = tensor.code_starts
+    for index in np.flatnonzero(np.tile(rows % 8, tensor.experts)):
+        n = int(rows[index % rows.size])
+        planes = tensor.packed_codes[starts[index] : starts[index + 1]].reshape(-1, (n + 7) // 8)
+        if np.any(planes[:, -1] >> (n % 8)):
+            raise ValueError(f"spare bits in the codes of cluster {index % rows.size} are not zero")
+
+
+def check_tensor(tensor: CompandedTensor) -> None:
+    """Raise WriteError if the fields of a tensor contradict each other."""
+    try:
+        geometry = tensor.geometry
+        groups = (geometry.experts, geometry.clusters, geometry.columns)
+        _check_array("depths", tensor.depths, np.uint8, groups)
+        _check_array("scale_codes", tensor.scale_codes, np.uint8, groups)
+        if tensor.mean_codes is not None:
+            _check_array("mean_codes", tensor.mean_codes, np.int8, groups)
+        if tensor.depths.max() > MAX_DEPTH:
+            raise ValueError(f"bit depth {tensor.depths.max()}, allowed 0 to {MAX_DEPTH}")
+        if tensor.group_size > MAX_GROUP_SIZE:
+            raise ValueError(f"group size {tensor.group_size}, allowed 1 to {MAX_GROUP_SIZE}")
+        if (tensor.column_terms is None) != (tensor.cluster_terms is None):
+            raise ValueError("column_terms and cluster_terms go together")
+        if tensor.column_terms is not None and tensor.cluster_terms is not None:
+            _check_array("column_terms", tensor.column_terms, np.uint8, (groups[0], groups[2]))
+            _check_array("cluster_terms", tensor.cluster_terms, np.int16, groups[:2])
+        elif tensor.column_bits or tensor.column_shift:
+            raise ValueError("explicit depths have column_bits 0 and column_shift 0")
+        if not (0 <= tensor.column_bits <= 8 and 0 <= tensor.column_shift <= 8):
+            raise ValueError("column_bits and column_shift allow 0 to 8")
+        if tensor.permutation is not None:
+            _check_array("permutation", tensor.permutation, np.int64, (groups[0], geometry.rows))
+            first = np.arange(geometry.rows) // geometry.partition_rows
+            if np.any(tensor.permutation // geometry.partition_rows != first):
+                raise ValueError("permutation crosses a partition")
+            _check_permutation(tensor.permutation, geometry)
+        expected = int(geometry.code_sizes(tensor.depths).sum())
+        if tensor.packed_codes.dtype != np.uint8 or tensor.packed_codes.size != expected:
+            raise ValueError(f"{tensor.packed_codes.size} bytes of codes, {expected} expected")
+        if geometry.weights > MAX_WEIGHTS_PER_BYTE * tensor.payload_size:
+            raise ValueError(
+                f"{geometry.weights} weights in {tensor.payload_size} bytes, "
+                f"allowed {MAX_WEIGHTS_PER_BYTE} per byte; use smaller groups"
+            )
+        _check_spare_rows(tensor)
+    except (ValueError, IndexError) as error:
+        raise WriteError(f"companded tensor {list(tensor.shape)}: {error}") from error
+
+
+def _check_array(
+    name: str, array: npt.NDArray[np.generic], dtype: type, shape: tuple[int, ...]
+) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(
+            f"{name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
+        )

@@ -1,0 +1,135 @@
+"""Where the rows, clusters and groups of one companded matrix lie.
+
+The stored matrix has R rows and Kc columns per expert: W itself (outputs × inputs), or its
+transpose. Its rows fall into P equal contiguous partitions, each partition into clusters of G
+rows (the last may be shorter), and a group is one (cluster, column) pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cvxq_format import bits
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Counts that follow from shape, orientation, group size and partitions."""
+
+    experts: int
+    rows: int
+    columns: int
+    group_size: int
+    partitions: int
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, ...], group_size: int, partitions: int, transposed: bool
+    ) -> Geometry:
+        """Build the geometry of W (N, K) or (E, N, K); raises ValueError if it cannot exist."""
+        if len(shape) not in (2, 3) or min(shape) < 1:
+            raise ValueError(f"shape {list(shape)}, allowed [N, K] or [E, N, K], none zero")
+        if group_size < 1:
+            raise ValueError(f"group size {group_size}, allowed 1 or more")
+        experts = shape[0] if len(shape) == 3 else 1
+        rows, columns = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+        if partitions < 1 or rows % partitions:
+            raise ValueError(f"{partitions} partitions do not divide {rows} stored rows")
+        if transposed and partitions != 1:
+            raise ValueError(f"{partitions} partitions of a transposed matrix, allowed 1")
+        return cls(experts, rows, columns, group_size, partitions)
+
+    @property
+    def partition_rows(self) -> int:
+        return self.rows // self.partitions
+
+    @property
+    def clusters_per_partition(self) -> int:
+        return -(-self.partition_rows // self.group_size)
+
+    @property
+    def clusters(self) -> int:
+        return self.partitions * self.clusters_per_partition
+
+    @property
+    def groups(self) -> int:
+        """Groups of all experts together."""
+        return self.experts * self.clusters * self.columns
+
+    @property
+    def weights(self) -> int:
+        """Weights of all experts together."""
+        return self.experts * self.rows * self.columns
+
+    @property
+    def permutation_bits(self) -> int:
+        """Bits of one permutation entry: ⌈log2(rows of a partition)⌉."""
+        return (self.partition_rows - 1).bit_length()
+
+    def cluster_rows(self) -> npt.NDArray[np.int64]:
+        """Return the rows in each cluster, (C,)."""
+        one = np.full(self.clusters_per_partition, self.group_size, np.int64)
+        one[-1] = self.partition_rows - self.group_size * (self.clusters_per_partition - 1)
+        return np.tile(one, self.partitions)
+
+    def cluster_starts(self) -> npt.NDArray[np.int64]:
+        """Return the first stored row of each cluster and, last, R: (C + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.cluster_rows())])
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return (cluster, row inside it) of a stored row."""
+        partition, inside = divmod(row, self.partition_rows)
+        cluster, position = divmod(inside, self.group_size)
+        return partition * self.clusters_per_partition + cluster, position
+
+    def code_sizes(self, depths: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+        """Return the bytes of codes in each cluster, (E, C), for depths (E, C, Kc)."""
+        planes = depths.sum(axis=2, dtype=np.int64)
+        return planes * ((self.cluster_rows() + 7) // 8)
+
+    def side_size(
+        self, scale_bits: int, column_bits: int, means: bool, permuted: bool, separable: bool
+    ) -> int:
+        """Return the bytes of a payload in front of its codes."""
+        size = 8 + bits.stream_size(self.groups, scale_bits)
+        if separable:
+            size += bits.stream_size(self.experts * self.columns, column_bits)
+            size += 2 * self.experts * self.clusters
+        else:
+            size += bits.stream_size(self.groups, 4)
+        if means:
+            size += self.groups
+        if permuted:
+            size += bits.stream_size(self.experts * self.rows, self.permutation_bits)
+        return size
+
+
+def payload_size(
+    shape: tuple[int, ...],
+    group_size: int,
+    partitions: int,
+    depths: npt.NDArray[np.uint8],
+    *,
+    scale_bits: int = 6,
+    column_bits: int = 8,
+    means: bool = False,
+    permuted: bool = True,
+    separable: bool = True,
+    transposed: bool = False,
+) -> int:
+    """Return the exact bytes of a companded payload before anything is packed.
+
+    shape: W's (N, K) or (E, N, K); depths: (E, C, Kc) uint8 in 0…8 (the expert axis may be left
+    out for one expert). Header entry and padding are not counted.
+    Raises ValueError if shape, partitions and depths do not belong together.
+    """
+    geometry = Geometry.of(shape, group_size, partitions, transposed)
+    depths = np.asarray(depths)
+    full = (geometry.experts, geometry.clusters, geometry.columns)
+    if depths.size != np.prod(full):
+        raise ValueError(f"depths of shape {depths.shape}, {full} expected")
+    side = geometry.side_size(scale_bits, column_bits, means, permuted, separable)
+    return side + int(geometry.code_sizes(depths.reshape(full)).sum())

@@ -1,0 +1,28 @@
+"""The numbers that FORMAT.md fixes, in one place; the document gives each one's reason."""
+
+from __future__ import annotations
+
+MAGIC = b"\x89CVXQ\r\n\x1a"
+VERSION = (1, 0)
+ALIGNMENT = 64
+PREAMBLE_SIZE = 128
+
+MAX_DEPTH = 8
+MAX_HEADER_SIZE = 64 << 20
+MAX_NESTING = 16
+MAX_NAME_BYTES = 512
+MAX_RANK = 8
+MAX_DIMENSION = 1 << 40
+MAX_ELEMENTS = 1 << 48
+MAX_GROUP_SIZE = 1 << 16
+MAX_CODEBOOKS = 256
+MAX_WEIGHTS_PER_BYTE = 4096
+"""Weights that one byte of a companded payload may stand for."""
+
+KNOWN_REQUIRED_FEATURES: frozenset[str] = frozenset()
+"""Version 1.0 defines no feature; a file that requires one was written for a later reader."""
+
+
+def align(offset: int) -> int:
+    """Return the first multiple of 64 that is not below `offset`."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
