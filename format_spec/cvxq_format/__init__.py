@@ -1,7 +1,7 @@
 """The .cvxq container: bytes to records and back, as FORMAT.md defines them. Needs numpy only."""
 
 from cvxq_format.codebook import Codebook, compander_levels, logarithmic_scales
-from cvxq_format.codes import pack_codes, unpack_codes, unpack_column, unpack_row
+from cvxq_format.codes import pack_codes, unpack_codes, unpack_column, unpack_rows
 from cvxq_format.companded import CompandedTensor
 from cvxq_format.dequantize import dequantize, dequantize_rows
 from cvxq_format.errors import (
@@ -48,6 +48,6 @@ __all__ = [
     "payload_size",
     "unpack_codes",
     "unpack_column",
-    "unpack_row",
+    "unpack_rows",
     "verify",
 ]

@@ -90,18 +90,23 @@ def unpacked_chunks(
         yield part, unpack_planes(packed, depths, part.rows)
 
 
-def unpack_row(tensor: CompandedTensor, position: int, expert: int = 0) -> Bytes:
-    """Unpack the codes of one stored position, (Kc,) uint8, reading only that row's bytes."""
-    cluster, inside = tensor.geometry.locate(position)
-    depths = tensor.depths[expert, cluster].astype(np.int64)
-    octets = (int(tensor.cluster_rows()[cluster]) + 7) // 8
-    start = int(tensor.code_starts[expert * tensor.clusters + cluster])
-    first = start + octets * (np.cumsum(depths) - depths) + inside // 8
-    codes = np.zeros(tensor.columns, np.uint8)
-    for bit in range(int(depths.max())):
-        deep = np.flatnonzero(depths > bit)
-        plane = tensor.packed_codes[first[deep] + bit * octets]
-        codes[deep] |= ((plane >> (inside % 8)) & 1) << bit
+def unpack_rows(
+    tensor: CompandedTensor, positions: npt.NDArray[np.int64], expert: int = 0
+) -> Bytes:
+    """Unpack the codes of chosen stored positions, (m, Kc) uint8, reading only their bytes."""
+    clusters, inside = tensor.geometry.locate(positions)
+    depths = tensor.depths[expert, clusters]
+    octets = ((tensor.cluster_rows()[clusters] + 7) // 8)[:, None]
+    before = np.cumsum(depths, axis=1, dtype=np.int64) - depths
+    start = tensor.code_starts[expert * tensor.clusters + clusters] + inside // 8
+    place = before * octets + start[:, None]
+    shift = (inside % 8).astype(np.uint8)[:, None]
+    codes = np.zeros(depths.shape, np.uint8)
+    for bit in range(int(depths.max(initial=0))):
+        # A missing plane reads some other byte, which the depth then masks.
+        plane = tensor.packed_codes.take(place, mode="clip")
+        codes |= (((plane >> shift) & (depths > bit)) << bit).astype(np.uint8)
+        place += octets
     return codes
 
 

@@ -11,10 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from cvxq_format.codebook import Codebook
-from cvxq_format.codes import unpack_column, unpack_row, unpacked_chunks
+from cvxq_format.codes import unpack_column, unpack_rows, unpacked_chunks
 from cvxq_format.companded import CompandedTensor
 
 Floats = npt.NDArray[np.float32]
+
+_CACHED_WEIGHTS = 1 << 14
+"""Weights expanded at a time: their 8-byte table indices stay in the cache."""
+
+_ROW_WEIGHTS = 1 << 18
+"""Weights of `dequantize_rows` expanded at a time."""
 
 
 def dequantize(tensor: CompandedTensor, codebook: Codebook, expert: int | None = None) -> Floats:
@@ -24,19 +30,14 @@ def dequantize(tensor: CompandedTensor, codebook: Codebook, expert: int | None =
     """
     chosen = range(tensor.experts) if expert is None else range(expert, expert + 1)
     stored = np.empty((len(chosen), tensor.rows, tensor.columns), np.float32)
-    levels = codebook.flat_levels()
     scales, means = tensor.scales(codebook), tensor.relative_means()
     for out, e in zip(stored, chosen, strict=True):
-        source_rows = None if tensor.permutation is None else tensor.permutation[e]
+        source_rows = tensor.stored_to_source(e)
         for part, codes in unpacked_chunks(tensor, e, range(tensor.clusters)):
             groups = (e, slice(part.first, part.last), slice(part.left, part.right))
-            first_level = np.left_shift(1, tensor.depths[groups], dtype=np.intp) - 1
-            weights = levels.take(codes + first_level[:, None], mode="clip")
-            if means is not None:
-                weights += means[groups][:, None]
-            weights *= scales[groups][:, None]
-            rows = part.row_slice if source_rows is None else source_rows[part.row_slice]
-            out[rows, part.left : part.right] = weights.reshape(-1, part.right - part.left)
+            mean = None if means is None else means[groups]
+            weights = _expand(codes, tensor.depths[groups], scales[groups], mean, codebook)
+            out[source_rows[part.row_slice], part.left : part.right] = weights
     result = np.ascontiguousarray(stored.swapaxes(1, 2)) if tensor.transposed else stored
     return result[0] if expert is not None or len(tensor.shape) == 2 else result
 
@@ -54,48 +55,70 @@ def dequantize_rows(
     if indices.size and (indices.min() < 0 or indices.max() >= outputs):
         raise IndexError(f"rows {indices.min()} to {indices.max()}, allowed 0 to {outputs - 1}")
     result = np.empty((indices.size, tensor.shape[-1]), np.float32)
-    levels = codebook.flat_levels()
-    table = np.float32(tensor.scale_unit) * codebook.scale_table
-    one = _stored_column if tensor.transposed else _stored_row
-    for out, index in zip(result, indices, strict=True):
-        out[:] = one(tensor, levels, table, int(index), expert)
+    step = max(1, _ROW_WEIGHTS // tensor.shape[-1])
+    for first in range(0, indices.size, step):
+        some = slice(first, first + step)
+        if tensor.transposed:
+            result[some] = _stored_columns(tensor, codebook, indices[some], expert)
+        else:
+            result[some] = _stored_rows(tensor, codebook, indices[some], expert)
     return result
 
 
-def _stored_row(
-    tensor: CompandedTensor, levels: Floats, table: Floats, row: int, expert: int
+def _stored_rows(
+    tensor: CompandedTensor, codebook: Codebook, rows: npt.NDArray[np.int64], expert: int
 ) -> Floats:
-    position = row
-    if tensor.permutation is not None:
-        position = int(tensor.source_to_stored[expert, row])
-    cluster, _ = tensor.geometry.locate(position)
-    codes = unpack_row(tensor, position, expert)
-    return _weights(tensor, levels, table, codes, (expert, cluster))
+    positions = tensor.source_to_stored[expert, rows]
+    codes = unpack_rows(tensor, positions, expert)
+    cluster, _ = tensor.geometry.locate(positions)
+    return _expand_each(tensor, codebook, codes, (expert, cluster))
 
 
-def _stored_column(
-    tensor: CompandedTensor, levels: Floats, table: Floats, column: int, expert: int
+def _stored_columns(
+    tensor: CompandedTensor, codebook: Codebook, columns: npt.NDArray[np.int64], expert: int
 ) -> Floats:
-    codes = unpack_column(tensor, column, expert)
+    codes = np.stack([unpack_column(tensor, int(column), expert) for column in columns])
     cluster = np.repeat(np.arange(tensor.clusters), tensor.cluster_rows())
-    weights = _weights(tensor, levels, table, codes, (expert, cluster, column))
-    if tensor.permutation is None:
-        return weights
-    return weights[tensor.source_to_stored[expert]]
+    weights = _expand_each(tensor, codebook, codes, (expert, cluster, columns[:, None]))
+    return weights[:, tensor.source_to_stored[expert]]
 
 
-def _weights(
+def _expand(
+    codes: npt.NDArray[np.uint8],
+    depths: npt.NDArray[np.uint8],
+    scales: Floats,
+    means: Floats | None,
+    codebook: Codebook,
+) -> Floats:
+    """Expand codes (c, n, k) of groups (c, k) to weights (c·n, k), a few rows at a time."""
+    levels = codebook.flat_levels()
+    clusters, rows, columns = codes.shape
+    weights = np.empty(codes.shape, np.float32)
+    first_level = (np.left_shift(1, depths, dtype=np.intp) - 1)[:, None]
+    step = max(1, _CACHED_WEIGHTS // (clusters * columns))
+    for first in range(0, rows, step):
+        some = weights[:, first : first + step]
+        index = codes[:, first : first + step] + first_level
+        expanded = levels.take(index, mode="clip")
+        if means is not None:
+            expanded += means[:, None]
+        np.multiply(expanded, scales[:, None], out=some)
+    return weights.reshape(clusters * rows, columns)
+
+
+def _expand_each(
     tensor: CompandedTensor,
-    levels: Floats,
-    table: Floats,
+    codebook: Codebook,
     codes: npt.NDArray[np.uint8],
     groups: tuple[object, ...],
 ) -> Floats:
-    """Expand codes whose groups are picked from the (E, C, Kc) arrays by `groups`."""
+    """Expand codes (m, k) whose groups are picked from the (E, C, Kc) arrays by `groups`."""
     depths = tensor.depths[groups]  # type: ignore[index]
-    weights = levels[codes + (np.left_shift(1, depths, dtype=np.intp) - 1)]
+    first_level = np.left_shift(1, depths, dtype=np.intp) - 1
+    weights = codebook.flat_levels().take(codes + first_level, mode="clip")
     if tensor.mean_codes is not None:
-        codes_of_means = tensor.mean_codes[groups]  # type: ignore[index]
-        weights += codes_of_means.astype(np.float32) * np.float32(tensor.mean_step)
-    weights *= table[tensor.scale_codes[groups]]  # type: ignore[index]
+        mean_codes = tensor.mean_codes[groups]  # type: ignore[index]
+        weights += mean_codes.astype(np.float32) * np.float32(tensor.mean_step)
+    table = np.float32(tensor.scale_unit) * codebook.scale_table
+    weights *= table.take(tensor.scale_codes[groups])  # type: ignore[index]
     return np.asarray(weights, np.float32)

@@ -79,10 +79,12 @@ class Geometry:
         """Return the first stored row of each cluster and, last, R: (C + 1,)."""
         return np.concatenate([[0], np.cumsum(self.cluster_rows())])
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """Return (cluster, row inside it) of a stored row."""
-        partition, inside = divmod(row, self.partition_rows)
-        cluster, position = divmod(inside, self.group_size)
+    def locate(
+        self, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return (cluster, row inside it) of each stored row."""
+        partition, inside = np.divmod(rows, self.partition_rows)
+        cluster, position = np.divmod(inside, self.group_size)
         return partition * self.clusters_per_partition + cluster, position
 
     def code_sizes(self, depths: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
