@@ -1,0 +1,18 @@
+"""What can go wrong while converting: one class, one line of text per failure.
+
+Every message says where, what was found, what is allowed and what to do next. Failures inside the
+container writer keep their own type (`cvxq_format.FormatError`).
+"""
+
+
+class ConversionError(Exception):
+    """The conversion cannot start or cannot go on; the message is one line for the user."""
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first non-empty line of an error's text, or the error's type name."""
+    for line in str(error).splitlines():
+        if line.strip():
+            text = line.strip()
+            return text if len(text) <= limit else text[: limit - 1] + "…"
+    return type(error).__name__
