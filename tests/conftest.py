@@ -1,0 +1,55 @@
+"""What the tests of several packages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from cvxq_format import CompandedTensor, pack_codes
+
+
+def make_companded(
+    shape: tuple[int, ...], seed: int, *, transposed: bool = False, **changes: Any
+) -> CompandedTensor:
+    """Companded tensor of random depths 0 to 8, scales, means, codes and permutation."""
+    rng = np.random.default_rng(seed)
+    experts = shape[0] if len(shape) == 3 else 1
+    rows, columns = shape[-2:] if not transposed else shape[:-3:-1]
+    group_size = changes.pop("group_size", 12)
+    partitions = changes.pop("partitions", 1 if transposed or rows % 2 else 2)
+    means = changes.pop("means", True)
+    permuted = changes.pop("permuted", True)
+    part = rows // partitions
+    clusters = partitions * -(-part // group_size)
+    depths = rng.integers(0, 9, (experts, clusters, columns), dtype=np.uint8)
+    sizes = np.tile([min(group_size, part - i) for i in range(0, part, group_size)], partitions)
+    deep = np.repeat(depths, sizes, axis=1).astype(np.int64)
+    codes = (rng.integers(0, 256, (experts, rows, columns)) % (1 << deep)).astype(np.uint8)
+    order = np.stack(
+        [
+            np.concatenate([rng.permutation(part) + p * part for p in range(partitions)])
+            for _ in range(experts)
+        ]
+    )
+    return CompandedTensor(
+        shape=tuple(shape),
+        group_size=group_size,
+        partitions=partitions,
+        scale_unit=np.float32(0.1),
+        depths=depths,
+        scale_codes=rng.integers(0, 64, depths.shape, dtype=np.uint8),
+        packed_codes=pack_codes(codes, depths, group_size, partitions),
+        mean_step=np.float32(0.005 if means else 0),
+        mean_codes=rng.integers(-128, 128, depths.shape).astype(np.int8) if means else None,
+        permutation=order.astype(np.int64) if permuted else None,
+        transposed=transposed,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="session")
+def random_companded() -> Callable[..., CompandedTensor]:
+    """Return a maker of random companded tensors: random_companded((N, K), seed, …)."""
+    return make_companded

@@ -1,0 +1,175 @@
+"""Tiny networks of many architectures, and `.cvxq` files made of them without the converter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cvxq_format import Codebook, CompandedTensor, Writer, dequantize
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+VOCABULARY = 96
+
+_LLAMA_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
+def tiny_config(kind: str) -> Any:
+    """Config of a network with some ten thousand parameters."""
+    import transformers as t
+
+    like = _LLAMA_LIKE
+    plain = {key: value for key, value in like.items() if key != "num_key_value_heads"}
+    gpt2 = {
+        "vocab_size": VOCABULARY,
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    opt = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    make: dict[str, Callable[[], Any]] = {
+        "opt": lambda: t.OPTConfig(**opt),
+        "llama": lambda: t.LlamaConfig(**like, tie_word_embeddings=False, rope_theta=500.0),
+        "llama-tied": lambda: t.LlamaConfig(**like, tie_word_embeddings=True),
+        "mistral": lambda: t.MistralConfig(**like, sliding_window=8, tie_word_embeddings=False),
+        "qwen2": lambda: t.Qwen2Config(**like, tie_word_embeddings=True),
+        "qwen3": lambda: t.Qwen3Config(**like, head_dim=12, tie_word_embeddings=False),
+        "gemma": lambda: t.GemmaConfig(**like, head_dim=16, tie_word_embeddings=True),
+        "phi": lambda: t.PhiConfig(**plain, partial_rotary_factor=0.5, tie_word_embeddings=False),
+        "gpt-neox": lambda: t.GPTNeoXConfig(**plain, rotary_pct=0.5, rotary_emb_base=300),
+        "gpt2": lambda: t.GPT2Config(**gpt2),
+    }
+    return make[kind]()
+
+
+KINDS = (
+    "opt",
+    "llama",
+    "llama-tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "phi",
+    "gpt-neox",
+    "gpt2",
+)
+
+
+def random_network(kind: str, seed: int = 0) -> PreTrainedModel:
+    """Network with random weights and biases, large enough for every path to matter."""
+    torch.manual_seed(seed)
+    network = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return network.float()
+
+
+@dataclasses.dataclass
+class MadeFile:
+    """A `.cvxq` file and the original architecture with the file's weights dequantized."""
+
+    path: Path
+    network: PreTrainedModel
+
+
+def matrices(network: nn.Module) -> dict[str, nn.Module]:
+    """Weight names of Linear, Conv1D and Embedding modules; one name for tied ones."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | Conv1D | nn.Embedding) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            found[f"{name}.weight"] = module
+    return found
+
+
+def write_file(
+    path: Path,
+    network: PreTrainedModel,
+    random_companded: Callable[..., CompandedTensor],
+    *,
+    files: dict[str, bytes] | None = None,
+    add_biases: bool = False,
+    rename: Callable[[str], str] = lambda name: name,
+    leave_out: tuple[str, ...] = (),
+) -> MadeFile:
+    """Write `network` with random matrices in place of its own, which it takes over."""
+    quantized = matrices(network)
+    named = list(network.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in reversed(named)}
+    blobs = {"config.json": network.config.to_json_string().encode(), **(files or {})}
+    with Writer(path, codebooks=[Codebook.default()]) as writer, torch.no_grad():
+        for index, (name, parameter) in enumerate(named):
+            own = first[id(parameter)]
+            if name in leave_out:
+                continue
+            if name != own:
+                writer.add_alias(rename(name), rename(own))
+            elif name in quantized:
+                flipped = isinstance(quantized[name], Conv1D)
+                shape = tuple(parameter.shape[::-1] if flipped else parameter.shape)
+                tensor = random_companded(shape, index, transposed=index % 3 == 1)
+                if flipped:
+                    tensor = dataclasses.replace(tensor, source_orientation="in_out")
+                dense = torch.from_numpy(dequantize(tensor, Codebook.default()))
+                parameter.copy_(dense.t() if flipped else dense)
+                writer.add_companded(rename(name), tensor)
+            else:
+                writer.add_raw(rename(name), parameter.numpy())
+        if add_biases:
+            for name, module in quantized.items():
+                if isinstance(module, nn.Linear) and module.bias is None:
+                    module.bias = nn.Parameter(torch.randn(module.weight.shape[0]) * 0.1)
+                    bias = rename(name.removesuffix("weight") + "bias")
+                    writer.add_raw(bias, module.bias.numpy(), added_bias=True)
+        for blob, data in blobs.items():
+            writer.add_file(blob, data)
+    return MadeFile(path, network)
+
+
+@pytest.fixture
+def make_file(
+    tmp_path: Path, random_companded: Callable[..., CompandedTensor]
+) -> Callable[..., MadeFile]:
+    """Return a function that writes a tiny model of a kind: make_file("opt", files=…)."""
+
+    def make(kind: str, name: str = "model.cvxq", **options: Any) -> MadeFile:
+        network = random_network(kind)
+        return write_file(tmp_path / name, network, random_companded, **options)
+
+    return make
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Run once for each architecture."""
+    return str(request.param)
