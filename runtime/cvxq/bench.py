@@ -1,0 +1,131 @@
+"""Measure a loaded model: prefill, decoding, the bytes it reads, and what memory could give.
+
+Decoding one token reads every weight of the matrices once, so on most machines its speed is a
+memory bandwidth. `weight_bytes_per_token` counts the bytes that are held and read, in whatever
+form the weights have; times tokens/s this is a bandwidth, to be compared with that of a plain
+copy measured in the same run (bytes read plus bytes written, as in STREAM).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from cvxq.cache import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COPY_BYTES = 1 << 28  # 256 MiB, beyond the caches of current CPUs
+COPY_REPEATS = 5
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of repeated measurements (0 for a single one)."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarize at least one value."""
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return cls(statistics.fmean(values), deviation)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of reading a prompt and of generating one token after the other."""
+
+    prefill: Spread
+    decode: Spread
+
+
+def measure_speed(
+    start: Callable[[], Session],
+    vocabulary: int,
+    prompt_tokens: int,
+    tokens: int,
+    repeats: int,
+    progress: Progress,
+) -> Speed:
+    """Read `prompt_tokens` random tokens and generate `tokens` greedily, `repeats` times.
+
+    start: makes an empty session. One shorter round warms up and is not counted.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocabulary, (prompt_tokens,), generator=generator).tolist()
+    _round(start(), prompt, min(tokens, 4))
+    rounds = []
+    for index in range(repeats):
+        rounds.append(_round(start(), prompt, tokens))
+        progress("measure", index + 1, repeats)
+    return Speed(
+        prefill=Spread.of([prompt_tokens / prefill for prefill, _ in rounds]),
+        decode=Spread.of([tokens / decode for _, decode in rounds]),
+    )
+
+
+def _round(session: Session, prompt: list[int], tokens: int) -> tuple[float, float]:
+    """Return the seconds of prefill and of decoding `tokens` tokens."""
+    begin = time.perf_counter()
+    logits = session.feed(prompt)
+    middle = time.perf_counter()
+    for _ in range(tokens):
+        logits = session.feed([int(logits.argmax())])
+    return middle - begin, time.perf_counter() - middle
+
+
+def weight_bytes_per_token(network: PreTrainedModel) -> int:
+    """Bytes of weights that one decoded token reads: everything, but one row of embeddings."""
+    total = 0
+    counted: set[int] = set()
+    for module in network.modules():
+        packed = getattr(module, "packed", None)
+        rows = module.num_embeddings if isinstance(module, nn.Embedding) else None
+        if packed is not None:
+            total += packed.nbytes // rows if rows else packed.nbytes
+        for parameter in module.parameters(recurse=False):
+            if rows:
+                total += parameter.nbytes // rows
+            elif id(parameter) not in counted:
+                counted.add(id(parameter))
+                total += parameter.nbytes
+    return total
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read plus written, of the fastest of a few large copies in memory."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8)
+    target = torch.ones_like(source)  # written once, so that its pages exist
+    seconds = []
+    for _ in range(COPY_REPEATS):
+        begin = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * COPY_BYTES / min(seconds)
+
+
+def peak_memory_bytes() -> int | None:
+    """Most memory this process has held so far, mapped file pages included, if known here."""
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike getrusage, this does not inherit the parent's peak
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None

@@ -1,0 +1,89 @@
+"""Every exception as one line and one exit code.
+
+The codes are those of the group's help: 1 unexpected, 2 usage, 3 file missing or unreadable,
+4 corrupt or truncated, 5 unsupported, 6 conversion failed or does not fit, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+UNEXPECTED, USAGE, FILE, CORRUPT, UNSUPPORTED, CONVERSION, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130
+
+# Looked up among the modules that are loaded already: an error of a module that nobody imported
+# cannot have been raised, and importing it here would cost what the lazy commands saved.
+_CODES = {
+    ("cvxq_format", "NotCvxqError"): FILE,
+    ("cvxq_format", "UnsupportedError"): UNSUPPORTED,
+    ("cvxq_format", "FormatError"): CORRUPT,
+    ("cvxq_converter.errors", "ConversionError"): CONVERSION,
+}
+
+
+class FileProblem(click.ClickException):
+    """A path on the command line that cannot be used as asked."""
+
+    exit_code = FILE
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the documented exit code of `error`."""
+    own = getattr(error, "exit_code", None)
+    if isinstance(own, int):
+        return own
+    for (module_name, class_name), code in _CODES.items():
+        if isinstance(error, getattr(sys.modules.get(module_name), class_name, ())):
+            return code
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return INTERRUPTED
+    if isinstance(error, OSError):
+        return FILE
+    return CONVERSION if _is_out_of_memory(error) else UNEXPECTED
+
+
+def describe(error: BaseException) -> str:
+    """Return one line, without a line break, that says what is wrong and what to do."""
+    code = exit_code(error)
+    if isinstance(error, click.ClickException):
+        text = error.format_message()
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            text += f" (see {error.ctx.command_path} --help)"
+    elif code == INTERRUPTED:
+        text = "interrupted"
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{os.fspath(error.filename)}: {error.strerror}"
+    elif _is_out_of_memory(error):
+        text = f"not enough memory: {str(error) or 'an allocation failed'}"
+    elif code == UNEXPECTED:
+        text = f"unexpected error ({type(error).__name__}): {error}; --traceback shows where"
+    else:
+        text = str(error)
+    return " ".join(text.split())
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is Python's or torch's way to say that memory ran out."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def existing_file(path: Path, expected: str) -> Path:
+    """Return `path`, a readable file; otherwise say what was found in place of `expected`."""
+    if path.is_dir():
+        raise FileProblem(f"{path} is a folder, expected {expected}")
+    if not path.exists():
+        raise FileProblem(f"{path} does not exist, expected {expected}")
+    return path
+
+
+def read_text(path: Path, expected: str) -> str:
+    """Return the UTF-8 text of `path`; a byte that is not UTF-8 is a FileProblem."""
+    try:
+        return existing_file(path, expected).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileProblem(f"{path}: byte {error.start} is not UTF-8, expected {expected}") from None

@@ -1,0 +1,114 @@
+"""`cvxq inspect`: where every byte went, depths per matrix, provenance and quality report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cvxq.cli.failures import existing_file
+from cvxq.cli.output import bytes_text, emit_json, print_table
+from cvxq.summary import KINDS, FileSummary, summarize
+
+BAR_WIDTH = 30
+
+
+@click.command("inspect", short_help="Show where every byte went, depths and provenance.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(file: Path, as_json: bool) -> None:
+    """Show where every byte of FILE went, its bit depths, provenance and quality report.
+
+    "All-in" counts everything that the quantized matrices need in the file: codes, depths,
+    scales, means, cluster maps, codebooks and added biases.
+
+    \b
+    Example:
+      cvxq inspect model.cvxq
+    """
+    summary = summarize(existing_file(file, "a .cvxq file"))
+    if as_json:
+        emit_json(summary.record())
+        return
+    click.echo(f"{file}: {bytes_text(summary.file_bytes)} bytes, {rates_text(summary)}\n")
+    _print_bytes(summary)
+    if summary.matrices:
+        _print_histogram(summary)
+        _print_matrices(summary)
+    _print_record("provenance", summary.provenance)
+    _print_record("quality report", summary.report)
+
+
+def rates_text(summary: FileSummary) -> str:
+    """Return both rates in words."""
+    texts = []
+    if summary.rate_bits_per_weight is not None:
+        texts.append(
+            f"{summary.rate_bits_per_weight:.3f} bits per weight all-in "
+            f"({summary.weights:,} weights in {len(summary.matrices)} matrices)"
+        )
+    if summary.file_bits_per_parameter is not None:
+        texts.append(
+            f"whole file {summary.file_bits_per_parameter:.3f} bits per parameter "
+            f"({summary.parameters:,} parameters)"
+        )
+    return ", ".join(texts) or "no parameters"
+
+
+def _print_bytes(summary: FileSummary) -> None:
+    rows = []
+    for kind, count in summary.bytes_by_kind.items():
+        rows.append((KINDS[kind], bytes_text(count), f"{count / summary.file_bytes:.2%}"))
+        if kind == "file":
+            rows += [(f"  {n}", bytes_text(c), "") for n, c in summary.carried_files.items()]
+    rows.append(("total", bytes_text(summary.file_bytes), "100.00%"))
+    print_table("Bytes", ("what", "bytes", "share"), rows)
+
+
+def _print_histogram(summary: FileSummary) -> None:
+    largest = max(summary.depth_histogram)
+    rows = [
+        (
+            str(depth),
+            "█" * round(BAR_WIDTH * count / largest),
+            f"{count:,}",
+            f"{count / summary.weights:.2%}",
+        )
+        for depth, count in enumerate(summary.depth_histogram)
+    ]
+    print_table("Bit depths", ("depth", "", "weights", "share"), rows, text_columns=2)
+
+
+def _print_matrices(summary: FileSummary) -> None:
+    rows = [
+        (
+            matrix.name,
+            "×".join(map(str, matrix.shape)),
+            bytes_text(matrix.payload_bytes),
+            f"{matrix.rate_bits_per_weight:.3f}",
+            f"{matrix.mean_depth:.3f}",
+            "{}–{}".format(*matrix.depth_range),
+            f"{matrix.pruned_share:.2%}",
+        )
+        for matrix in summary.matrices
+    ]
+    columns = ("matrix", "shape", "bytes", "bits/weight", "mean depth", "depths", "pruned")
+    print_table("Matrices", columns, rows, text_columns=2)
+
+
+def _print_record(title: str, record: Mapping[str, Any] | None) -> None:
+    if record is None:
+        click.echo(f"No {title} in the file.")
+    else:
+        print_table(title.capitalize(), ("entry", "value"), _flat(record), text_columns=2)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the leaves of a nested record as (dotted name, text)."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", f"{value:.6g}" if isinstance(value, float) else str(value)

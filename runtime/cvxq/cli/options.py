@@ -1,0 +1,80 @@
+"""Options that several subcommands share, and what their values turn into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cvxq.cli.failures import existing_file
+
+if TYPE_CHECKING:
+    from cvxq.model import Model
+    from cvxq.sample import SamplingSettings
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_SAMPLING = (
+    click.option("--temperature", type=float, default=0.7, show_default=True,
+                 help="0 always takes the likeliest token."),
+    click.option("--top-k", type=int, default=0, help="Keep the K likeliest tokens; 0 keeps all."),
+    click.option("--top-p", type=float, default=1.0,
+                 help="Keep the likeliest tokens that together reach P."),
+    click.option("--min-p", type=float, default=0.0,
+                 help="Drop tokens below P times the likeliest one's probability."),
+    click.option("--repetition-penalty", type=float, default=1.0,
+                 help="Above 1 makes tokens that occurred less likely."),
+    click.option("--seed", type=int, help="Draw the same tokens every time."),
+    click.option("--stop", multiple=True, metavar="TEXT",
+                 help="End before this text; may be given several times."),
+)  # fmt: skip
+_RUNNING = (
+    click.option("--weights", type=click.Choice(["packed", "dense"]), default="packed",
+                 show_default=True, help="Keep matrices packed in memory, or expand them once."),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
+)  # fmt: skip
+
+
+def sampling_options(function: Function) -> Function:
+    """Add the options of `SamplingSettings`, `max_tokens` left to the subcommand."""
+    return _apply(_SAMPLING, function)
+
+
+def running_options(function: Function) -> Function:
+    """Add how weights are held and how many threads compute."""
+    return _apply(_RUNNING, function)
+
+
+def _apply(options: tuple[Callable[[Any], Any], ...], function: Function) -> Function:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def sampling_settings(options: dict[str, Any], max_tokens: int | None) -> SamplingSettings:
+    """Check the sampling options; raises ArgumentError naming the one out of range."""
+    from cvxq.sample import SamplingSettings
+
+    return SamplingSettings(max_tokens=max_tokens, **options)
+
+
+def load_model(file: Path, weights: str, threads: int | None) -> Model:
+    """Load a `.cvxq` file for use on the CPU; a path that is no file fails before torch loads."""
+    existing_file(file, "a .cvxq file")
+    set_threads(threads)
+    from cvxq.loading import load
+
+    return load(file, weights="packed" if weights == "packed" else "dense")
+
+
+def set_threads(threads: int | None) -> None:
+    """Compute with `threads` threads, if given, and keep transformers' notices off stderr."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)

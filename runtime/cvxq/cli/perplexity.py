@@ -1,0 +1,157 @@
+"""`cvxq perplexity`: perplexity of a text, and divergence from the original model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cvxq.cli.failures import FileProblem, existing_file, read_text
+from cvxq.cli.inspect import rates_text
+from cvxq.cli.options import running_options, set_threads
+from cvxq.cli.output import Progress, emit_json, print_table
+from cvxq.summary import FileSummary, summarize
+
+if TYPE_CHECKING:
+    from cvxq.evaluate import DivergenceResult, Estimate, PerplexityResult
+
+LONGEST_CONTEXT = 2048  # tokens; what published tables use unless they say otherwise
+
+
+@click.command("perplexity", short_help="Measure perplexity, and KL to the original.")
+@click.argument("file")
+@click.option(
+    "--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text."
+)
+@click.option("--context", type=int, help="Tokens per window; default: the model's, 2048 at most.")
+@click.option("--stride", type=int, help="Tokens between windows; default: the context.")
+@click.option("--against", metavar="ORIGINAL", help="Model folder, hub id or .cvxq file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@running_options
+def command(
+    file: str,
+    text_file: Path,
+    context: int | None,
+    stride: int | None,
+    against: str | None,
+    as_json: bool,
+    weights: str,
+    threads: int | None,
+) -> None:
+    """Measure the perplexity of FILE, a .cvxq file or a model folder, on a text.
+
+    The text is tokenized once and cut into windows; each token but a window's first is scored.
+    --against adds the divergence of the next-token distributions from the original's: KL in nats
+    per token, and how often both find the same token likeliest. ± is one standard error.
+
+    \b
+    Example:
+      cvxq perplexity model.cvxq --text wiki.test.raw --against path/to/model
+    """
+    path = Path(file)
+    if not path.is_dir():
+        existing_file(path, "a .cvxq file or a model folder")
+    text = read_text(text_file, "a text file")
+    summary = summarize(path) if path.is_file() else None
+    set_threads(threads)
+    from cvxq import evaluate
+    from cvxq.original import load_subject
+
+    subject = load_subject(file, weights="packed" if weights == "packed" else "dense")
+    context = context or min(subject.context_length or LONGEST_CONTEXT, LONGEST_CONTEXT)
+    _check_context(context, subject.context_length)
+    ids = evaluate.token_ids(subject.tokenizer, text)
+    if len(ids) < 2:
+        raise FileProblem(f"{text_file}: {len(ids)} tokens, at least 2 are needed to score one")
+    windows = evaluate.windows(ids, context, stride)
+    progress = Progress()
+    setting = {"context": context, "stride": stride or context, "windows": len(windows)}
+    if against is None:
+        result = evaluate.perplexity(subject.network, windows, progress)
+        _report(file, result, None, summary, setting, as_json)
+        return
+    original = load_subject(against, with_tokenizer=False)
+    divergence = evaluate.divergence(subject.network, original.network, windows, progress)
+    _report(file, divergence.perplexity, divergence, summary, setting, as_json)
+
+
+def _check_context(context: int, limit: int | None) -> None:
+    if context < 2 or (limit is not None and context > limit):
+        allowed = f"2 to the model's {limit}" if limit is not None else "2 or more"
+        raise click.UsageError(f"--context is {context} tokens, allowed: {allowed}")
+
+
+def _report(
+    file: str,
+    result: PerplexityResult,
+    divergence: DivergenceResult | None,
+    summary: FileSummary | None,
+    setting: dict[str, int],
+    as_json: bool,
+) -> None:
+    if as_json:
+        emit_json(_record(file, result, divergence, summary, setting))
+        return
+    click.echo(
+        f"{file}: {result.tokens} tokens scored in {setting['windows']} windows of "
+        f"{setting['context']}, stride {setting['stride']}"
+    )
+    if summary is not None:
+        click.echo(rates_text(summary))
+    rows = [
+        ("perplexity", f"{result.perplexity:.4f}", f"{result.standard_error:.4f}"),
+        ("negative log likelihood, nats/token", *_row(result.nll)),
+    ]
+    if divergence is not None:
+        original = divergence.original_perplexity
+        rows += [
+            ("original perplexity", f"{original.perplexity:.4f}", f"{original.standard_error:.4f}"),
+            ("KL mean, nats/token", *_row(divergence.kl)),
+            ("KL median", f"{divergence.kl_median:.6f}", ""),
+            ("KL 90th percentile", f"{divergence.kl_p90:.6f}", ""),
+            ("KL 99th percentile", f"{divergence.kl_p99:.6f}", ""),
+            ("same likeliest token", *_row(divergence.same_top)),
+        ]
+    print_table("", ("measure", "value", "±"), rows)
+
+
+def _row(estimate: Estimate) -> tuple[str, str]:
+    return f"{estimate.mean:.6f}", f"{estimate.standard_error:.6f}"
+
+
+def _record(
+    file: str,
+    result: PerplexityResult,
+    divergence: DivergenceResult | None,
+    summary: FileSummary | None,
+    setting: dict[str, int],
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "model": file,
+        **setting,
+        "tokens": result.tokens,
+        "nll": asdict(result.nll),
+        "perplexity": {"mean": result.perplexity, "standard_error": result.standard_error},
+    }
+    if summary is not None:
+        record |= {
+            "file_bytes": summary.file_bytes,
+            "rate_bits_per_weight": summary.rate_bits_per_weight,
+            "file_bits_per_parameter": summary.file_bits_per_parameter,
+        }
+    if divergence is not None:
+        original = divergence.original_perplexity
+        record |= {
+            "original_perplexity": {
+                "mean": original.perplexity,
+                "standard_error": original.standard_error,
+            },
+            "kl": asdict(divergence.kl),
+            "kl_median": divergence.kl_median,
+            "kl_p90": divergence.kl_p90,
+            "kl_p99": divergence.kl_p99,
+            "same_top": asdict(divergence.same_top),
+        }
+    return record

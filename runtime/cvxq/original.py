@@ -1,0 +1,84 @@
+"""Load something to evaluate or to compare with: a `.cvxq` file or an ordinary checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cvxq.architecture import context_length
+from cvxq.errors import UnsupportedModelError
+from cvxq.loading import Weights, load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network in float32, its tokenizer, and the most tokens it was built for, if stated."""
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    context_length: int | None
+
+
+def load_subject(
+    source: str, *, weights: Weights = "dense", with_tokenizer: bool = True
+) -> Subject:
+    """Load the `.cvxq` file, the model folder or the hub id `source`; never remote code.
+
+    Raises what `cvxq.load` raises, FileNotFoundError for a path that does not exist, and
+    UnsupportedModelError for a checkpoint that transformers cannot load completely.
+    """
+    path = Path(source)
+    if path.is_file():
+        model = load(path, weights=weights)
+        tokenizer = model.tokenizer if with_tokenizer else None
+        return Subject(model.network, tokenizer, model.context_length)
+    network = load_checkpoint(source)
+    found = _tokenizer(source) if with_tokenizer else None
+    return Subject(network, found, context_length(network.config))
+
+
+def load_checkpoint(source: str) -> PreTrainedModel:
+    """Load a folder or hub id through transformers, in float32, every weight from the files."""
+    local = Path(source).is_dir()
+    if local and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(2, "this folder has no config.json, so it is no model", source)
+    if not local and (Path(source).is_absolute() or source.startswith(".") or _deep(source)):
+        raise FileNotFoundError(2, "no such file or folder", source)
+    try:
+        network, info = AutoModelForCausalLM.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False, output_loading_info=True
+        )
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(_refusal(source, error)) from error
+    for name in sorted(map(str, info["missing_keys"])):
+        raise UnsupportedModelError(f"{source}: weight {name} is missing from the checkpoint")
+    network = network.to(torch.float32).eval()
+    network.requires_grad_(False)
+    return network
+
+
+def _deep(source: str) -> bool:
+    """Whether `source` cannot be a hub id, which has at most one slash."""
+    return source.count("/") > 1 or "\\" in source
+
+
+def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, local_files_only=Path(source).is_dir(), trust_remote_code=False
+        )
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(_refusal(f"the tokenizer of {source}", error)) from error
+
+
+def _refusal(what: str, error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{what}: transformers {transformers.__version__} cannot load it: {lines[0]}"

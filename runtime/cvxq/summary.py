@@ -1,0 +1,230 @@
+"""Where every byte of a `.cvxq` file went, and how its bit depths are spread.
+
+Two rates are always told together: bits per weight of the companded matrices with all their side
+information, and the whole file's bits per parameter of the source model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cvxq_format import CompandedTensor, RawEntry, Reader
+
+DEPTHS = 9  # 0 to 8
+
+# Kinds in the order in which they are shown; a file need not have all of them.
+KINDS = {
+    "preamble": "preamble",
+    "header": "header (the index)",
+    "codebook": "codebooks",
+    "codes": "matrices: packed codes",
+    "depths": "matrices: bit depths",
+    "scales": "matrices: scales",
+    "means": "matrices: means",
+    "permutation": "matrices: cluster maps",
+    "raw": "raw tensors",
+    "added_bias": "raw tensors: added biases",
+    "file": "carried files",
+    "padding": "padding",
+}
+
+
+@dataclass(frozen=True)
+class MatrixSummary:
+    """One companded tensor: its size and the spread of its bit depths.
+
+    depth_histogram: weights at depth 0 to 8.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    payload_bytes: int
+    depth_histogram: tuple[int, ...]
+    group_size: int
+    partitions: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def rate_bits_per_weight(self) -> float:
+        """Bits per weight, side information included."""
+        return 8 * self.payload_bytes / self.weights
+
+    @property
+    def mean_depth(self) -> float:
+        """Mean bit depth over the weights, side information left out."""
+        return sum(depth * count for depth, count in enumerate(self.depth_histogram)) / self.weights
+
+    @property
+    def depth_range(self) -> tuple[int, int]:
+        """The smallest and the largest depth that occur."""
+        present = [depth for depth, count in enumerate(self.depth_histogram) if count]
+        return present[0], present[-1]
+
+    @property
+    def pruned_share(self) -> float:
+        """Share of the weights at depth 0."""
+        return self.depth_histogram[0] / self.weights
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """A whole file: bytes by kind (they add up to `file_bytes`) and its matrices."""
+
+    file_bytes: int
+    bytes_by_kind: dict[str, int]
+    carried_files: dict[str, int]
+    matrices: tuple[MatrixSummary, ...]
+    parameters: int
+    provenance: dict[str, Any] | None
+    report: dict[str, Any] | None
+
+    @property
+    def weights(self) -> int:
+        """Weights in companded matrices."""
+        return sum(matrix.weights for matrix in self.matrices)
+
+    @property
+    def rate_bits_per_weight(self) -> float | None:
+        """Bits per companded weight with all that these matrices need; None without any.
+
+        That is their payloads, the codebooks, and the biases that the source did not have.
+        """
+        needed = sum(matrix.payload_bytes for matrix in self.matrices)
+        needed += self.bytes_by_kind.get("codebook", 0) + self.bytes_by_kind.get("added_bias", 0)
+        return 8 * needed / self.weights if self.weights else None
+
+    @property
+    def file_bits_per_parameter(self) -> float | None:
+        """All bytes of the file against all parameters that the source model had."""
+        return 8 * self.file_bytes / self.parameters if self.parameters else None
+
+    @property
+    def depth_histogram(self) -> tuple[int, ...]:
+        """Weights at depth 0 to 8 over all matrices."""
+        counts = np.zeros(DEPTHS, np.int64)
+        for matrix in self.matrices:
+            counts += np.asarray(matrix.depth_histogram)
+        return tuple(int(count) for count in counts)
+
+    def record(self) -> dict[str, Any]:
+        """Return the summary as JSON types."""
+        return {
+            "file_bytes": self.file_bytes,
+            "bytes_by_kind": self.bytes_by_kind,
+            "carried_files": self.carried_files,
+            "parameters": self.parameters,
+            "companded_weights": self.weights,
+            "rate_bits_per_weight": self.rate_bits_per_weight,
+            "file_bits_per_parameter": self.file_bits_per_parameter,
+            "depth_histogram": list(self.depth_histogram),
+            "matrices": [
+                {
+                    "name": matrix.name,
+                    "shape": list(matrix.shape),
+                    "payload_bytes": matrix.payload_bytes,
+                    "rate_bits_per_weight": matrix.rate_bits_per_weight,
+                    "mean_depth": matrix.mean_depth,
+                    "depth_range": list(matrix.depth_range),
+                    "pruned_share": matrix.pruned_share,
+                    "depth_histogram": list(matrix.depth_histogram),
+                    "group_size": matrix.group_size,
+                    "partitions": matrix.partitions,
+                }
+                for matrix in self.matrices
+            ],
+            "provenance": self.provenance,
+            "report": self.report,
+        }
+
+
+def summarize(path: Path) -> FileSummary:
+    """Account for every byte of `path`, checksums compared on the way.
+
+    Raises FormatError for a file that cannot be trusted, OSError for one that cannot be read.
+    """
+    with Reader(path) as reader:
+        counts: Counter[str] = Counter()
+        matrices: list[MatrixSummary] = []
+        parameters = 0
+        for kind, name, _, size, padding in reader.sections():
+            counts["padding"] += padding
+            if kind != "tensor":
+                counts[kind] += size
+                continue
+            entry = reader.entry(name)
+            if isinstance(entry, RawEntry):
+                is_added = name in reader.added_biases
+                counts["added_bias" if is_added else "raw"] += size
+                parameters += 0 if is_added else math.prod(entry.shape)
+            else:
+                tensor = reader.read(name)
+                assert isinstance(tensor, CompandedTensor)
+                counts.update(dict(payload_blocks(tensor)))
+                matrices.append(_summarize_matrix(name, tensor))
+                parameters += matrices[-1].weights
+        return FileSummary(
+            file_bytes=path.stat().st_size,
+            bytes_by_kind={kind: counts[kind] for kind in KINDS if counts[kind]},
+            carried_files={s.name: s.size for s in reader.sections() if s.kind == "file"},
+            matrices=tuple(matrices),
+            parameters=parameters,
+            provenance=_json_file(reader, "provenance.json"),
+            report=_json_file(reader, "report.json"),
+        )
+
+
+def payload_blocks(tensor: CompandedTensor) -> Iterator[tuple[str, int]]:
+    """Yield (kind, bytes) of the blocks of a companded payload, see FORMAT.md."""
+    geometry = tensor.geometry
+    # The scale unit and the step of the means, 8 bytes, stand in front of everything.
+    yield "scales", 8 + _stream_bytes(geometry.groups, tensor.scale_bits)
+    if tensor.column_terms is not None and tensor.cluster_terms is not None:
+        columns = _stream_bytes(tensor.column_terms.size, tensor.column_bits)
+        yield "depths", columns + 2 * tensor.cluster_terms.size
+    else:
+        yield "depths", _stream_bytes(geometry.groups, 4)
+    if tensor.mean_codes is not None:
+        yield "means", geometry.groups
+    if tensor.permutation is not None:
+        yield "permutation", _stream_bytes(tensor.permutation.size, geometry.permutation_bits)
+    yield "codes", tensor.packed_codes.size
+
+
+def _stream_bytes(count: int, width: int) -> int:
+    """Bytes of `count` numbers of `width` bits."""
+    return (count * width + 7) // 8
+
+
+def _summarize_matrix(name: str, tensor: CompandedTensor) -> MatrixSummary:
+    rows = np.broadcast_to(tensor.cluster_rows()[None, :, None], tensor.depths.shape)
+    histogram = np.bincount(tensor.depths.ravel(), weights=rows.ravel(), minlength=DEPTHS)
+    return MatrixSummary(
+        name=name,
+        shape=tensor.shape,
+        payload_bytes=tensor.payload_size,
+        depth_histogram=tuple(int(count) for count in histogram),
+        group_size=tensor.group_size,
+        partitions=tensor.partitions,
+    )
+
+
+def _json_file(reader: Reader, name: str) -> dict[str, Any] | None:
+    """Return a carried JSON object, or None when it is absent or not one."""
+    if name not in reader.files:
+        return None
+    try:
+        value = json.loads(reader.file(name))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
