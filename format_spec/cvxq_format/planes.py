@@ -24,7 +24,7 @@ Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
 
 _ONES = 0x0101010101010101
-_CHUNK_CODES = 1 << 18
+_CHUNK_CODES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ def pack_planes(codes: Bytes, depths: Bytes) -> Bytes:
     """Pack the codes (c, n, k) of clusters of equal size with depths (c, k) into bit planes."""
     clusters, rows, columns = codes.shape
     octets, words, top = -(-rows // 8), -(-columns // 8), int(depths.max(initial=0))
-    padded = np.zeros((8, clusters, octets, words * 8), np.uint8)
-    for j in range(8):
-        count = len(range(j, rows, 8))
-        padded[j, :, :count, :columns] = codes[:, j::8]
-    source = padded.view("<u8")
-    moved = np.empty_like(source[0])
+    whole = codes
+    if rows % 8 or columns % 8 or codes.strides[2] != 1:
+        whole = np.zeros((clusters, octets * 8, words * 8), np.uint8)
+        whole[:, :rows, :columns] = codes
+    source = whole.view("<u8").reshape(clusters, octets, 8, words)
+    moved = np.empty((clusters, octets, words), "<u8")
     lanes = np.zeros((top, clusters, octets, words), "<u8")
     for bit in range(top):
         for j in range(8):
-            _shift(source[j], j - bit, out=moved)
+            _shift(source[:, :, j], j - bit, out=moved)
             np.bitwise_and(moved, np.uint64(_ONES << j), out=moved)
             np.bitwise_or(lanes[bit], moved, out=lanes[bit])
     by_octet = lanes.view(np.uint8).reshape(top, clusters, octets, words * 8)[..., :columns]
