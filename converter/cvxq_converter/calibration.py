@@ -159,27 +159,31 @@ def _special_tokens(network: Any, tokenizer: Any | None) -> _Specials:
     def find(name: str) -> list[int]:
         for place in places:
             value = getattr(place, name, None)
-            ids = value if isinstance(value, list | tuple) else [value]
-            ids = [int(item) for item in ids if item is not None and 0 <= int(item) < size]
+            given = value if isinstance(value, list | tuple) else [value]
+            ids = [int(item) for item in given if item is not None and 0 <= int(item) < size]
             if ids:
                 return ids
         return []
 
-    begin, ends = find("bos_token_id"), find("eos_token_id")
-    start = (begin or ends or [None])[0]
-    return _Specials(start, tuple(ends))
+    ends = find("eos_token_id")
+    begin = find("bos_token_id") or ends
+    return _Specials(begin[0] if begin else None, tuple(ends))
 
 
-def _batch_size(config: Any, length: int, element_bytes: int) -> int:
+def cache_bytes(config: Any, length: int, element_bytes: int) -> int:
+    """Return the size of one sequence's keys and values."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * size * length * element_bytes)
+
+
+def sampling_batch(config: Any, length: int, element_bytes: int) -> int:
     """Sequences per batch so that the cache stays bounded; a function of shapes only.
 
     Free memory takes no part: another batch size gives other rounding, hence other samples.
     """
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_sequence = 2 * text.num_hidden_layers * heads * size * length * element_bytes
-    return max(1, min(64, _CACHE_BYTES // per_sequence))
+    return max(1, min(64, _CACHE_BYTES // cache_bytes(config, length, element_bytes)))
 
 
 def _sample(
@@ -192,7 +196,7 @@ def _sample(
 ) -> Tensor:
     parameter = next(network.parameters())
     specials = _special_tokens(network, tokenizer)
-    batch = _batch_size(network.config, length, parameter.element_size())
+    batch = sampling_batch(network.config, length, parameter.element_size())
     generator = torch.Generator(device=parameter.device).manual_seed(seed)
     parts: list[Tensor] = []
     for first in range(0, sequences, batch):

@@ -192,9 +192,10 @@ def source_names(source: Source, network: Any) -> dict[str, str]:
             names[name] = short if stripped else name
     free = [key for key in source.tensors if key not in set(names.values())]
     for name, tensor in unmatched.items():
-        if found := _same_content(source, free, name, tensor):
-            names[name] = found
-            free.remove(found)
+        equal = _same_content(source, free, name, tensor)
+        if equal is not None:
+            names[name] = equal
+            free.remove(equal)
     return names
 
 

@@ -100,11 +100,15 @@ def _describe(parameter: nn.Parameter, uses: list[_Use], names: Mapping[str, str
 
 def _refuse_unknown_weights(network: Any, known: set[int]) -> None:
     tables = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
-    for name, parameter in network.named_parameters():
-        if parameter.ndim < 2 or id(parameter) in known or id(parameter) in tables:
-            continue
+    unknown = {
+        name: parameter
+        for name, parameter in network.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in known | tables
+    }
+    for name in unknown:
         if _EXPERTS.search(name):
             raise ConversionError(_experts_message(name.rpartition(".")[0]))
+    for name, parameter in unknown.items():
         shape = "×".join(map(str, parameter.shape))
         raise ConversionError(
             f"{name} ({shape}): a weight outside nn.Linear, Conv1D and embeddings; "

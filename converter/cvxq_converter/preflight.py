@@ -1,0 +1,313 @@
+"""What a conversion will take, in time, memory and disk, said before the work starts.
+
+Costs come from the model's shapes and from two short measurements of this machine (arithmetic,
+and the price of one small operation), a fraction of a second. The default amount of calibration
+never depends on a measurement, or two runs would not give the same file: on a CPU it is what a
+nominal machine of that many threads does in `CALIBRATION_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .calibration import cache_bytes, context_length, sampling_batch
+from .checkpoint import Source
+from .errors import ConversionError
+
+FULL_SEQUENCES, FULL_LENGTH = 128, 2048  # the papers' amount; the default on a GPU
+CPU_LENGTH = 512  # shorter documents cost less per token and sample as many contexts
+CALIBRATION_SECONDS = 120.0  # of sampling and measuring on a CPU, at the nominal speed
+NOMINAL_FLOPS = 15e9  # float32 operations per second and thread
+NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
+LEAST_SEQUENCES, LEAST_LENGTH = 8, 64
+
+_OPERATIONS_PER_LAYER = 50  # small tensor operations of one block, forward
+_BASE_BYTES = 450 << 20  # interpreter, torch and transformers, loaded
+_QUANTIZER_PASSES = 45  # element-wise passes per weight: 13 scales, 3–4 passes each
+_QUANTIZER_BYTES = 14  # per weight of the matrix at hand: codes, permuted copy, dequantized copy
+_READ_RATE = 5e8  # bytes per second from disk
+_REFERENCE_BYTES = 256 << 20  # log-probabilities of the original kept for comparison
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The cost of a conversion, and the amount of calibration that it is for."""
+
+    seconds: float
+    peak_memory_bytes: int
+    disk_bytes: int
+    sequences: int  # 0 without calibration
+    length: int
+
+    def line(self) -> str:
+        """Say it in one line, for people."""
+        calibration = (
+            f"calibration {self.sequences} × {self.length} tokens"
+            if self.sequences
+            else "no calibration"
+        )
+        return (
+            f"about {_duration(self.seconds)}, {_size(self.peak_memory_bytes)} of memory, "
+            f"{_size(self.disk_bytes)} on disk ({calibration})"
+        )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a machine does per second, and how long it takes to start one operation."""
+
+    flops: float  # matrix products
+    elements: float  # element-wise, one pass
+    call_seconds: float
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes that costs depend on."""
+
+    parameters: int
+    matrix_weights: int
+    largest_weights: int
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    context: int | None
+
+
+def preflight(
+    source: Source,
+    output: Path,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    calibration: str = "self",
+    sequences: int | None = None,
+    length: int | None = None,
+    iterations: int = 1,
+    bits: float = 4.0,
+    keeps_originals: bool = True,
+    speed: Speed | None = None,
+) -> Preflight:
+    """Estimate a conversion of `source` into `output` and choose the amount of calibration.
+
+    sequences, length: as asked for, or None for the default. bits: rate, or an upper bound of it.
+    keeps_originals: whether original weights stay in memory beside the quantized ones.
+    speed: of this machine; measured if not given.
+    """
+    shape = _shape_of(source)
+    speed = speed or measure_speed(dtype, device)
+    count, tokens = (0, 0)
+    if calibration != "none":
+        count, tokens = calibration_amount(source, device, sequences, length)
+    seconds = sum(info.stat().st_size for info in source.weight_files) / _READ_RATE
+    if count:
+        sampling = _sampling_seconds(source, shape, speed, count, tokens, dtype)
+        measuring = count * _backward_seconds(shape, speed, tokens)
+        seconds += (sampling if calibration == "self" else 0) + iterations * measuring
+    seconds += max(1, iterations) * _quantizing_seconds(shape, speed)
+    memory = _peak_memory(source, shape, dtype, count, tokens, bits, keeps_originals)
+    # Everything outside the matrices is stored in 16 bits; the header is small.
+    rest = (shape.parameters - shape.matrix_weights) * 2
+    carried = sum(path.stat().st_size for path in source.files.values())
+    disk = int(shape.matrix_weights * bits / 8) + rest + carried + (1 << 16)
+    return Preflight(seconds, memory, disk, count, tokens)
+
+
+def refuse_what_cannot_fit(plan: Preflight, output: Path, device: str) -> None:
+    """Raise ConversionError, with the figure needed, if memory or disk is too small for `plan`."""
+    available = available_memory(device)
+    if available is not None and plan.peak_memory_bytes > available:
+        advice = "use --calibration none, or a machine with more memory"
+        raise ConversionError(
+            f"needs about {_size(plan.peak_memory_bytes)} of memory on {device}, "
+            f"{_size(available)} are free; {advice}"
+        )
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise ConversionError(f"{output}: its folder does not exist; create it first")
+    free = shutil.disk_usage(folder).free
+    if plan.disk_bytes > free:
+        raise ConversionError(
+            f"{output}: needs about {_size(plan.disk_bytes)} of disk, {_size(free)} are free"
+        )
+
+
+def calibration_amount(
+    source: Source, device: str, sequences: int | None = None, length: int | None = None
+) -> tuple[int, int]:
+    """Choose number and length of the calibration sequences; what was asked for stays.
+
+    Depends on shapes, kind of device and number of threads only, never on a measurement.
+    """
+    shape = _shape_of(source)
+    limit = shape.context or FULL_LENGTH
+    if torch.device(device).type != "cpu":
+        return sequences or FULL_SEQUENCES, min(length or FULL_LENGTH, limit)
+    threads = torch.get_num_threads()
+    nominal = Speed(NOMINAL_FLOPS * threads, 2e8 * threads, NOMINAL_CALL)
+
+    def holds(count: int, tokens: int) -> bool:
+        sampling = _sampling_seconds(source, shape, nominal, count, tokens, torch.float32)
+        total = sampling + count * _backward_seconds(shape, nominal, tokens)
+        return total <= CALIBRATION_SECONDS
+
+    count = sequences or FULL_SEQUENCES
+    tokens = min(length or CPU_LENGTH, limit)
+    while not holds(count, tokens):
+        if sequences is None and count > LEAST_SEQUENCES and count * 8 >= tokens:
+            count //= 2
+        elif length is None and tokens // 2 >= LEAST_LENGTH:
+            tokens //= 2
+        elif sequences is None and count > LEAST_SEQUENCES:
+            count //= 2
+        else:
+            break
+    return count, tokens
+
+
+def available_memory(device: str) -> int | None:
+    """Bytes that can still be had on the device; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    limits = []
+    try:
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    except OSError:
+        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+        if all(name in os.sysconf_names for name in names):
+            limits.append(os.sysconf(names[0]) * os.sysconf(names[1]))
+    try:  # a container may be allowed less than the machine has
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text("ascii"))
+        limits.append(limit - int((group / "memory.current").read_text("ascii")))
+    except (OSError, ValueError):
+        pass  # no such limit
+    return min(limits) if limits else None
+
+
+def measure_speed(dtype: torch.dtype, device: str) -> Speed:
+    """Time matrix products, element-wise passes and small operations for a fraction of a second."""
+    a = torch.randn(256, 1024, device=device).to(dtype)
+    b = torch.randn(1024, 1024, device=device).to(dtype)
+    flat, edges = torch.randn(1 << 18, device=device), torch.linspace(-1, 1, 7, device=device)
+    small = torch.ones(8, device=device)
+    product = _best_seconds(lambda: a @ b, device)
+    passes = _best_seconds(lambda: torch.bucketize(flat, edges), device)
+    call = _best_seconds(lambda: small + small, device)
+    return Speed(2 * 256 * 1024 * 1024 / product, flat.numel() / passes, call)
+
+
+def _best_seconds(work: Callable[[], Any], device: str) -> float:
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        work()
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+# --- costs --------------------------------------------------------------------------------------
+
+
+def _shape_of(source: Source) -> _Shape:
+    text = source.config.get_text_config()
+
+    def find(*names: str) -> int:
+        values = [getattr(text, name, None) for name in names]
+        return next((v for v in values if isinstance(v, int) and v > 0), 0)
+
+    sizes = [info.shape[0] * info.shape[1] for info in source.tensors.values() if _is_matrix(info)]
+    hidden = find("hidden_size", "n_embd", "d_model")
+    return _Shape(
+        parameters=source.parameters,
+        matrix_weights=sum(sizes),
+        largest_weights=max(sizes, default=0),
+        layers=find("num_hidden_layers", "n_layer"),
+        hidden=hidden,
+        inner=find("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
+        vocabulary=find("vocab_size"),
+        context=context_length(source.config),
+    )
+
+
+def _is_matrix(info: Any) -> bool:
+    return len(info.shape) == 2 and min(info.shape) > 1
+
+
+def _backward_seconds(shape: _Shape, speed: Speed, tokens: int) -> float:
+    """Forward and backward over one sequence: 6 operations per weight and token."""
+    attention = 12 * shape.layers * shape.hidden * tokens**2
+    flops = 6.0 * shape.matrix_weights * tokens + attention
+    calls = 3 * shape.layers * _OPERATIONS_PER_LAYER * speed.call_seconds
+    squares = 4 * shape.matrix_weights / speed.elements / 8  # far cheaper than a bucketize pass
+    return flops / speed.flops + calls + squares
+
+
+def _sampling_seconds(
+    source: Source, shape: _Shape, speed: Speed, count: int, tokens: int, dtype: torch.dtype
+) -> float:
+    """One forward step per position and batch; small batches run far below the product rate."""
+    batch = sampling_batch(source.config, tokens, dtype.itemsize)
+    batches = -(-count // batch)
+    calls = batches * tokens * shape.layers * _OPERATIONS_PER_LAYER * speed.call_seconds
+    return calls + 3 * 2.0 * shape.matrix_weights * count * tokens / speed.flops
+
+
+def _quantizing_seconds(shape: _Shape, speed: Speed) -> float:
+    groups = shape.matrix_weights / 64 / max(1, shape.hidden)  # clusters, a few depths in each
+    calls = groups * 5 * 13 * 12 * speed.call_seconds
+    return calls + _QUANTIZER_PASSES / 3 * shape.matrix_weights / speed.elements
+
+
+def _peak_memory(
+    source: Source,
+    shape: _Shape,
+    dtype: torch.dtype,
+    count: int,
+    tokens: int,
+    bits: float,
+    keeps_originals: bool,
+) -> int:
+    """The network, the originals, the packed result, and the larger of measuring and quantizing."""
+    element = dtype.itemsize
+    network = shape.parameters * element
+    originals = shape.matrix_weights * element if keeps_originals and count else 0
+    packed = int(shape.matrix_weights * bits / 8)
+    quantizing = shape.largest_weights * _QUANTIZER_BYTES
+    measuring = 0
+    if count:
+        activations = shape.layers * tokens * (12 * shape.hidden + 4 * shape.inner) * element
+        logits = 2 * tokens * shape.vocabulary * element
+        block = (shape.matrix_weights // max(1, shape.layers) + shape.largest_weights) * element
+        cache = cache_bytes(source.config, tokens, element)
+        cache *= min(count, sampling_batch(source.config, tokens, element))
+        reference = min(_REFERENCE_BYTES, count * tokens * shape.vocabulary * 4)
+        measuring = max(activations + logits + block, cache) + reference
+    return _BASE_BYTES + network + originals + packed + max(measuring, quantizing)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _size(count: int) -> str:
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
