@@ -147,7 +147,7 @@ class Bench:
         matrices = load_file(out / "matrices.safetensors")
         odd = sorted(set(matrices) ^ set(self.quantized))
         if odd:
-            raise BenchmarkError(f"{out}: the peer and cvxq disagree on whether {odd[0]} is one")
+            raise BenchmarkError(f"{out}: the peer and cvxq disagree on {odd[0]}")
         network = load_subject(self.model, with_tokenizer=False).network
         parameters = dict(network.named_parameters())
         with torch.no_grad():

@@ -43,10 +43,12 @@ READING = """\
 KL is that of the original's next-token distribution to the quantized model's. `bits per weight`
 counts the quantized matrices with all their side information. Standard errors are over tokens and
 mostly common to the rows: the differences between rows are much better known than each of them.
-GPTQ's rows are the best of its settings on this text ({settings}), its sizes computed as if packed
-tightly; seconds and peak memory are of the whole command, and cvxq's include sampling the
-calibration sequences, which the peer is given. RTN stores 8-bit scales and offsets and so takes
-slightly fewer bits than GPTQ at the same group size."""
+Seconds and peak memory are of the whole command; cvxq's include sampling the calibration
+sequences. RTN stores 8-bit scales and offsets along the input."""
+READING_PEER = """\
+GPTQ's rows are the best of its settings on this very text ({settings}), its bits and bytes are
+counted as if packed tightly, with 16-bit scales and zero points as deep as the codes, and it is
+given the calibration sequences. At the same group size RTN takes slightly fewer bits than GPTQ."""
 
 
 def run(
@@ -101,7 +103,9 @@ def document(
     named = [f"{name} {version(name)}" for name in PACKAGES]
     peers = [f"{name} {number}" for name, number in versions.items()]
     sampling = bench.sampling
-    settings = "; ".join(GPTQ_SETTINGS)
+    reading = READING
+    if peers:
+        reading += "\n" + READING_PEER.format(settings="; ".join(GPTQ_SETTINGS))
     return "\n".join(
         [
             "# Quality against peers",
@@ -128,7 +132,7 @@ def document(
             "",
             table(tables[1]),
             "",
-            READING.format(settings=settings),
+            reading,
             "",
         ]
     )
