@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -191,6 +192,8 @@ def _generation_config(reader: Reader, config: Any) -> GenerationConfig:
         return GenerationConfig.from_model_config(config)
     try:
         settings = json.loads(reader.file("generation_config.json"))
-        return GenerationConfig.from_dict(settings)
+        with warnings.catch_warnings():  # about the author's choices, which nobody here can change
+            warnings.simplefilter("ignore", UserWarning)
+            return GenerationConfig.from_dict(settings)
     except (ValueError, TypeError, AttributeError) as error:
         raise InconsistentFileError(f"generation_config.json of the file: {error}") from error

@@ -2,9 +2,9 @@
 
 A token may end inside a character (byte-level vocabularies, byte fallback), which decoders show
 as U+FFFD.  So text is shown only up to the U+FFFD characters at its end, and an incomplete
-character at the very end of an answer is left out.  Only the last tokens are decoded again for
-each new one; where a window of them begins, decoders may treat a space differently, hence the
-text that a window begins with is always one already shown.
+character at the very end of an answer is left out.  Only a window of the last tokens is decoded
+for each new one.  It never begins inside a character, and the text at its beginning, where
+decoders may drop a space, has always been shown already.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Protocol
 
 _UNKNOWN = "\ufffd"
 _WINDOW = 16  # tokens decoded again; enough for what joins across tokens
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens
 _PATIENCE = 64  # tokens held back at most: longer runs of U+FFFD are no incomplete character
 
 
@@ -36,6 +37,9 @@ class TextStream:
         """Continue after the tokens `context`, whose text is taken as shown already."""
         self._tokenizer = tokenizer
         self._ids = list(context[-_WINDOW:])
+        for _ in range(_LONGEST_CHARACTER - 1):
+            if len(context) > _WINDOW and self._text().startswith(_UNKNOWN):
+                del self._ids[0]  # the rest of a character that began before the window
         self._shown = len(self._whole(self._text()))
         self._pending = 0
 
@@ -50,9 +54,19 @@ class TextStream:
         if len(whole) == len(text):
             self._pending = 0
             if len(self._ids) > 2 * _WINDOW:
-                del self._ids[:-_WINDOW]
-                self._shown = len(self._text())
+                self._move_window(text)
         return new
+
+    def _move_window(self, text: str) -> None:
+        """Let the window begin at a later token, one that begins a character."""
+        everything = self._ids
+        for size in range(_WINDOW, _WINDOW + _LONGEST_CHARACTER):
+            self._ids = everything[-size:]
+            rest = self._text()
+            if text.endswith(rest):
+                self._shown = len(rest)
+                return
+        self._ids = everything
 
     def _text(self) -> str:
         if not self._ids:

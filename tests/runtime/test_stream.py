@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from cvxq.stream import StopStrings, TextStream
 from hypothesis import given
@@ -20,18 +22,19 @@ class ByteTokenizer:
 
 
 class FallbackTokenizer(ByteTokenizer):
-    """As sentencepiece's byte fallback: each byte of a broken run becomes its own U+FFFD."""
+    """As byte fallback does: each byte of a run of non-ASCII bytes with a fault becomes U+FFFD."""
 
     def decode(
         self, token_ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool
     ) -> str:
-        try:
-            return bytes(token_ids).decode("utf-8")
-        except UnicodeDecodeError:
-            text, rest = "", list(token_ids)
-            while rest and rest[0] < 128:
-                text += chr(rest.pop(0))
-            return text + "\ufffd" * len(rest)
+        text = ""
+        for _, run in itertools.groupby(token_ids, key=lambda token: token < 128):
+            data = bytes(run)
+            try:
+                text += data.decode("utf-8")
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(data)
+        return text
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=80)
@@ -58,6 +61,13 @@ def test_a_character_comes_as_soon_as_it_is_complete(text: str) -> None:
 def test_the_prompt_is_not_repeated() -> None:
     stream = TextStream(ByteTokenizer(), "Grüße, ".encode())
     assert [stream.push(byte) for byte in "ö!".encode()] == ["", "ö", "!"]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@given(prompt=TEXTS, text=TEXTS)
+def test_any_prompt_is_not_repeated(tokenizer: ByteTokenizer, prompt: str, text: str) -> None:
+    stream = TextStream(tokenizer, prompt.encode())
+    assert "".join(stream.push(byte) for byte in text.encode()) == text
 
 
 def test_a_character_begun_in_the_prompt_is_completed() -> None:
