@@ -1,202 +1,150 @@
-"""`cvxq convert`: the options of a conversion, its progress and its closing table."""
+"""`cvxq convert`: options in, progress and a closing table out; the work is the converter's."""
 
 from __future__ import annotations
 
 import json
 import re
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvxq.cli.output import Progress, print_table
+from cvxq.cli.failures import FileProblem
+from cvxq.cli.options import set_threads
+from cvxq.cli.output import Progress, bytes_text, print_table
 
 if TYPE_CHECKING:
     from cvxq_converter.report import ConversionReport
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Size(click.ParamType):
-    """A number of bytes such as 12.3MB or 800KiB."""
+    """A file size such as 12.3MB, as a number of bytes; kB, MB and GB are decimal."""
 
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the size in bytes."""
+        """Return whole bytes, rounded down; a text of another form fails."""
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
-        try:
-            if found:
-                return int(float(found[1]) * _UNITS[found[2].upper()])
-        except (KeyError, ValueError):
-            pass
-        self.fail(f"{value!r} is not a size; write it like 12.3MB or 800KiB", param, ctx)
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)", str(value).strip().upper())
+        if match is None or match[2] not in _UNITS:
+            self.fail(f"{value!r} is not a size such as 12.3MB, 850kB, 1.5GiB or 123456B", param)
+        return int(float(match[1]) * _UNITS[match[2]])
 
 
-@click.command(short_help="Compress a Hugging Face model into one .cvxq file.")
+@click.command("convert", short_help="Compress a Hugging Face model into one .cvxq file.")
 @click.argument("model")
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), metavar="FILE")
+@click.option("--bits", type=float, help="Bits per weight, side information included, 0 to 8.")
+@click.option("--size", "size_bytes", type=Size(), help="Size of the file, e.g. 12.3MB.")
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Leave these matrices in 16 bits.")
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="FILE",
-    help="The .cvxq file to write.",
-)
-@click.option(
-    "--bits",
-    type=click.FloatRange(0, 8, min_open=True),
-    metavar="R",
-    help="Bits per weight of the quantized matrices, all included. Default: 4.",
-)
-@click.option(
-    "--size",
-    type=Size(),
-    metavar="SIZE",
-    help="Size of the whole file instead, for example 12.3MB.",
-)
-@click.option(
-    "--calibration",
-    default="self",
-    show_default=True,
-    metavar="self|FILE|none",
-    help="Sampled from the model, a .txt or .jsonl file, or no calibration.",
+    "--calibration", default="self", show_default=True, help="self, none, FILE.txt or FILE.jsonl."
 )
 @click.option("--sequences", type=click.IntRange(min=1), help="Calibration sequences.")
-@click.option("--length", type=click.IntRange(min=2), help="Tokens per calibration sequence.")
+@click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--metric", type=click.Choice(["kl", "logits"]), default="kl", show_default=True)
+@click.option("--iterations", type=click.IntRange(min=1), help="Measure and quantize N times.")
+@click.option("--method", type=click.Choice(["cvxq", "rtn"]), default="cvxq", show_default=True)
+@click.option("--group-size", type=click.IntRange(1, 65536), help="Rows per cluster.")
+@click.option("--partitions", type=click.IntRange(min=1), help="Row partitions for splitting.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
-    "--metric",
-    type=click.Choice(["kl", "logits"]),
-    default="kl",
-    show_default=True,
-    help="What the result should be close in.",
-)
-@click.option(
-    "--iterations",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Measure and quantize again, on the quantized model.",
-)
-@click.option(
-    "--group-size",
-    type=click.IntRange(8, 4096),
-    metavar="G",
-    help="Weights that share a depth and a scale.",
-)
-@click.option(
-    "--keep",
-    multiple=True,
-    metavar="PATTERN",
-    help="Leave matrices of such names in 16 bits, for example '*embed*'.",
-)
-@click.option(
-    "--method",
-    type=click.Choice(["cvxq", "rtn"]),
-    default="cvxq",
-    show_default=True,
-    help="rtn: plain rounding, for comparison; --bits is then the codes' depth.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of all random choices.")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the computation. Default: float32 on a CPU, else bfloat16.",
-)
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+    show_default=True, help="Type to compute in.",
+)  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores.")
-@click.option("--revision", help="Branch, tag or commit, if MODEL is a hub id.")
-@click.option("--report", "report_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Write all figures as JSON.")  # fmt: skip
+@click.option("--report", type=click.Path(path_type=Path), help="Write the report as JSON here.")
 def command(
     model: str,
     output: Path,
     bits: float | None,
-    size: int | None,
-    group_size: int | None,
-    dtype: str | None,
-    device: str,
+    size_bytes: int | None,
+    dtype: str,
     threads: int | None,
-    report_file: Path | None,
-    **chosen: Any,
+    report: Path | None,
+    **choices: Any,
 ) -> None:
-    """Compress a Hugging Face model into one .cvxq file.
+    """Compress MODEL, a folder or a hub id, into one .cvxq file of a chosen rate or size.
 
-    MODEL is a folder or a hub id. The rate counts everything that the quantized matrices need in
-    the file; --size sets the size of the whole file instead.
+    The first line on stderr says what time, memory and disk it will take. The same inputs,
+    options, versions, threads and seed give the same file, byte for byte.
 
     \b
     Example:
       cvxq convert path/to/model -o model.cvxq --bits 3
     """
-    if bits is not None and size is not None:
-        raise click.UsageError("--bits and --size exclude each other; give one of them")
-    if output.is_dir():
-        raise click.UsageError(f"--output {output} is a folder; name the file to write")
-    import torch
-    from cvxq_converter.job import convert
-    from cvxq_converter.options import GROUP_SIZE, ConversionOptions
-
-    from cvxq.cli.options import set_threads
-
+    if (bits is None) == (size_bytes is None):
+        raise click.UsageError("give either --bits or --size")
+    for path in (output, report):
+        if path is not None and path.is_dir():
+            raise FileProblem(f"{path} is a folder, expected the name of a file to write")
     set_threads(threads)
-    _check_device(device)
-    default = "float32" if torch.device(device).type == "cpu" else "bfloat16"
-    options = ConversionOptions(
-        bits=4.0 if bits is None and size is None else bits,
-        size_bytes=size,
-        group_size=group_size or GROUP_SIZE,
-        dtype=getattr(torch, dtype or default),
-        device=device,
-        **chosen,
-    )
-    report = convert(
-        model, output, options, Progress(), lambda line: click.echo(f"{model}: {line}", err=True)
-    )
-    _show(report, output)
-    if report_file is not None:
-        _write_atomically(report_file, json.dumps(report.to_json(), indent=1) + "\n")
-
-
-def _check_device(device: str) -> None:
+    convert, options = _converter()
+    given = {name: value for name, value in choices.items() if value is not None}
     import torch
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise click.UsageError(f"--device {device} cannot be used here: {reason}") from None
+    chosen = options(bits=bits, size_bytes=size_bytes, dtype=getattr(torch, dtype), **given)
+    signal.signal(signal.SIGTERM, _stop)
+    result: ConversionReport = convert(model, output, chosen, Progress(), _announce)
+    if report is not None:
+        report.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+    print_table(str(output), ("measure", "value"), closing_rows(result))
 
 
-def _show(report: ConversionReport, output: Path) -> None:
+def _converter() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Import the converter, which the rest of the runtime does without."""
+    from cvxq_converter.job import convert
+    from cvxq_converter.options import ConversionOptions
+
+    return convert, ConversionOptions
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind on `kill` as on Ctrl-C, so that the unfinished file is removed."""
+    raise KeyboardInterrupt
+
+
+def _announce(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def closing_rows(report: ConversionReport) -> list[tuple[str, str]]:
+    """Return the closing table: rates, sizes, depths, loss and time per stage."""
     rows = [
-        ("rate", f"{report.rate_bits_per_weight:.3f} bits per weight, all included"),
-        ("of which side information", f"{report.side_bits_per_weight:.3f}"),
-        ("file", f"{report.file_bytes:,} bytes, {report.file_bits_per_parameter:.3f} per parameter"
-         " (bits)"),
-        ("quantized", f"{report.quantized_weights:,} weights in {report.matrices} matrices"),
-        ("pruned", f"{report.pruned_share:.1%}"),
-    ]  # fmt: skip
-    if report.kl is not None:
-        loss = f"{report.kl:.4f} ± {report.kl_standard_error:.4f} nats per token"
-        rows.append(("KL to the original", f"{loss}, on held-back calibration sequences"))
-    print_table(str(output), ("", ""), rows, text_columns=2)
-    print_table(
-        "bit depths",
-        [str(depth) for depth in range(9)],
-        [[f"{share:.1%}" for share in report.depth_histogram]],
-        text_columns=0,
-    )
-    seconds = report.stage_seconds
-    total = sum(seconds.values())
-    stages = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    click.echo(f"{total:.1f} s: {stages}")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+        (
+            "rate, all-in",
+            f"{report.rate_bits_per_weight:.4f} bits per weight "
+            f"({report.side_bits_per_weight:.4f} of them side information)",
+        ),
+        (
+            "file",
+            f"{bytes_text(report.file_bytes)} bytes, "
+            f"{report.file_bits_per_parameter:.4f} bits per parameter",
+        ),
+        (
+            "quantized",
+            f"{report.quantized_weights:,} of {report.parameters:,} parameters "
+            f"in {report.matrices} matrices",
+        ),
+        ("pruned", f"{report.pruned_share:.2%} of the weights"),
+    ]
+    shares = enumerate(report.depth_histogram)
+    rows += [(f"depth {depth}", f"{share:.2%}") for depth, share in shares if share]
+    if report.kl is not None and report.kl_standard_error is not None:
+        rows.append(
+            (
+                "KL to the original",
+                f"{report.kl:.5f} ± {report.kl_standard_error:.5f} nats per token",
+            )
+        )
+    rows += [(f"seconds: {stage}", f"{s:.1f}") for stage, s in report.stage_seconds.items()]
+    return rows

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+UNLIMITED_WIDTH = 10_000
+
 
 def emit_json(record: object, indent: int | None = 2) -> None:
     """Print `record` as strict JSON; numbers that JSON lacks (NaN, infinities) become null."""
@@ -36,16 +38,23 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    table = Table(
+        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold"
+    )
     for index, column in enumerate(columns):
         table.add_column(
             column, justify="left" if index < text_columns else "right", overflow="fold"
         )
     for row in rows:
         table.add_row(*row)
-    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:  # a pipe or a file gets whole lines whatever their width
-        console.width = max(80, console.measure(table).maximum)
+    is_terminal = sys.stdout.isatty()  # a pipe or a file gets whole lines, whatever their width
+    console = Console(
+        file=sys.stdout,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=None if is_terminal else UNLIMITED_WIDTH,
+    )
     console.print(table)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-
 from cvxq.cli import failures
 from cvxq.cli.application import COMMANDS, application
 
@@ -110,7 +109,7 @@ def test_wrong_use_is_one_line_and_code_2(arguments: list[str], found: str) -> N
     assert "--help" in result.stderr
 
 
-class Surprise(Exception):
+class SurpriseError(Exception):
     """An error that no code foresaw."""
 
 
@@ -125,7 +124,11 @@ def _break_inspect(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Non
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (Surprise("first\nsecond"), 1, "unexpected error (Surprise): first second; --traceback"),
+        (
+            SurpriseError("first\nsecond"),
+            1,
+            "(SurpriseError): first second; --traceback",
+        ),
         (MemoryError(), 6, "not enough memory"),
         (PermissionError(13, "Permission denied", "a.cvxq"), 3, "a.cvxq: Permission denied"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -143,7 +146,7 @@ def test_every_failure_is_one_line(
 
 
 def test_traceback_is_shown_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    _break_inspect(monkeypatch, Surprise("here"))
+    _break_inspect(monkeypatch, SurpriseError("here"))
     result = CliRunner().invoke(application, ["--traceback", "inspect", "a.cvxq"])
     assert result.exit_code == failures.UNEXPECTED
     assert "Traceback" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cvxq as runtime
 import pytest
@@ -115,7 +116,7 @@ def test_prompt_that_is_missing_or_not_text(
 
 
 def test_file_without_tokenizer_says_so(
-    fails: Callable[..., str], make_file: Callable[..., object]
+    fails: Callable[..., str], make_file: Callable[..., Any]
 ) -> None:
-    path = make_file("llama").path  # type: ignore[attr-defined]
+    path = make_file("llama").path
     assert "has no tokenizer" in fails(3, "generate", path, "Once")

@@ -1,0 +1,141 @@
+"""`cvxq convert`: what its options become, its report, and its refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import Result
+from cvxq.cli.convert import Size
+
+Cvxq = Callable[..., Result]
+Fails = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("123456B", 123456),
+        ("12.3MB", 12_300_000),
+        ("850kB", 850_000),
+        ("1.5 GiB", 3 << 29),
+        ("2KiB", 2048),
+        ("0.5gb", 500_000_000),
+    ],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert Size().convert(text, None, None) == count
+
+
+@pytest.mark.parametrize("text", ["12", "12.3", "MB", "-1MB", "12M", "12IB", "1e3B", ""])
+def test_texts_that_are_no_size(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"is not a size such as 12\.3MB"):
+        Size().convert(text, None, None)
+
+
+class Taken(Exception):  # noqa: N818 - not an error: carries what the converter was called with
+    """Ends a conversion where it would begin."""
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch, cvxq: Cvxq) -> Callable[..., tuple[Any, ...]]:
+    """Return a function that runs a conversion up to the call of the converter."""
+    from cvxq_converter.options import ConversionOptions
+
+    def stop(*arguments: Any) -> None:
+        raise Taken(*arguments)
+
+    monkeypatch.setattr("cvxq.cli.convert._converter", lambda: (stop, ConversionOptions))
+
+    def run(*options: object) -> tuple[Any, ...]:
+        result = cvxq("convert", "some/model", "-o", "out.cvxq", *options)
+        # `Taken` is reported like any unexpected error; the context of the exit keeps it.
+        error = result.exception.__context__ if result.exception else None
+        assert isinstance(error, Taken), result.stderr
+        return error.args
+
+    return run
+
+
+def test_options_that_are_not_given_keep_the_converters_defaults(
+    taken: Callable[..., tuple[Any, ...]],
+) -> None:
+    from cvxq_converter.options import ConversionOptions
+
+    model, output, options, *_ = taken("--bits", 3)
+    assert (model, output) == ("some/model", Path("out.cvxq"))
+    assert options == ConversionOptions(bits=3.0)
+
+
+def test_every_option_reaches_the_converter(taken: Callable[..., tuple[Any, ...]]) -> None:
+    import torch
+
+    options = taken(
+        "--size", "2MB", "--keep", "*embed*", "--keep", "lm_head*", "--calibration", "none",
+        "--sequences", 5, "--length", 64, "--seed", 7, "--metric", "logits", "--iterations", 2,
+        "--method", "rtn", "--group-size", 32, "--partitions", 4, "--revision", "main",
+        "--device", "cuda", "--dtype", "bfloat16",
+    )[2]  # fmt: skip
+    expected = {
+        "bits": None,
+        "size_bytes": 2_000_000,
+        "keep": ("*embed*", "lm_head*"),
+        "calibration": "none",
+        "sequences": 5,
+        "length": 64,
+        "seed": 7,
+        "metric": "logits",
+        "iterations": 2,
+        "method": "rtn",
+        "group_size": 32,
+        "partitions": 4,
+        "revision": "main",
+        "device": "cuda",
+        "dtype": torch.bfloat16,
+    }
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+def test_use_that_cannot_be_right(fails: Fails, tmp_path: Path) -> None:
+    target = tmp_path / "out.cvxq"
+    assert "either --bits or --size" in fails(2, "convert", "model", "-o", target)
+    both = ("--bits", 3, "--size", "1MB")
+    assert "either --bits or --size" in fails(2, "convert", "model", "-o", target, *both)
+    assert "Missing option '--output'" in fails(2, "convert", "model", "--bits", 3)
+    assert "is not a size" in fails(2, "convert", "model", "-o", target, "--size", "big")
+    assert "is a folder" in fails(3, "convert", "model", "-o", tmp_path, "--bits", 3)
+
+
+def test_model_that_is_none(fails: Fails, tmp_path: Path) -> None:
+    target = tmp_path / "out.cvxq"
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert str(folder.name) in fails(6, "convert", folder, "-o", target, "--bits", 3)
+    assert not target.exists()
+
+
+@pytest.mark.slow
+def test_a_conversion_from_folder_to_text(
+    cvxq: Cvxq, original_folder: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, folder = original_folder
+    target, report = tmp_path / "out.cvxq", tmp_path / "report.json"
+    result = cvxq(
+        "convert", folder, "-o", target, "--bits", 6, "--calibration", "none",
+        "--group-size", 16, "--report", report,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "bits per weight" in result.stdout
+    assert "of memory" in result.stderr.splitlines()[0]  # the estimate comes first
+    record = json.loads(report.read_text())
+    assert record["file_bytes"] == target.stat().st_size
+    inspected = json.loads(cvxq("inspect", target, "--json").stdout)
+    assert inspected["rate_bits_per_weight"] == pytest.approx(record["rate_bits_per_weight"])
+    assert inspected["rate_bits_per_weight"] == pytest.approx(6, rel=0.005)
+    assert inspected["provenance"] is not None
+    assert cvxq("verify", target).exit_code == 0
+    assert cvxq("generate", target, "Once", "--max-tokens", 4).exit_code == 0
