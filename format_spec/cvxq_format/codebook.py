@@ -113,8 +113,10 @@ class Codebook:
         """
         columns = column_terms.astype(np.int32)[:, None, :] << column_shift
         total = columns + cluster_terms.astype(np.int32)[:, :, None]
-        depths = np.searchsorted(self.depth_thresholds, total.reshape(-1), side="right")
-        return depths.astype(np.uint8).reshape(total.shape)
+        depths = np.zeros(total.shape, np.uint8)
+        for threshold in self.depth_thresholds:
+            depths += total >= threshold
+        return depths
 
     def to_bytes(self) -> bytes:
         """Return the codebook section's bytes."""

@@ -28,6 +28,7 @@ from cvxq_format.raw import DTYPE_SIZES
 
 _FILE_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+"
 _FILE_NAME = re.compile(rf"(?=.{{1,255}}$){_FILE_PART}(?:/{_FILE_PART})?")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FEATURE = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _INPUT_TRANSFORMS = ("none",)
 _ORIENTATIONS = ("out_in", "in_out")
@@ -210,15 +211,15 @@ class Header:
 
 
 def check_tensor_name(name: str) -> None:
-    """Raise CorruptError unless a tensor name is printable and at most 512 bytes of UTF-8."""
+    """Raise CorruptError unless a tensor name is 1 to 512 bytes of UTF-8 on one line."""
     try:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         size = 0
-    if not 1 <= size <= MAX_NAME_BYTES or not name.isprintable():
+    if not 1 <= size <= MAX_NAME_BYTES or _CONTROL.search(name):
         raise CorruptError(
             f"header: tensor name {name[:80]!a}, allowed 1 to {MAX_NAME_BYTES} bytes of "
-            "printable UTF-8"
+            "UTF-8 without control characters"
         )
 
 

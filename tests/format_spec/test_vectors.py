@@ -1,0 +1,150 @@
+"""Golden files: every valid vector decodes to what is written down, every faulty one is refused."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cvxq_format
+import numpy as np
+import pytest
+from cvxq_format import (
+    CompandedTensor,
+    Reader,
+    Writer,
+    compander_levels,
+    dequantize,
+    dequantize_rows,
+    verify,
+)
+
+
+def decode(path: Path) -> dict[str, Any]:
+    """Return a file's contents in the form of expected.json."""
+    with Reader(path) as reader:
+        tensors = {}
+        for name in reader.names:
+            tensor = reader.read(name)
+            if isinstance(tensor, CompandedTensor):
+                weights = dequantize(tensor, reader.codebook(tensor.codebook))
+                found = {"dtype": "f32", "data": weights.astype("<f4").tobytes().hex()}
+            else:
+                found = {"dtype": tensor.dtype, "data": tensor.data.tobytes().hex()}
+            tensors[name] = {"shape": list(tensor.shape), **found}
+        files = {name: reader.file(name).hex() for name in reader.files}
+        return {"tensors": tensors, "aliases": reader.aliases, "files": files}
+
+
+def test_valid_vector(valid: Path, valid_name: str, expected: dict[str, Any]) -> None:
+    assert decode(valid / valid_name) == expected[valid_name]
+    assert verify(valid / valid_name) == []
+
+
+def test_second_decoder_agrees(
+    valid: Path, valid_name: str, expected: dict[str, Any], second_decoder: ModuleType
+) -> None:
+    assert second_decoder.decode(valid / valid_name) == expected[valid_name]
+
+
+def test_faulty_vector(faulty: Path, faulty_name: str, expected: dict[str, Any]) -> None:
+    path, want = faulty / faulty_name, expected[faulty_name]
+    if faulty_name == "padding-not-zero.cvxq":  # only verify reads padding
+        decode(path)
+    else:
+        kind = getattr(cvxq_format, want["error"])
+        with pytest.raises(kind, match=re.escape(want["text"])) as caught:
+            decode(path)
+        assert "\n" not in str(caught.value)
+        assert type(caught.value) is kind
+    problems = verify(path)
+    assert want["text"] in problems[0].message
+
+
+def test_vectors_are_what_their_script_makes(
+    make_vectors: ModuleType, format_spec: Path, tmp_path: Path
+) -> None:
+    make_vectors.main(tmp_path)
+    committed = format_spec / "vectors"
+    made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*.*")}
+    kept = {p.relative_to(committed): p.read_bytes() for p in committed.rglob("*.*")}
+    assert sorted(made) == sorted(kept)
+    assert [str(name) for name in made if made[name] != kept[name]] == []
+
+
+def test_rewriting_gives_the_same_bytes(valid: Path, valid_name: str, tmp_path: Path) -> None:
+    if valid_name in ("newer-minor-unknown-key.cvxq", "preamble-unused-bytes.cvxq"):
+        pytest.skip("written by a later version")
+    copy = tmp_path / "copy.cvxq"
+    with Reader(valid / valid_name) as reader:
+        books = [reader.codebook(i) for i in range(len(reader.header.codebooks))]
+        with Writer(copy, books, reader.header.required, reader.header.optional) as writer:
+            for section in reader.sections():
+                if section.kind == "file":
+                    writer.add_file(section.name, reader.file(section.name))
+                elif section.kind == "tensor":
+                    tensor = reader.read(section.name)
+                    if isinstance(tensor, CompandedTensor):
+                        writer.add_companded(section.name, tensor)
+                    else:
+                        added = section.name in reader.added_biases
+                        dtype = tensor.dtype if tensor.dtype == "bf16" else None
+                        writer.add_raw(section.name, tensor.data, dtype, added_bias=added)
+            for alias, target in reader.aliases.items():
+                writer.add_alias(alias, target)
+    assert copy.read_bytes() == (valid / valid_name).read_bytes()
+
+
+def test_rows_equal_the_whole(valid: Path, valid_name: str) -> None:
+    with Reader(valid / valid_name) as reader:
+        for name in reader.names:
+            tensor = reader.read(name)
+            if not isinstance(tensor, CompandedTensor):
+                continue
+            book = reader.codebook(tensor.codebook)
+            order = np.random.default_rng(0).integers(0, tensor.shape[-2], 2 * tensor.shape[-2])
+            for expert in range(tensor.experts):
+                whole = dequantize(tensor, book, expert)
+                rows = dequantize_rows(tensor, book, order, expert)
+                np.testing.assert_array_equal(rows.view("u4"), whole[order].view("u4"))
+
+
+@pytest.fixture(scope="module")
+def text(format_spec: Path) -> str:
+    """FORMAT.md, whose numbers must be the program's numbers."""
+    return (format_spec / "FORMAT.md").read_text(encoding="utf-8")
+
+
+def test_document_dump_is_the_vector(text: str, valid: Path) -> None:
+    dump = text[text.index("## Appendix B") :]
+    lines = re.findall(r"^([0-9a-f]{4})  ((?:[0-9a-f]{2} ?)+?)(?: {2,}.*)?$", dump, re.M)
+    data = bytearray()
+    for offset, row in lines:
+        assert int(offset, 16) == len(data)
+        data += bytes.fromhex(row)
+    assert bytes(data) == (valid / "worked-example.cvxq").read_bytes()
+
+
+def test_document_weights_are_those_of_the_vector(text: str, valid: Path) -> None:
+    table = text[text.index("| row | from position") :].splitlines()[2:5]
+    rows = [[float(cell) for cell in line.strip("|").split("|")[2:]] for line in table]
+    with Reader(valid / "worked-example.cvxq") as reader:
+        tensor = reader.read("fc.weight")
+        assert isinstance(tensor, CompandedTensor)
+        weights = dequantize(tensor, reader.codebook(0))
+    np.testing.assert_array_equal(np.array(rows, np.float32), weights)
+
+
+def test_document_lists_the_default_levels(text: str) -> None:
+    part = text[text.index("## Appendix A") : text.index("## Appendix B")]
+    block = part.split("```")[1].replace("text", "")
+    for depth, numbers in enumerate(re.split(r"B=\d", block)[1:], start=1):
+        upper = np.array(numbers.split(), np.float32)
+        np.testing.assert_array_equal(compander_levels(depth)[2 ** (depth - 1) :], upper)
+        np.testing.assert_array_equal(compander_levels(depth), -compander_levels(depth)[::-1])
+
+
+def test_document_names_the_checksum(text: str) -> None:
+    assert f"0x{zlib.crc32(b'123456789'):08X}" in text
