@@ -33,9 +33,11 @@ class Session:
         self.context_length = context_length
         self.prefill_tokens = prefill_tokens
         self.ids: list[int] = []
-        self._cache: DynamicCache | None = None
+        self._cache: Any = None
         # Recurrent networks keep a state that cannot be rewound: they read everything anew.
         self._has_keys = not getattr(network, "_is_stateful", False)
+        # Some networks of transformers 4 (GPT-2) take tuples of tensors and return longer ones.
+        self._takes_tuples = not getattr(network, "_supports_cache_class", True)
         forward = inspect.signature(network.forward).parameters
         self._last_only: dict[str, Any] = (
             {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
@@ -48,12 +50,16 @@ class Session:
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        if length < len(self.ids):
-            if self._cache is not None and length > 0:
-                self._cache.crop(length - len(self.ids))
-            else:
-                self._cache = None
-            del self.ids[length:]
+        if length >= len(self.ids):
+            return
+        if length > 0 and isinstance(self._cache, DynamicCache):
+            self._cache.crop(length - len(self.ids))
+        elif length > 0 and self._cache is not None and _is_by_position(self._cache):
+            self._cache = tuple(tuple(t[:, :, :length] for t in layer) for layer in self._cache)
+        elif self._has_keys:  # nothing can be kept
+            self._cache = None
+            length = 0
+        del self.ids[length:]
 
     def resume(self, ids: Sequence[int]) -> torch.Tensor:
         """Read the text `ids` from its beginning, computing only what differs from before.
@@ -74,7 +80,7 @@ class Session:
                 break
             shared += 1
         self.rewind(shared)
-        return self.feed(ids[shared:])
+        return self.feed(ids[len(self.ids) :])
 
     @torch.inference_mode()
     def feed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -82,14 +88,15 @@ class Session:
         if self.room is not None and len(ids) > self.room:
             raise ContextError(f"the model's context of {self.context_length} tokens is full")
         if not self._has_keys:
+            logits = self._forward([*self.ids, *ids])
             self.ids.extend(ids)
-            return self._forward(self.ids, None)
-        if self._cache is None:
+            return logits
+        if self._cache is None and not self._takes_tuples:
             self._cache = DynamicCache()
         try:
             for start in range(0, len(ids), self.prefill_tokens):
                 piece = ids[start : start + self.prefill_tokens]
-                logits = self._forward(piece, self._cache)
+                logits = self._forward(piece)
                 self.ids.extend(piece)
         except BaseException:  # interrupted between two layers: their lengths may differ
             self._cache = None
@@ -97,15 +104,22 @@ class Session:
             raise
         return logits
 
-    def _forward(self, ids: Sequence[int], cache: DynamicCache | None) -> torch.Tensor:
+    def _forward(self, ids: Sequence[int]) -> torch.Tensor:
         device = self.network.device
-        read = len(self.ids) if cache is not None else 0
+        seen = len(ids) + (len(self.ids) if self._has_keys else 0)
         output = self.network(
             input_ids=torch.tensor([list(ids)], device=device),
-            attention_mask=torch.ones((1, read + len(ids)), dtype=torch.long, device=device),
-            past_key_values=cache,
-            use_cache=cache is not None,
+            attention_mask=torch.ones((1, seen), dtype=torch.long, device=device),
+            past_key_values=self._cache,
+            use_cache=self._has_keys,
             **self._last_only,
         )
+        if self._has_keys:
+            self._cache = output.past_key_values
         logits: torch.Tensor = output.logits[0, -1]
         return logits.float()
+
+
+def _is_by_position(cache: Any) -> bool:
+    """Tell whether a cache of tuples is (batch, heads, positions, width), so that it can be cut."""
+    return all(tensor.dim() == 4 for layer in cache for tensor in layer)
