@@ -9,6 +9,10 @@ class ConversionError(Exception):
     """The conversion cannot start or cannot go on; the message is one line for the user."""
 
 
+class RateError(ConversionError):
+    """No allocation meets the rate or size that was asked for."""
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Return the first non-empty line of an error's text, or the error's type name."""
     for line in str(error).splitlines():

@@ -85,7 +85,6 @@ class _Shape:
 
 def preflight(
     source: Source,
-    output: Path,
     *,
     dtype: torch.dtype,
     device: str,
@@ -97,7 +96,7 @@ def preflight(
     keeps_originals: bool = True,
     speed: Speed | None = None,
 ) -> Preflight:
-    """Estimate a conversion of `source` into `output` and choose the amount of calibration.
+    """Estimate a conversion of `source` and choose the amount of calibration.
 
     sequences, length: as asked for, or None for the default. bits: rate, or an upper bound of it.
     keeps_originals: whether original weights stay in memory beside the quantized ones.

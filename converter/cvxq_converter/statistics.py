@@ -35,8 +35,8 @@ from .matrices import Matrix
 
 Progress = Callable[[str, int, int], None]
 METRICS = ("kl", "logits")
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}  # weights squared at once, in float64: 2 MiB, 32 MiB
-_LOGITS_CHUNK = 1 << 20  # logits turned into float32 probabilities at once
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # weights squared at once, in float64
+_LOGITS_CHUNK = 1 << 18  # logits turned into float32 probabilities at once
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,224 @@
+"""Rate target → bit depths.
+
+Minimise Σ P_n G_n² D_n(B_n) subject to Σ P_n B_n = R Σ P_n. At the optimum all groups have the
+same slope; with D_n(B) = H S_n² 2^(−2B) that gives (CVXQ, Eq. 6)
+
+    B_n = clamp(round(½ log2(2 ln 2 · H · G_n² S_n² / V)), 0, 8).
+
+The **worth** of a group is ½ log2(G_n² S_n²), in bits; the dual variable enters as an **offset**
+v = ½ log2(V / (2 ln 2 H)), so that B = round(worth − v) and the update V ← V + α(rate − R) becomes
+v ← v + α(rate − R), which settles in a few steps because the rate falls by at most one bit per
+unit of v. The ascent runs on the depths that the file will hold: worths in steps of 1/256 bit,
+rounded to whole depths, codes padded to bytes. `D_n` measured instead of modelled moves the
+thresholds between the depths, nothing else (`measured_thresholds`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cvxq_converter.errors import RateError
+
+UNITS_PER_BIT = 256
+MAX_DEPTH = 8
+MODEL_THRESHOLDS = np.arange(1, MAX_DEPTH + 1, dtype=np.int32) * UNITS_PER_BIT - UNITS_PER_BIT // 2
+MAX_ASCENT_STEPS = 100
+WORTH_DEPTH = 8.0  # bits below the median at which a group's worth no longer matters
+FIT_STEPS = 8
+ASCENT_RATE = 1.0  # α, bits of offset per bit of excess rate
+
+
+@dataclass(frozen=True)
+class Worths:
+    """What a bit is worth in each group of one matrix, in 1/256 bit, as the file can hold it.
+
+    cluster_terms: (C,) int64 and column_terms: (K,) uint8 when separable: the worth of group
+    (c, k) is cluster_terms[c] + (column_terms[k] << column_shift). Otherwise `free` holds it.
+    group_bytes: (C,) bytes of one bit plane of a group.
+    """
+
+    group_bytes: np.ndarray
+    cluster_terms: np.ndarray | None = None
+    column_terms: np.ndarray | None = None
+    column_bits: int = 0
+    column_shift: int = 0
+    free: np.ndarray | None = None
+
+    def units(self) -> np.ndarray:
+        """(C, K) int64 worth of every group in 1/256 bit."""
+        if self.free is not None:
+            return self.free
+        assert self.cluster_terms is not None
+        assert self.column_terms is not None
+        columns = self.column_terms.astype(np.int64) << self.column_shift
+        return self.cluster_terms[:, None] + columns[None, :]
+
+
+@dataclass(frozen=True)
+class BitAllocation:
+    """Depths of every group of every matrix, and the dual variable that gave them.
+
+    depths: per matrix (C, K) uint8. cluster_offsets: per matrix (C,) int64, what the dual
+    variable takes from each cluster's worth, in 1/256 bit. code_bytes: the packed codes' size.
+    """
+
+    depths: list[np.ndarray]
+    cluster_offsets: list[np.ndarray]
+    code_bytes: int
+    dual_variable: float
+    steps: int
+
+
+def separable_worths(worth: np.ndarray, cluster_rows: np.ndarray) -> Worths:
+    """Fit worth (C, K), in bits, by a cluster term plus a column term, and round both.
+
+    Groups of zeros have worth −∞ and do not count in the fit. It removes much of the sampling
+    noise in the sensitivities and makes the depth map nearly free. Column terms take as few bits
+    as their spread and a step of 1/16 bit (1/8 where the spread is wide) need.
+    """
+    clusters, columns = fit_additive(worth, cluster_rows)
+    lowest = columns.min()
+    spread = columns.max() - lowest
+    shift = 4 if spread * UNITS_PER_BIT < 255 << 4 else 5
+    terms = np.rint((columns - lowest) * UNITS_PER_BIT / (1 << shift))
+    terms = np.minimum(terms, 255).astype(np.uint8)
+    return Worths(
+        group_bytes=group_bytes(cluster_rows),
+        cluster_terms=np.rint((clusters + lowest) * UNITS_PER_BIT).astype(np.int64),
+        column_terms=terms,
+        column_bits=int(terms.max()).bit_length(),
+        column_shift=shift,
+    )
+
+
+def fit_additive(worth: np.ndarray, cluster_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least-squares cluster terms (C,) and column terms (K,) of worth (C, K), by alternation.
+
+    A group far below the median will hold no bits whatever its exact worth: it counts as
+    `WORTH_DEPTH` below, so that it cannot pull on the others. A cluster or column of nothing but
+    zeros is put as far below.
+    """
+    seen = np.isfinite(worth)
+    if not seen.any():
+        return np.zeros(worth.shape[0]), np.zeros(worth.shape[1])
+    lowest = np.median(worth[seen]) - WORTH_DEPTH
+    weight = seen * cluster_rows[:, None].astype(np.float64)
+    value = np.where(seen, np.maximum(worth, lowest), 0.0)
+    columns = np.zeros(worth.shape[1])
+    for _ in range(FIT_STEPS):
+        clusters = _mean(weight, value - columns, 1, lowest)
+        columns = _mean(weight, value - clusters[:, None], 0, -WORTH_DEPTH)
+        columns -= columns.mean()
+    return _mean(weight, value - columns, 1, lowest), columns
+
+
+def _mean(weight: np.ndarray, value: np.ndarray, axis: int, empty: float) -> np.ndarray:
+    total = weight.sum(axis)
+    return np.where(total > 0, (weight * value).sum(axis) / np.maximum(total, 1e-300), empty)
+
+
+def free_worths(worth: np.ndarray, cluster_rows: np.ndarray) -> Worths:
+    """Every group keeps its own worth; the file then stores four bits of depth per group."""
+    seen = np.isfinite(worth)
+    worth = np.where(seen, worth, worth[seen].min() - WORTH_DEPTH if seen.any() else 0.0)
+    units = np.rint(worth * UNITS_PER_BIT).astype(np.int64)
+    return Worths(group_bytes=group_bytes(cluster_rows), free=units)
+
+
+def group_bytes(cluster_rows: np.ndarray) -> np.ndarray:
+    """(C,) int64 bytes of one bit plane of one group of each cluster."""
+    return (cluster_rows.astype(np.int64) + 7) // 8
+
+
+def measured_thresholds(distortion: np.ndarray) -> np.ndarray:
+    """Depth thresholds from distortions d_0 .. d_8 measured at unit scale (d_0 = 1).
+
+    A group earns depth j when G² S² (d_{j−1} − d_j) reaches the common slope, so the threshold
+    lies at −½ log2(d_{j−1} − d_j); the set is shifted so that depth 4 keeps its modelled place.
+    Returns (8,) int32 in 1/256 bit, non-decreasing.
+    """
+    gain = np.maximum(distortion[:-1] - distortion[1:], 1e-12)
+    gain = np.minimum.accumulate(gain)  # the lower convex hull of a nearly convex curve
+    thresholds = -0.5 * np.log2(gain) * UNITS_PER_BIT
+    return np.rint(thresholds - thresholds[3] + MODEL_THRESHOLDS[3]).astype(np.int32)
+
+
+def depths_of(units: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """(…,) uint8 depth of groups by their worth in 1/256 bit, less the dual variable's offset."""
+    return np.searchsorted(thresholds, units, side="right").astype(np.uint8)
+
+
+def code_bytes(depths: np.ndarray, plane_bytes: np.ndarray) -> int:
+    """Bytes of the packed codes of one matrix."""
+    return int(depths.sum(axis=1, dtype=np.int64) @ plane_bytes)
+
+
+def allocate_bit_depths(
+    worths: Sequence[Worths], thresholds: np.ndarray, budget_bytes: int
+) -> BitAllocation:
+    """Choose one bit depth per group so that the packed codes fill `budget_bytes`, never more.
+
+    Dual ascent finds the offset; then the clusters, in order, are raised by one more unit as long
+    as the budget allows, which closes the gap that rounding leaves.
+    Raises RateError when even depth 0 or depth 8 everywhere misses the budget.
+    """
+    units = [w.units() for w in worths]
+    planes = [w.group_bytes for w in worths]
+    plane_total = sum(int(p.sum()) * u.shape[1] for p, u in zip(planes, units, strict=True))
+    if budget_bytes < 0:
+        raise RateError("the side information alone exceeds the rate that was asked for")
+    if budget_bytes > MAX_DEPTH * plane_total:
+        raise RateError("the rate that was asked for exceeds 8 bits in every group")
+    target = budget_bytes / plane_total  # mean depth
+
+    def size(offset: int) -> int:
+        return sum(
+            code_bytes(depths_of(u - offset, thresholds), p)
+            for u, p in zip(units, planes, strict=True)
+        )
+
+    offset, steps = _ascend(size, units, plane_total, target)
+    while size(offset) > budget_bytes:  # at most a few units: the ascent ends within rounding
+        offset += 1
+    while size(offset - 1) <= budget_bytes and size(offset - 1) > size(offset):
+        offset -= 1
+    depths = [depths_of(u - offset, thresholds) for u in units]
+    offsets = [np.full(len(u), offset, dtype=np.int64) for u in units]
+    spent = size(offset)
+    for depth, unit, plane, own in zip(depths, units, planes, offsets, strict=True):
+        for cluster in range(len(unit)):
+            raised = depths_of(unit[cluster] - (offset - 1), thresholds)
+            step = int(raised.sum(dtype=np.int64) - depth[cluster].sum(dtype=np.int64))
+            if 0 < step * plane[cluster] <= budget_bytes - spent:
+                spent += step * int(plane[cluster])
+                depth[cluster] = raised
+                own[cluster] -= 1
+    return BitAllocation(depths, offsets, spent, offset / UNITS_PER_BIT, steps)
+
+
+def _ascend(
+    size: Callable[[int], int], units: Sequence[np.ndarray], plane_total: int, target: float
+) -> tuple[int, int]:
+    """Dual ascent v ← v + α(rate(v) − R) in the log domain; returns the offset and the steps.
+
+    The rounded rate is a staircase in v, so the ascent stays inside the bracket of offsets known
+    to overspend and to underspend, halving it when a step would leave.
+    """
+    value = float(np.mean([u.mean() for u in units]) - target * UNITS_PER_BIT)
+    low, high = -math.inf, math.inf
+    for step in range(1, MAX_ASCENT_STEPS + 1):
+        offset = round(value)
+        excess = size(offset) / plane_total - target
+        if excess > 0:
+            low = max(low, offset)
+        else:
+            high = min(high, offset)
+        if high - low <= 1:
+            return int(high), step
+        move = ASCENT_RATE * UNITS_PER_BIT * excess
+        value = offset + (math.copysign(max(abs(move), 1.0), excess) if excess else -1.0)
+        if not low < round(value) < high:
+            value = (low + high) / 2
+    return int(high) if math.isfinite(high) else round(value), MAX_ASCENT_STEPS

@@ -1,0 +1,328 @@
+"""The stages of a conversion, in order. The only file that knows them all.
+
+    load → calibrate → [ measure → allocate → quantize → correct ] × iterations → write
+
+Every iteration measures the network as the last one left it, quantized, and quantizes the
+original weights anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cvxq_format import Codebook, CompandedTensor
+
+from cvxq_converter.allocation import BitAllocation
+from cvxq_converter.bias import BIAS_BITS
+from cvxq_converter.budget import allocate_for_rate, allocate_for_size, empty_file_header
+from cvxq_converter.calibration import CalibrationOptions, make_sequences
+from cvxq_converter.checkpoint import Source, load_tokenizer, open_source
+from cvxq_converter.correction import Statistics, correct, layers_to_gain_bias
+from cvxq_converter.encode import (
+    codebook_bytes,
+    default_codebook,
+    depth_thresholds,
+    empty_tensor,
+    encode_matrices,
+    overhead_bytes,
+)
+from cvxq_converter.errors import ConversionError
+from cvxq_converter.loaded import LoadedModel, load_model
+from cvxq_converter.matrices import Matrix
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.plan import MatrixPlan, Sensitivity, plan_matrix
+from cvxq_converter.preflight import Preflight, preflight, refuse_what_cannot_fit
+from cvxq_converter.quality import Divergence, Reference, make_reference
+from cvxq_converter.report import ConversionReport, depth_histogram
+from cvxq_converter.rtn import quantize_rtn, rtn_codebook
+from cvxq_converter.stages import Progress, Stages
+from cvxq_converter.statistics import measure
+from cvxq_converter.writing import write_container
+
+HELD_BACK = 8  # one sequence in eight is kept from the measurement, for the gain and the report
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The quantized matrices of a model, and what was decided on the way."""
+
+    tensors: dict[str, CompandedTensor]
+    codebook: Codebook
+    added_biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    allocation: BitAllocation | None = None
+    gain_exponent: float | None = None
+    quality: Divergence | None = None
+
+
+def convert(
+    model: str,
+    output: Path,
+    options: ConversionOptions,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> ConversionReport:
+    """Convert a model folder or hub id into the `.cvxq` file `output`.
+
+    progress: called as (stage, done, total). announce: called with the estimate, one line, before
+    the work starts.
+    Raises ConversionError for what cannot be converted, RateError for an impossible target.
+    An existing `output` is only ever replaced by a complete new file.
+    """
+    torch.manual_seed(options.seed)
+    stages = Stages(progress)
+    source = open_source(model, options.revision)
+    estimate = _estimate(source, output, options)
+    if announce:
+        announce(estimate.line())
+    refuse_what_cannot_fit(estimate, output, options.device)
+    with stages.stage("load"):
+        loaded = load_model(source, options)
+    sequences = torch.empty(0, 0, dtype=torch.int64)
+    if options.method == "rtn":
+        result = _round_to_nearest(loaded, options, stages)
+    else:
+        with stages.stage("calibrate"):
+            wanted = CalibrationOptions(
+                options.calibration, estimate.sequences or 1, estimate.length or 2, options.seed
+            )
+            tokenizer = load_tokenizer(source)
+            sequences = make_sequences(loaded.network, tokenizer, wanted, stages.report)
+        result = _iterate(loaded, sequences, options, stages)
+    return _finish(loaded, result, sequences, output, options, stages)
+
+
+def _estimate(source: Source, output: Path, options: ConversionOptions) -> Preflight:
+    calibration = "none" if options.method == "rtn" else options.calibration
+    return preflight(
+        source,
+        output,
+        dtype=options.dtype,
+        device=options.device,
+        calibration=calibration,
+        sequences=options.sequences,
+        length=options.length,
+        iterations=options.iterations,
+        bits=8.0 if options.bits is None else options.bits,
+        keeps_originals=options.replaces_weights,
+    )
+
+
+def _iterate(
+    loaded: LoadedModel, sequences: torch.Tensor, options: ConversionOptions, stages: Stages
+) -> Quantized:
+    training, held_back = _split(sequences)
+    if not len(training):
+        return _quantize(loaded, {}, None, options, stages)
+    with stages.stage("calibrate"):
+        reference = make_reference(loaded.network, held_back)
+    for _ in range(options.iterations):
+        with stages.stage("measure"):
+            statistics = measure(
+                loaded.network,
+                loaded.matrices,
+                training,
+                options.metric,
+                options.seed,
+                stages.report,
+            )
+        result = _quantize(loaded, statistics, reference, options, stages)
+    return result
+
+
+def _split(sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences to measure on, and those held back; a single one serves for both."""
+    if len(sequences) < 2:
+        return sequences, sequences
+    held = max(1, len(sequences) // HELD_BACK)
+    return sequences[:-held], sequences[-held:]
+
+
+@torch.no_grad()
+def _quantize(
+    loaded: LoadedModel,
+    statistics: Statistics,
+    reference: Reference | None,
+    options: ConversionOptions,
+    stages: Stages,
+) -> Quantized:
+    """One iteration after the measurement."""
+
+    def weight_of(plan: MatrixPlan) -> torch.Tensor:
+        return loaded.originals[plan.matrix.name]
+
+    gained = layers_to_gain_bias(loaded, statistics, options)
+    with stages.stage("allocate") as done:
+        plans = []
+        for i, matrix in enumerate(loaded.matrices):
+            plans.append(_plan(loaded, matrix, statistics, options))
+            done(i + 1, len(loaded.matrices))
+        thresholds = depth_thresholds(plans, weight_of, options)
+        allocation = _allocate(loaded, plans, thresholds, gained, options)
+    with stages.stage("quantize") as done:
+        encoded = encode_matrices(plans, weight_of, allocation, thresholds, options, done)
+    with stages.stage("correct") as done:
+        result = correct(loaded, encoded, statistics, gained, reference, options, done)
+    return Quantized(
+        tensors={m.name: t for m, t in zip(loaded.matrices, encoded.tensors, strict=True)},
+        codebook=result.codebook,
+        added_biases=result.added_biases,
+        allocation=allocation,
+        gain_exponent=result.gain_exponent,
+        quality=result.quality,
+    )
+
+
+def _plan(
+    loaded: LoadedModel, matrix: Matrix, statistics: Statistics, options: ConversionOptions
+) -> MatrixPlan:
+    weight = loaded.originals[matrix.name]
+    if matrix.name in statistics:
+        sensitivity = Sensitivity.from_statistics(statistics[matrix.name])
+    else:
+        sensitivity = Sensitivity.uniform((weight.shape[0], weight.shape[1]))
+    return plan_matrix(
+        matrix,
+        weight,
+        sensitivity,
+        group_size=options.group_size,
+        partitions=options.partitions,
+        separable=options.separable_depths,
+        means=options.means,
+    )
+
+
+def _allocate(
+    loaded: LoadedModel,
+    plans: list[MatrixPlan],
+    thresholds: np.ndarray,
+    gained: list[Matrix],
+    options: ConversionOptions,
+) -> BitAllocation:
+    worths = [p.worths for p in plans]
+    side = {p.matrix.name: overhead_bytes(p, options) for p in plans}
+    if options.bits is not None:
+        bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)
+        side_bytes = sum(side.values()) + codebook_bytes() + bias_bytes
+        return allocate_for_rate(
+            worths, thresholds, options.bits, loaded.quantized_weights, side_bytes
+        )
+    assert options.size_bytes is not None
+    empty = Quantized(
+        tensors={p.matrix.name: empty_tensor(p, options) for p in plans},
+        codebook=default_codebook(thresholds),
+        added_biases={m.bias_name: torch.zeros(len(m.weight)) for m in gained if m.bias_name},
+    )
+    no_sequences = torch.empty(0, 0, dtype=torch.int64)
+    header = empty_file_header(lambda path: _write(path, loaded, empty, no_sequences, options))
+    return allocate_for_size(worths, thresholds, options.size_bytes, header, side)
+
+
+@torch.no_grad()
+def _round_to_nearest(loaded: LoadedModel, options: ConversionOptions, stages: Stages) -> Quantized:
+    if options.bits is None or options.bits not in range(1, 9):
+        raise ConversionError("--method rtn takes whole --bits from 1 to 8, of the codes alone")
+    codebook = rtn_codebook()
+    tensors = {}
+    with stages.stage("quantize") as done:
+        for i, matrix in enumerate(loaded.matrices):
+            tensors[matrix.name] = quantize_rtn(
+                loaded.originals[matrix.name].cpu(),
+                int(options.bits),
+                options.group_size,
+                codebook,
+                matrix.source_orientation,
+            )
+            done(i + 1, len(loaded.matrices))
+    return Quantized(tensors, codebook)
+
+
+def _finish(
+    loaded: LoadedModel,
+    result: Quantized,
+    sequences: torch.Tensor,
+    output: Path,
+    options: ConversionOptions,
+    stages: Stages,
+) -> ConversionReport:
+    with stages.stage("write"):
+        report = _report(loaded, result, sequences, options, stages)
+        _write(output, loaded, result, sequences, options, report)
+    size = output.stat().st_size
+    return report.with_file(size, dict(stages.seconds))
+
+
+def _report(
+    loaded: LoadedModel,
+    result: Quantized,
+    sequences: torch.Tensor,
+    options: ConversionOptions,
+    stages: Stages,
+) -> ConversionReport:
+    tensors = list(result.tensors.values())
+    weights = loaded.quantized_weights
+    bias_bytes = sum(b.numel() * BIAS_BITS // 8 for b in result.added_biases.values())
+    payload = sum(t.payload_size for t in tensors)
+    total = payload + len(result.codebook.to_bytes()) + bias_bytes
+    codes = sum(t.packed_codes.size for t in tensors)
+    return ConversionReport(
+        method=options.method,
+        rate_bits_per_weight=8 * total / weights,
+        side_bits_per_weight=8 * (total - codes) / weights,
+        parameters=loaded.parameters,
+        quantized_weights=weights,
+        matrices=len(tensors),
+        depth_histogram=depth_histogram(tensors),
+        gained_biases=len(result.added_biases),
+        gain_exponent=result.gain_exponent,
+        dual_variable=result.allocation.dual_variable if result.allocation else None,
+        ascent_steps=result.allocation.steps if result.allocation else None,
+        kl=result.quality.mean if result.quality else None,
+        kl_standard_error=result.quality.standard_error if result.quality else None,
+        calibration_tokens=sequences.numel(),
+    )
+
+
+def _write(
+    path: Path,
+    loaded: LoadedModel,
+    result: Quantized,
+    sequences: torch.Tensor,
+    options: ConversionOptions,
+    report: ConversionReport | None = None,
+) -> None:
+    write_container(
+        path,
+        loaded.source,
+        result.codebook,
+        result.tensors,
+        loaded.unquantized(),
+        result.added_biases,
+        loaded.aliases,
+        {
+            "provenance.json": _provenance(loaded, sequences, options),
+            "report.json": report.for_file() if report else {},
+        },
+    )
+
+
+def _provenance(
+    loaded: LoadedModel, sequences: torch.Tensor, options: ConversionOptions
+) -> dict[str, Any]:
+    """Where the file comes from: enough to make it again. No times, paths or host names."""
+    digest = hashlib.sha256(sequences.contiguous().numpy().tobytes()).hexdigest()
+    return {
+        "source": loaded.source.name,
+        "source_sha256": loaded.source.digest,
+        "calibration_sha256": digest if sequences.numel() else None,
+        "options": options.to_json(),
+        "versions": {name: version(name) for name in ("cvxq", "torch", "transformers")},
+        "device": torch.device(options.device).type,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,59 @@
+"""What a conversion can be asked for. The command line fills this in; so can Python code."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GROUP_SIZE = 64
+PARTITIONS = 8
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """All choices of one conversion; the defaults are those that docs/ablation.md settled.
+
+    bits: rate in bits per weight of the quantized matrices, side information included.
+    size_bytes: size of the whole file instead of a rate; exactly one of the two is given.
+    sequences, length: of the calibration; None leaves them to the preflight.
+    keep: shell patterns of matrix names left in 16 bits.
+    gain: exponent of the gain folded into the level tables; None tries several and keeps the one
+        with the least KL on the calibration sequences.
+    """
+
+    bits: float | None = None
+    size_bytes: int | None = None
+    method: str = "cvxq"  # or "rtn"
+    group_size: int = GROUP_SIZE
+    partitions: int = PARTITIONS
+    keep: tuple[str, ...] = ()
+    calibration: str = "self"  # or "none", or the path of a .txt or .jsonl file
+    sequences: int | None = None
+    length: int | None = None
+    metric: str = "kl"  # or "logits"
+    iterations: int = 1
+    separable_depths: bool = True
+    curve: str = "model"  # or "measured"
+    levels: str = "fitted"  # or "compander"
+    gain: float | None = None
+    refine_scales: bool = True
+    means: bool = True
+    correct_biases: bool = True
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    revision: str | None = None
+
+    @property
+    def replaces_weights(self) -> bool:
+        """Whether the conversion runs the quantized network, so that originals must be kept."""
+        return self.method == "cvxq" and self.calibration != "none"
+
+    def to_json(self) -> dict[str, Any]:
+        """All options as JSON values, without paths: a calibration file gives its name only."""
+        values = asdict(self)
+        values["dtype"] = str(self.dtype).removeprefix("torch.")
+        values["calibration"] = Path(self.calibration).name
+        del values["device"]
+        return values

@@ -1,0 +1,118 @@
+"""Statistics and weights of one matrix → what its bits are worth.
+
+Sensitivities are kept as N row sums and K column sums per matrix, and the sensitivity of a weight
+is taken as their product: G_nk² = r_n c_k / Σ r. Measured per (cluster, column) instead, the
+estimate is noisier and allocates no better (docs/ablation.md).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cvxq_converter.allocation import Worths, free_worths, separable_worths
+from cvxq_converter.checkpoint import Matrix
+from cvxq_converter.clustering import (
+    Clustering,
+    choose_partitions,
+    cluster_rows,
+    group_moments,
+)
+from cvxq_converter.quantize import means_pay
+from cvxq_converter.shrinkage import shrink
+from cvxq_converter.statistics import MatrixStatistics
+
+SMALLEST_VARIANCE = 1e-12  # of the matrix's mean; below it a group is rounding noise about its mean
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Mean squared gradient of one matrix: weight (n, k) has row[n] · column[k]."""
+
+    row: np.ndarray
+    column: np.ndarray
+
+    @classmethod
+    def uniform(cls, shape: tuple[int, int]) -> "Sensitivity":
+        """Sensitivity 1 everywhere, for `--calibration none`."""
+        return cls(np.ones(shape[0]), np.ones(shape[1]))
+
+    @classmethod
+    def from_statistics(cls, stats: MatrixStatistics) -> "Sensitivity":
+        """Shrink both axes towards their priors; keep the matrix's measured total."""
+        total = stats.row_sensitivity.sum()
+        row = shrink(stats.row_sensitivity, stats.row_evidence, stats.sequences)
+        column = shrink(stats.column_sensitivity, stats.column_evidence, stats.sequences)
+        return cls(row / row.sum(), column / column.sum() * max(total, 1e-300))
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """One matrix cut into groups, with the moments and the worth of each group.
+
+    moments: (mean, mean square), each (C, K) float32.
+    """
+
+    matrix: Matrix
+    clustering: Clustering
+    moments: tuple[torch.Tensor, torch.Tensor]
+    with_means: bool
+    worths: Worths
+
+    def deviation(self) -> torch.Tensor:
+        """(C, K) float32 spread of each group: about its mean if means are stored, else about 0."""
+        mean, mean_square = self.moments
+        variance = mean_square - mean.square() if self.with_means else mean_square
+        return variance.clamp_min(0).sqrt()
+
+
+def plan_matrix(
+    matrix: Matrix,
+    weight: torch.Tensor,
+    sensitivity: Sensitivity,
+    *,
+    group_size: int,
+    partitions: int,
+    separable: bool,
+    means: bool,
+) -> MatrixPlan:
+    """Cluster the rows of weight (N, K) and find the worth of every group.
+
+    partitions: how many row partitions to allow, halved until each holds a whole group.
+    means: allow stored means, used where they pay.
+    """
+    rows = weight.shape[0]
+    row_variance = weight.float().square().mean(1)
+    clustering = cluster_rows(
+        row_variance.double().cpu().numpy(),
+        sensitivity.row,
+        group_size,
+        choose_partitions(rows, group_size, partitions),
+    )
+    mean, mean_square = group_moments(weight, clustering)
+    with_means = means and means_pay(mean, mean_square, group_size)
+    variance = (mean_square - mean.square()) if with_means else mean_square
+    worth = group_worth(variance.double().cpu().numpy(), sensitivity, clustering)
+    fit = separable_worths if separable else free_worths
+    return MatrixPlan(
+        matrix=matrix,
+        clustering=clustering,
+        moments=(mean, mean_square),
+        with_means=with_means,
+        worths=fit(worth, clustering.cluster_rows),
+    )
+
+
+def group_worth(
+    variance: np.ndarray, sensitivity: Sensitivity, clustering: Clustering
+) -> np.ndarray:
+    """(C, K) float64 ½ log2(G² S²) in bits, −∞ for a group without spread.
+
+    variance: (C, K) of the groups, in weight².
+    """
+    floor = SMALLEST_VARIANCE * float(variance.mean())
+    row = sensitivity.row[clustering.permutation]
+    cluster = np.add.reduceat(row, clustering.bounds[:-1]) / clustering.cluster_rows
+    with np.errstate(divide="ignore"):
+        spread = np.log2(np.where(variance > floor, variance, 0.0))
+    return 0.5 * (spread + np.log2(cluster)[:, None] + np.log2(sensitivity.column)[None, :])

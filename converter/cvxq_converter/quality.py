@@ -1,0 +1,61 @@
+"""KL divergence to the original on a few sequences, while both are at hand.
+
+The original's log-probabilities are computed once, before the network's weights are replaced.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+LOGIT_LIMIT = 1 << 26  # entries kept in float32: 256 MiB
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(original ‖ quantized) per token, nats; standard error over tokens."""
+
+    mean: float
+    standard_error: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Next-token log-probabilities of the original on held-back sequences.
+
+    sequences: (S, L) int64; log_probabilities: per sequence (L, V) float32.
+    """
+
+    sequences: torch.Tensor
+    log_probabilities: list[torch.Tensor]
+
+
+@torch.no_grad()
+def make_reference(network: Any, sequences: torch.Tensor) -> Reference:
+    """Run the original over as many of the sequences (S, L) as fit the memory limit."""
+    kept: list[torch.Tensor] = []
+    vocabulary = network.config.get_text_config().vocab_size
+    for row in sequences:
+        if kept and (len(kept) + 1) * row.numel() * vocabulary > LOGIT_LIMIT:
+            break
+        kept.append(_log_probabilities(network, row))
+    return Reference(sequences[: len(kept)], kept)
+
+
+@torch.no_grad()
+def divergence(network: Any, reference: Reference) -> Divergence:
+    """KL of the network, as it is now, to the reference."""
+    losses = []
+    for row, original in zip(reference.sequences, reference.log_probabilities, strict=True):
+        ours = _log_probabilities(network, row)
+        losses.append((original.exp() * (original - ours)).sum(-1).double().cpu().numpy())
+    values = np.concatenate(losses)
+    error = float(values.std(ddof=1) / np.sqrt(len(values)))
+    return Divergence(float(values.mean()), error, len(values))
+
+
+def _log_probabilities(network: Any, row: torch.Tensor) -> torch.Tensor:
+    logits = network(row[None].to(network.device), use_cache=False).logits[0]
+    return torch.log_softmax(logits.float(), dim=-1)
