@@ -66,6 +66,23 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def failed_sizes(rows: Sequence[Row]) -> list[str]:
+    """Sentences about files of table B that are larger than the one cvxq was asked not to exceed.
+
+    The file to compare with is GPTQ's, or RTN's where the cell has no GPTQ.
+    """
+    failed = []
+    for cell in sorted({row.cell for row in rows}):
+        found = {row.method: row for row in rows if row.cell == cell}
+        ours, other = found["cvxq"], found.get("GPTQ", found["RTN"])
+        if ours.file_bytes > other.file_bytes:
+            failed.append(
+                f"{cell[0]} bits, group {cell[1]}: cvxq's file takes {ours.file_bytes:,} bytes, "
+                f"{other.method}'s {other.file_bytes:,}"
+            )
+    return failed
+
+
 def failed_claims(rows: Sequence[Row]) -> list[str]:
     """Sentences about the claims that table A's rows contradict.
 

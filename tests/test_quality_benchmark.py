@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from comparison import Cost, Row, failed_claims, table  # noqa: E402
+from comparison import Cost, Row, failed_claims, failed_sizes, table  # noqa: E402
 from measuring import Bench, BenchmarkError, Sampling, run_measured  # noqa: E402
 from peers.grid import Parts, take_apart  # noqa: E402
 
@@ -84,6 +84,15 @@ def test_claims_need_no_more_bits_than_the_peer() -> None:
     baseline, peer, ours = rows(rtn=0.3, gptq=0.2, cvxq=0.1)
     failed = failed_claims([baseline, peer, replace(ours, rate=3.3)])
     assert failed == ["3 bits, group 64: cvxq takes 3.3000 bits, GPTQ 3.2969"]
+
+
+def test_files_may_not_exceed_the_one_they_are_compared_with() -> None:
+    baseline, peer, ours = rows(rtn=0.3, gptq=0.2, cvxq=0.1)
+    small = replace(baseline, file_bytes=100)
+    assert failed_sizes([small, peer, ours]) == []
+    sentence = "3 bits, group 64: cvxq's file takes 901 bytes, GPTQ's 900"
+    assert failed_sizes([small, peer, replace(ours, file_bytes=901)]) == [sentence]
+    assert len(failed_sizes([small, ours])) == 1
 
 
 def test_table_has_a_line_per_row_with_errors_beside_the_figures() -> None:
