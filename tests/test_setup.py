@@ -96,6 +96,53 @@ def test_the_index_default_elsewhere(setup: ModuleType, system: str, gpu: bool) 
     assert [arguments for _, arguments in choices] == [["torch==2.13.0"]]
 
 
+NO_MATCH = "ERROR: No matching distribution found for torch==2.13.0+cpu"
+OFFLINE = "NewConnectionError: Name or service not known\n" + NO_MATCH
+FULL = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("answers", "tries", "reason"),
+    [
+        (["ok"], 1, None),
+        ([NO_MATCH, "ok"], 2, None),
+        ([NO_MATCH, OFFLINE, "ok"], 3, None),  # only PyTorch's index is out of reach
+        ([NO_MATCH, OFFLINE, OFFLINE], 3, "index cannot be reached"),
+        ([OFFLINE], 1, "index cannot be reached"),
+        ([FULL], 1, "the disk is full"),
+        ([NO_MATCH, FULL], 2, "the disk is full"),
+    ],
+)
+def test_the_next_build_is_tried_only_where_that_can_help(
+    setup: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answers: list[str],
+    tries: int,
+    reason: str | None,
+) -> None:
+    asked = []
+
+    class Scripted(setup.Environment):  # type: ignore[misc, name-defined]
+        def has_torch(self, version: str) -> bool:
+            return False
+
+        def pip(self, *arguments: str) -> tuple[bool, str]:
+            asked.append(arguments)
+            answer = answers[len(asked) - 1]
+            return answer == "ok", answer
+
+    monkeypatch.setattr(setup.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(setup, "check_disk", lambda folder, needed: None)
+    environment = Scripted(tmp_path)
+    if reason is None:
+        environment.install_torch("2.13.0", gpu=False)
+    else:
+        with pytest.raises(setup.SetupError, match=reason):
+            environment.install_torch("2.13.0", gpu=False)
+    assert len(asked) == tries
+
+
 def test_the_fingerprint_follows_the_files_and_the_folder(
     setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,7 @@ def check_disk(
 
 def explain(log: str) -> str:
     """The one line that says why pip failed, from what it printed."""
-    if any(sign in log for sign in DISK_SIGNS):
+    if is_disk_failure(log):
         return "the disk is full: pip ran out of space; free some (3 GB are needed) and try again"
     if is_network_failure(log):
         return (
@@ -110,6 +110,10 @@ def explain(log: str) -> str:
 
 def is_network_failure(log: str) -> bool:
     return any(sign in log for sign in NETWORK_SIGNS)
+
+
+def is_disk_failure(log: str) -> bool:
+    return any(sign in log for sign in DISK_SIGNS)
 
 
 def fingerprint(venv: Path) -> str:
@@ -184,7 +188,7 @@ class Environment:
         made = subprocess.run(clear, capture_output=True, text=True, check=False)
         if made.returncode != 0:
             said = (made.stdout + made.stderr).strip()
-            reason = explain(said) if any(sign in said for sign in DISK_SIGNS) else said[-300:]
+            reason = explain(said) if is_disk_failure(said) else said[-300:]
             raise SetupError(
                 "no virtual environment at {}: {}".format(self.venv, " ".join(reason.split()))
             )
@@ -221,8 +225,8 @@ class Environment:
             ok, printed = self.pip("--no-deps", *arguments)
             if ok:
                 return
-            asked_pytorch_only = "--index-url" in arguments
-            if is_last or (is_network_failure(printed) and not asked_pytorch_only):
+            is_offline = is_network_failure(printed) and TORCH_CPU_INDEX not in arguments
+            if is_last or is_offline or is_disk_failure(printed):
                 raise self.fail(printed)
 
     def install_project(self, constraints: Path, extras: str) -> None:
