@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the same weight on `device`; nothing is copied when it is there already."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: part.to(device)
             for field in fields(self)
             if isinstance(part := getattr(self, field.name), torch.Tensor)

@@ -95,9 +95,7 @@ def context_length(config: Any) -> int | None:
 class _EmptyOnMeta(TorchFunctionMode):
     """`torch.empty`, with which modules allocate weights, gives meta tensors: no memory."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"

@@ -155,9 +155,7 @@ def divergence(
             raise ArgumentError(
                 f"the vocabularies differ: {ours.shape[-1]} tokens, the original {theirs.shape[-1]}"
             )
-        for (q, goal), (p, _) in zip(
-            _chunks(window, ours), _chunks(window, theirs), strict=True
-        ):
+        for (q, goal), (p, _) in zip(_chunks(window, ours), _chunks(window, theirs), strict=True):
             columns.append(
                 torch.stack(
                     [

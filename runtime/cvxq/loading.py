@@ -142,9 +142,7 @@ def _place_dense(
         _set(network, name, parameter)
 
 
-def _check_shape(
-    tensor: str, found: tuple[int, ...], expected: torch.Tensor, name: str
-) -> None:
+def _check_shape(tensor: str, found: tuple[int, ...], expected: torch.Tensor, name: str) -> None:
     if found != tuple(expected.shape):
         raise InconsistentFileError(
             f"tensor {tensor!r} has shape {found}, but {name!r} of the config's architecture "

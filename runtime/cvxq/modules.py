@@ -31,7 +31,7 @@ class LazyWeight(torch.Tensor):
     def __new__(cls, packed: PackedWeight, dtype: torch.dtype, flipped: bool) -> LazyWeight:
         """Stand for `packed` in `dtype`; `flipped` presents (N, K) as (K, N), as Conv1D does."""
         shape = packed.shape[::-1] if flipped else packed.shape
-        self: LazyWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: LazyWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=packed.device
         )
         self.packed = packed
@@ -43,13 +43,13 @@ class LazyWeight(torch.Tensor):
         dense = self.packed.dense(self.dtype)
         return dense.t() if self.flipped else dense
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         def expand(value: Any) -> Any:
@@ -93,6 +93,7 @@ class PackedConv1D(_PackedModule, Conv1D):
     """GPT-2's Conv1D, whose parameter is (K, N), over a packed (N, K) weight."""
 
     flipped = True
+    bias: nn.Parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (…, K) · Wᵀ + bias, (…, N)."""

@@ -108,7 +108,10 @@ class StopStrings:
             shown, self._held = self._held[:place], ""
             return shown
         keep = self._possible_start()
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        shown, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         return shown
 
     def finish(self) -> str:

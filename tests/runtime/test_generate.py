@@ -43,7 +43,9 @@ class Count:
         self.tokens.append(kwargs["input_ids"].shape[1])
 
 
-def greedy_of_transformers(network: Any, prompt: list[int], count: int, **options: Any) -> list[int]:
+def greedy_of_transformers(
+    network: Any, prompt: list[int], count: int, **options: Any
+) -> list[int]:
     ids = torch.tensor([prompt])
     output = network.generate(
         input_ids=ids,
@@ -190,7 +192,7 @@ def test_the_context_ends_an_answer(model: cvxq.Model) -> None:
 
 
 def test_a_prompt_longer_than_the_context_is_refused(model: cvxq.Model) -> None:
-    with pytest.raises(ContextError, match="the prompt has 65 tokens, .* context holds 64"):
+    with pytest.raises(ContextError, match=r"the prompt has 65 tokens, .* context holds 64"):
         next(generate_tokens(model.session(), [7] * 65, GREEDY))
 
 

@@ -224,9 +224,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_rotary_settings_of_either_transformers_version(
-    spelling: str, make_file: MakeFile
-) -> None:
+def test_rotary_settings_of_either_transformers_version(spelling: str, make_file: MakeFile) -> None:
     config = make_file("llama").network.config
     settings = json.loads(config.to_json_string())
     for key in ("rope_theta", "rope_scaling", "rope_parameters"):

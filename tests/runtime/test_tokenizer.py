@@ -178,9 +178,7 @@ def test_an_empty_prompt_becomes_the_beginning_of_a_text(
         assert model.encode("") == [model.tokenizer.eos_token_id]
 
 
-def test_generation_from_text(
-    byte_files: dict[str, bytes], make_file: Callable[..., Any]
-) -> None:
+def test_generation_from_text(byte_files: dict[str, bytes], make_file: Callable[..., Any]) -> None:
     # The tiny network knows 96 tokens, so the prompt is of single ASCII characters.
     settings = SamplingSettings(temperature=1.0, seed=3, max_tokens=8)
     with cvxq.load(make_file("llama", files=byte_files).path) as model:

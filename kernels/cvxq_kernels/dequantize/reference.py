@@ -58,8 +58,7 @@ def rows(weight: PackedWeight, ids: torch.Tensor, dtype: torch.dtype) -> torch.T
     unique, inverse = torch.unique(ids.to(weight.device), return_inverse=True)
     if len(unique) and (unique[0] < 0 or unique[-1] >= weight.shape[0]):
         raise IndexError(
-            f"row ids span {int(unique[0])}..{int(unique[-1])}, "
-            f"allowed 0..{weight.shape[0] - 1}"
+            f"row ids span {int(unique[0])}..{int(unique[-1])}, allowed 0..{weight.shape[0] - 1}"
         )
     take = _stored_columns if weight.transposed else _stored_rows
     step = max(1, CHUNK_WEIGHTS // weight.shape[1])
@@ -119,12 +118,12 @@ def _decode_groups(
 
 def _weights(weight: PackedWeight, level: torch.Tensor, groups: tuple[Any, ...]) -> torch.Tensor:
     """Scale and shift levels: the first axes of `level` are those of the groups indexed."""
-    extra = level.dim() - weight.scale_codes[groups].dim()
-    scale = weight.scales[weight.scale_codes[groups].to(torch.int32)]
+    chosen = weight.scale_codes[groups]
+    wide = (*chosen.shape, *[1] * (level.dim() - chosen.dim()))
     if weight.mean_codes is not None:
         mean = weight.means[weight.mean_codes[groups].to(torch.int32) + 128]
-        level += mean[(..., *[None] * extra)]
-    return level.mul_(scale[(..., *[None] * extra)])
+        level += mean.reshape(wide)
+    return level.mul_(weight.scales[chosen.to(torch.int32)].reshape(wide))
 
 
 def _stored_rows(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
