@@ -78,7 +78,7 @@ def convert(
     torch.manual_seed(options.seed)
     stages = Stages(progress)
     source = open_source(model, options.revision)
-    estimate = _estimate(source, output, options)
+    estimate = _estimate(source, options)
     if announce:
         announce(estimate.line())
     refuse_what_cannot_fit(estimate, output, options.device)
@@ -98,11 +98,10 @@ def convert(
     return _finish(loaded, result, sequences, output, options, stages)
 
 
-def _estimate(source: Source, output: Path, options: ConversionOptions) -> Preflight:
+def _estimate(source: Source, options: ConversionOptions) -> Preflight:
     calibration = "none" if options.method == "rtn" else options.calibration
     return preflight(
         source,
-        output,
         dtype=options.dtype,
         device=options.device,
         calibration=calibration,

@@ -24,8 +24,8 @@ from .errors import ConversionError
 
 FULL_SEQUENCES, FULL_LENGTH = 128, 2048  # the papers' amount; the default on a GPU
 CPU_LENGTH = 512  # shorter documents cost less per token and sample as many contexts
-CALIBRATION_SECONDS = 120.0  # of sampling and measuring on a CPU, at the nominal speed
-NOMINAL_FLOPS = 15e9  # float32 operations per second and thread
+CALIBRATION_SECONDS = 180.0  # of sampling and measuring on a CPU, at the nominal speed
+NOMINAL_FLOPS = 25e9  # float32 operations per second and thread
 NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
 LEAST_SEQUENCES, LEAST_LENGTH = 8, 64
 

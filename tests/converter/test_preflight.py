@@ -1,0 +1,149 @@
+"""Estimates before the work, and the refusal of what cannot fit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cvxq_converter.preflight as module
+import pytest
+import torch
+from cvxq_converter.checkpoint import open_source
+from cvxq_converter.errors import ConversionError
+from cvxq_converter.preflight import (
+    Preflight,
+    Speed,
+    available_memory,
+    calibration_amount,
+    measure_speed,
+    preflight,
+    refuse_what_cannot_fit,
+)
+
+LAPTOP = Speed(flops=1e11, elements=1e9, call_seconds=5e-6)
+
+
+def llama(layers: int, hidden: int, context: int = 4096) -> Any:
+    """A checkpoint of that size as far as shapes go."""
+    text = SimpleNamespace(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        vocab_size=32000,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=context,
+    )
+    blocks = {
+        f"{i}.{j}": SimpleNamespace(shape=(hidden, hidden)) for i in range(layers) for j in range(4)
+    }
+    blocks |= {
+        f"{i}.mlp{j}": SimpleNamespace(shape=(4 * hidden, hidden))
+        for i in range(layers)
+        for j in range(3)
+    }
+    tensors = blocks | {name: SimpleNamespace(shape=(32000, hidden)) for name in ("embed", "head")}
+    return SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: text),
+        tensors=tensors,
+        parameters=sum(info.shape[0] * info.shape[1] for info in tensors.values()),
+        weight_files=(),
+        files={},
+    )
+
+
+ONE_BILLION = llama(14, 2048)
+SEVEN_BILLION = llama(26, 4096)
+
+
+def plan_for(source: Any, **options: Any) -> Preflight:
+    settings = {"dtype": torch.float32, "device": "cpu", "speed": LAPTOP, **options}
+    return preflight(source, **settings)
+
+
+def test_line_names_time_memory_and_disk() -> None:
+    line = Preflight(372.0, 3_400_000_000, 512_000_000, 32, 512).line()
+    assert line == ("about 6 min, 3.4 GB of memory, 512 MB on disk (calibration 32 × 512 tokens)")
+    assert Preflight(3, 5e8, 9000, 0, 0).line().endswith("9 kB on disk (no calibration)")
+    assert Preflight(9000, 5e8, 9000, 0, 0).line().startswith("about 2.5 h,")
+
+
+def test_disk_follows_the_rate(save_network: Any) -> None:
+    source = open_source(str(save_network("llama")))
+    sizes = [plan_for(source, bits=bits).disk_bytes for bits in (2.0, 4.0)]
+    weights = sum(i.shape[0] * i.shape[1] for i in source.tensors.values() if len(i.shape) == 2)
+    assert sizes[1] - sizes[0] == pytest.approx(weights * 2 / 8, abs=2)
+
+
+def test_costs_grow_with_the_work() -> None:
+    base = plan_for(ONE_BILLION, sequences=16, length=512)
+    more = plan_for(ONE_BILLION, sequences=32, length=512)
+    again = plan_for(ONE_BILLION, sequences=16, length=512, iterations=3)
+    none = plan_for(ONE_BILLION, calibration="none")
+    half = plan_for(ONE_BILLION, sequences=16, length=512, dtype=torch.bfloat16)
+    assert none.seconds < base.seconds < more.seconds
+    assert base.seconds < again.seconds
+    assert none.peak_memory_bytes < base.peak_memory_bytes
+    assert half.peak_memory_bytes < 0.7 * base.peak_memory_bytes
+    assert base.peak_memory_bytes > 2 * 4e9  # network and originals, float32
+    assert (none.sequences, none.length) == (0, 0)
+
+
+def test_default_calibration_is_full_on_a_gpu_and_capped_by_the_context() -> None:
+    assert calibration_amount(SEVEN_BILLION, "cuda") == (128, 2048)
+    assert calibration_amount(llama(26, 4096, context=1024), "cuda:1") == (128, 1024)
+    assert calibration_amount(llama(4, 256, context=256), "cpu")[1] == 256
+
+
+def test_default_calibration_shrinks_on_a_cpu_until_its_time_holds() -> None:
+    sizes = [(4, 64), (8, 256), (12, 768), (16, 2048), (26, 4096)]
+    amounts = [calibration_amount(llama(*size), "cpu") for size in sizes]
+    tokens = [count * length for count, length in amounts]
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[0] > 8 * tokens[-1]
+    assert all(count >= 8 and length >= 64 for count, length in amounts)
+    threads = torch.get_num_threads()
+    nominal = Speed(module.NOMINAL_FLOPS * threads, 2e8 * threads, module.NOMINAL_CALL)
+    source = llama(8, 256)
+    seconds = plan_for(source, speed=nominal).seconds
+    seconds -= plan_for(source, speed=nominal, calibration="none").seconds
+    assert seconds <= module.CALIBRATION_SECONDS
+
+
+def test_an_amount_asked_for_is_kept() -> None:
+    assert calibration_amount(SEVEN_BILLION, "cpu", 50, 300) == (50, 300)
+    assert calibration_amount(SEVEN_BILLION, "cpu", sequences=50)[0] == 50
+    assert calibration_amount(SEVEN_BILLION, "cpu", length=300)[1] == 300
+
+
+def test_what_does_not_fit_is_refused_with_the_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "model.cvxq"
+    fits = Preflight(1, 1000, 1000, 0, 0)
+    refuse_what_cannot_fit(fits, output, "cpu")
+    with pytest.raises(
+        ConversionError, match=r"needs about 9000000\.0 GB of memory on cpu, .* free"
+    ):
+        refuse_what_cannot_fit(Preflight(1, 9 * 10**15, 1000, 0, 0), output, "cpu")
+    with pytest.raises(ConversionError, match="its folder does not exist"):
+        refuse_what_cannot_fit(fits, tmp_path / "absent" / "model.cvxq", "cpu")
+    usage = SimpleNamespace(free=2_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ConversionError, match="needs about 3 MB of disk, 2 MB are free"):
+        refuse_what_cannot_fit(Preflight(1, 1000, 3_000_000, 0, 0), output, "cpu")
+
+
+def test_this_machine_can_be_measured(save_network: Any, tmp_path: Path) -> None:
+    speed = measure_speed(torch.float32, "cpu")
+    assert 1e8 < speed.flops < 1e15
+    assert 1e-8 < speed.call_seconds < 1
+    memory = available_memory("cpu")
+    assert memory is not None
+    assert memory > 1 << 20
+    plan = preflight(open_source(str(save_network("gpt2"))), dtype=torch.float32, device="cpu")
+    assert re.fullmatch(r"about .* (s|min|h), .* of memory, .* on disk \(.* tokens\)", plan.line())
+    assert 0 < plan.seconds < 600
+    refuse_what_cannot_fit(plan, tmp_path / "model.cvxq", "cpu")
