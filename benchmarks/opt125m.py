@@ -31,7 +31,6 @@ import torch
 import transformers
 from cvxq import evaluate
 from cvxq.original import load_subject
-from cvxq_converter.calibration import CalibrationOptions
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.job import convert
 from cvxq_converter.options import ConversionOptions
@@ -66,6 +65,10 @@ def show_progress(stage: str, done: int, total: int) -> None:
     print(f"\r  {stage} {done}/{total}    ", end="", file=sys.stderr, flush=True)
 
 
+def announce(estimate: str) -> None:
+    print(f"\r  {estimate}", file=sys.stderr)
+
+
 def measure(source: str, text: str, context: int, device: str) -> evaluate.PerplexityResult:
     """Perplexity over non-overlapping windows of `context` tokens."""
     subject = load_subject(source)
@@ -92,7 +95,7 @@ class Bench:
         file = self.folder / "opt125m-{}.cvxq".format(name.replace(", ", "-").replace(" ", "-"))
         started = time.perf_counter()
         options = replace(self.options, bits=bits, keep=keep)
-        report = convert(self.model, file, options, show_progress)
+        report = convert(self.model, file, options, show_progress, announce)
         seconds = time.perf_counter() - started
         result = measure(str(file), self.text, self.context, self.options.device)
         return Row(
@@ -214,7 +217,9 @@ def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
     folder.mkdir(parents=True, exist_ok=True)
     sequences = 4 if args.smoke else args.sequences
     options = ConversionOptions(
-        calibration=CalibrationOptions(args.calibration, sequences, length, args.seed),
+        calibration=args.calibration,
+        sequences=sequences,
+        length=length,
         iterations=args.iterations,
         group_size=args.group_size,
         seed=args.seed,
