@@ -74,6 +74,17 @@ def test_tied_matrices_are_held_once(make_file: MakeFile) -> None:
         assert model.network.lm_head.weight is model.network.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("weights", ["packed", "dense"])
+def test_the_file_decides_what_is_tied(weights: Any, make_file: MakeFile) -> None:
+    made = make_file("llama-tied")
+    own = changed(made.network.config, tie_word_embeddings=False)
+    untied_by_config = make_file("llama-tied", "alias.cvxq", files=own)
+    assert largest_difference(untied_by_config, weights=weights) <= TOLERANCE
+    own = changed(make_file("llama").network.config, tie_word_embeddings=True)
+    tied_by_config = make_file("llama", "two.cvxq", files=own)
+    assert largest_difference(tied_by_config, weights=weights) <= TOLERANCE
+
+
 def test_packed_holds_no_dense_matrix(make_file: MakeFile) -> None:
     made = make_file("llama")
     with cvxq.load(made.path) as model:

@@ -20,7 +20,7 @@ import torch
 if TYPE_CHECKING:
     from cvxq_kernels.packed import PackedWeight
 
-CHUNK_WEIGHTS = 1 << 20  # decoded per step: about 10 MB of temporaries
+CHUNK_WEIGHTS = 1 << 18  # decoded per step: about 3 MB of temporaries
 
 _SPREAD = torch.tensor(
     [
@@ -45,7 +45,8 @@ def dense(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
             if weight.row_of_position is None:
                 result[expert, start : start + len(block)] = block
             else:
-                result[expert, weight.row_of_position[expert, start : start + len(block)]] = block
+                order = weight.row_of_position[expert, start : start + len(block)]
+                result[expert].index_copy_(0, order, block)
     if weight.transposed:
         result = result.transpose(1, 2).contiguous()
     return result if len(weight.shape) == 3 else result[0]
@@ -86,7 +87,7 @@ def _clusters(weight: PackedWeight, expert: int, first: int, last: int) -> torch
     codes = _decode_groups(weight.codes, depths.reshape(-1), starts.reshape(-1), plane)
     # int32 indices: 2^B + q, found with the group's depth; then everything is element-wise.
     index = codes.to(torch.int32) + (1 << depths.reshape(-1, 1).to(torch.int32))
-    level = weight.levels[index].reshape(*depths.shape, plane * 8)[..., :height]
+    level = _look_up(weight.levels, index).reshape(*depths.shape, plane * 8)[..., :height]
     return _weights(weight, level, (expert, slice(first, last))).transpose(1, 2)
 
 
@@ -107,12 +108,12 @@ def _decode_groups(
         if not len(groups):
             continue
         span = torch.arange(depth * plane, device=codes.device)
-        words = spread[codes[starts[groups, None] + span].to(torch.int32)]
-        words = words.reshape(len(groups), depth, plane)
+        bytes_ = _look_up(codes, starts[groups, None] + span)
+        words = _look_up(spread, bytes_.to(torch.int32)).reshape(-1, depth, plane)
         total = words[:, 0]
         for bit in range(1, depth):
             total = total + (words[:, bit] << bit)
-        result[groups] = total
+        result.index_copy_(0, groups, total)
     return result.view(torch.uint8)
 
 
@@ -121,9 +122,14 @@ def _weights(weight: PackedWeight, level: torch.Tensor, groups: tuple[Any, ...])
     chosen = weight.scale_codes[groups]
     wide = (*chosen.shape, *[1] * (level.dim() - chosen.dim()))
     if weight.mean_codes is not None:
-        mean = weight.means[weight.mean_codes[groups].to(torch.int32) + 128]
+        mean = _look_up(weight.means, weight.mean_codes[groups].to(torch.int32) + 128)
         level += mean.reshape(wide)
-    return level.mul_(weight.scales[chosen.to(torch.int32)].reshape(wide))
+    return level.mul_(_look_up(weight.scales, chosen.to(torch.int32)).reshape(wide))
+
+
+def _look_up(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`table[index]` for a 1-D table; index_select is four times as fast on a CPU."""
+    return table.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
 def _stored_rows(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
@@ -142,7 +148,7 @@ def _stored_rows(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
         has_bit = depths > bit
         byte = weight.codes[(starts + bit * plane)[has_bit]]
         code[has_bit] += ((byte >> shift[has_bit]) & 1).to(torch.int64) << bit
-    level = weight.levels[(code + (1 << depths)).to(torch.int32)]
+    level = _look_up(weight.levels, code + (1 << depths))
     return _weights(weight, level, (0, cluster))
 
 
@@ -157,7 +163,7 @@ def _stored_columns(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
         chosen = depths[:, ids]
         codes = _decode_groups(weight.codes, chosen.reshape(-1), starts.reshape(-1), plane)
         index = codes.to(torch.int32) + (1 << chosen.reshape(-1, 1).to(torch.int32))
-        level = weight.levels[index].reshape(*chosen.shape, plane * 8)[..., :height]
+        level = _look_up(weight.levels, index).reshape(*chosen.shape, plane * 8)[..., :height]
         values = _weights(weight, level, (0, slice(first, last), ids))
         parts.append(values.transpose(0, 1).reshape(len(ids), -1))
     stored = torch.cat(parts, dim=1)
