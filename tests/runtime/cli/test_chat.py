@@ -57,24 +57,23 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_only_the_new_suffix_is_read(
     cvxq: Cvxq, chat_file: Path, fed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second prompt repeats the first, its answer, and adds a few tokens."""
-    whole: list[int] = []
+    """The second prompt repeats the first one and the answer; what was read stays read."""
+    resumed: list[tuple[list[int], list[int]]] = []
     resume = Session.resume
 
     def noted(self: Session, ids: Sequence[int]) -> torch.Tensor:
-        whole.append(len(ids))
+        resumed.append((list(self.ids), list(ids)))
         return resume(self, ids)
 
     monkeypatch.setattr(Session, "resume", noted)
-    result = cvxq("chat", chat_file, "--max-tokens", 4, "--temperature", 0, input="abcdefgh\nij\n")
+    options = ("--max-tokens", 4, "--temperature", 1, "--seed", 3)
+    result = cvxq("chat", chat_file, *options, input="abcdefgh\nij\n")
     assert result.exit_code == 0
-    assert fed[0] == whole[0]
-    prefills = [count for count in fed[1:] if count > 1]
-    # What is new: the answer's last token, which nobody has read yet, the line break that the
-    # template puts behind the answer, and the next turn's frame and text.
-    assert len(prefills) == 1
-    assert prefills[0] < whole[0]
-    assert prefills[0] <= whole[1] - whole[0]
+    (_, first), (read, second) = resumed
+    pairs = enumerate(zip(read, second, strict=False))
+    common = next((i for i, (ours, theirs) in pairs if ours != theirs), len(read))
+    assert common >= len(first)
+    assert [count for count in fed if count > 1] == [len(first), len(second) - common]
 
 
 def test_oldest_turns_are_dropped_with_a_notice(cvxq: Cvxq, chat_file: Path) -> None:
