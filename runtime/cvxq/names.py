@@ -2,9 +2,10 @@
 
 A file names tensors as the source checkpoint did.  Checkpoints differ from the network's own
 names in one way that matters: they may lack, or have, the prefix of the base model
-(`h.0.ln_1.weight` for `transformer.h.0.ln_1.weight` in GPT-2's).  Every parameter must find its
-tensor and every tensor its parameter; constants that old checkpoints carried along (attention
-masks, rotary frequencies) are the only ones left out.
+(`h.0.ln_1.weight` for `transformer.h.0.ln_1.weight` in GPT-2's).  GPT-NeoX's output head is
+`embed_out` in checkpoints and transformers 4, but `lm_head` in transformers 5.  Every parameter
+must find its tensor and every tensor its parameter; constants that old checkpoints carried along
+(attention masks, rotary frequencies) are the only ones left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from cvxq.errors import InconsistentFileError
 _CONSTANTS = re.compile(
     r"(^|\.)(attn|attention)\.(bias|masked_bias)$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
 )
+
+_HEADS = ("lm_head", "embed_out")
 
 
 def match_names(
@@ -89,10 +92,14 @@ def _place(tensor: str, places: Collection[str], prefix: str, added: bool) -> st
 
 
 def _spellings(tensor: str, prefix: str) -> list[str]:
-    """`tensor` as it is, with the base model's prefix, and without it."""
-    if not prefix:
-        return [tensor]
-    return [tensor, f"{prefix}.{tensor}", tensor.removeprefix(prefix + ".")]
+    """`tensor` as it is, with the base model's prefix, without it, and a head's other name."""
+    spellings = [tensor]
+    if prefix:
+        spellings += [f"{prefix}.{tensor}", tensor.removeprefix(prefix + ".")]
+    head, _, attribute = tensor.rpartition(".")
+    if head in _HEADS:
+        spellings += [f"{other}.{attribute}" for other in _HEADS]
+    return spellings
 
 
 def _few(names: list[str]) -> str:

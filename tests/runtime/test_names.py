@@ -25,6 +25,12 @@ def test_prefix_left_out_or_put_in() -> None:
     )
 
 
+def test_the_output_head_of_gpt_neox_by_either_name() -> None:
+    for ours, theirs in (("lm_head", "embed_out"), ("embed_out", "lm_head")):
+        found = match_names([f"{theirs}.weight"], [f"{ours}.weight"], (), prefix="gpt_neox")
+        assert found == {f"{ours}.weight": f"{theirs}.weight"}
+
+
 def test_a_tied_parameter_needs_one_tensor() -> None:
     found = match("a.weight", "b.weight", tied=[["model.a.weight", "head.weight"]])
     assert found["head.weight"] == "a.weight"
