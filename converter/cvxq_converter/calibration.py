@@ -237,6 +237,8 @@ def _sample_batch(
         output = network(input_ids=previous[:, None], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         share = torch.softmax(output.logits[:, -1], dim=-1, dtype=torch.float32)
+        if not torch.isfinite(share).all():
+            raise ConversionError("logits are not finite; use --dtype bfloat16 or float32")
         drawn = torch.multinomial(share, 1, generator=generator)[:, 0]
         # An EOS that is also the start token has begun the next document already.
         restart = torch.isin(previous, ends) & (previous != specials.start)

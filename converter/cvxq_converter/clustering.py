@@ -7,6 +7,7 @@ split between devices at any partition border.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -91,17 +92,29 @@ def cluster_rows(
     )
 
 
-def group_moments(
-    weight: torch.Tensor, clustering: Clustering
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and mean square of every group.
+def row_weights(sensitivity: np.ndarray, clustering: Clustering) -> np.ndarray:
+    """(N,) float32 sensitivity of each row over the mean of its cluster, in stored order.
 
-    weight: (N, K). Returns (mean, mean_square), each (C, K) float32.
+    Rows of a cluster are alike, but not equal: a cluster of rare tokens may hold one that starts
+    every document. With these weights an error in such a row counts for what it costs.
+    """
+    stored = sensitivity[clustering.permutation]
+    mean = np.add.reduceat(stored, clustering.bounds[:-1]) / clustering.cluster_rows
+    return (stored / np.repeat(mean, clustering.cluster_rows)).astype(np.float32)
+
+
+def group_moments(
+    weight: torch.Tensor, clustering: Clustering, weights: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted mean and mean square of every group.
+
+    weight: (N, K); weights: (N,) from `row_weights`. Returns (mean, mean square), (C, K) float32.
     """
     permutation = torch.from_numpy(clustering.permutation).to(weight.device)
     means, squares = [], []
-    for start, end in zip(clustering.bounds[:-1], clustering.bounds[1:], strict=True):
+    for start, end in pairwise(clustering.bounds):
         block = weight[permutation[start:end]].float()
-        means.append(block.mean(0))
-        squares.append(block.square().mean(0))
+        share = torch.from_numpy(weights[start:end]).to(weight.device) / int(end - start)
+        means.append(share @ block)
+        squares.append(share @ block.square())
     return torch.stack(means), torch.stack(squares)

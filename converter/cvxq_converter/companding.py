@@ -54,11 +54,16 @@ class LevelHistogram:
     def empty(cls) -> "LevelHistogram":
         return cls(np.zeros(HISTOGRAM_BINS, dtype=np.float64))
 
-    def add(self, normalized: torch.Tensor) -> None:
-        """Add weights in units of their scale; signs are dropped, the tables are symmetric."""
-        magnitude = normalized.abs().flatten().clamp_(max=HISTOGRAM_LIMIT * (1 - 1e-6))
-        counts = torch.histc(magnitude, bins=HISTOGRAM_BINS, min=0.0, max=HISTOGRAM_LIMIT)
-        self.counts += counts.double().cpu().numpy()
+    def add(self, normalized: torch.Tensor, row_weights: torch.Tensor) -> None:
+        """Add weights (n, k) in units of their scale, row by row with weights (n,).
+
+        Signs are dropped: the tables are symmetric.
+        """
+        bins = (normalized.abs() * (HISTOGRAM_BINS / HISTOGRAM_LIMIT)).long()
+        bins.clamp_(max=HISTOGRAM_BINS - 1)
+        counted = row_weights.double()[:, None].expand(bins.shape).flatten()
+        counts = torch.bincount(bins.flatten(), counted, minlength=HISTOGRAM_BINS)
+        self.counts += counts.cpu().numpy()
 
 
 def fit_levels(histogram: LevelHistogram, depth: int) -> np.ndarray:

@@ -130,6 +130,7 @@ def encode_matrices(
             with_means=plan.with_means,
             refine=options.refine_scales,
             moments=plan.moments,
+            row_weights=plan.row_weights,
         )
         tensors.append(_pack(plan, matrix, allocation.cluster_offsets[i], options))
         energies.append(matrix.energy)
@@ -216,7 +217,9 @@ def _add_to_histograms(
     permutation = torch.from_numpy(clustering.permutation).to(weight.device)
     deviation = plan.deviation()
     for c in range(clustering.clusters):
-        rows = permutation[clustering.bounds[c] : clustering.bounds[c + 1]]
+        span = slice(int(clustering.bounds[c]), int(clustering.bounds[c + 1]))
+        rows = permutation[span]
+        weights = torch.from_numpy(plan.row_weights[span]).to(weight.device)
         block = weight[rows].float()
         if plan.with_means:
             block = block - plan.moments[0][c]
@@ -225,4 +228,4 @@ def _add_to_histograms(
             chosen = torch.from_numpy(depths[c] == depth).to(weight.device)
             used = chosen & (deviation[c] > 0)
             if bool(used.any()):
-                histogram.add(normalized[:, used])
+                histogram.add(normalized[:, used], weights)

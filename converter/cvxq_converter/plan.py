@@ -17,6 +17,7 @@ from cvxq_converter.clustering import (
     choose_partitions,
     cluster_rows,
     group_moments,
+    row_weights,
 )
 from cvxq_converter.quantize import means_pay
 from cvxq_converter.shrinkage import shrink
@@ -50,11 +51,13 @@ class Sensitivity:
 class MatrixPlan:
     """One matrix cut into groups, with the moments and the worth of each group.
 
-    moments: (mean, mean square), each (C, K) float32.
+    row_weights: (N,) float32, stored order, mean 1 in each cluster.
+    moments: weighted (mean, mean square), each (C, K) float32.
     """
 
     matrix: Matrix
     clustering: Clustering
+    row_weights: np.ndarray
     moments: tuple[torch.Tensor, torch.Tensor]
     with_means: bool
     worths: Worths
@@ -89,7 +92,8 @@ def plan_matrix(
         group_size,
         choose_partitions(rows, group_size, partitions),
     )
-    mean, mean_square = group_moments(weight, clustering)
+    weights = row_weights(sensitivity.row, clustering)
+    mean, mean_square = group_moments(weight, clustering, weights)
     with_means = means and means_pay(mean, mean_square, group_size)
     variance = (mean_square - mean.square()) if with_means else mean_square
     worth = group_worth(variance.double().cpu().numpy(), sensitivity, clustering)
@@ -97,6 +101,7 @@ def plan_matrix(
     return MatrixPlan(
         matrix=matrix,
         clustering=clustering,
+        row_weights=weights,
         moments=(mean, mean_square),
         with_means=with_means,
         worths=fit(worth, clustering.cluster_rows),

@@ -15,7 +15,8 @@ from cvxq_format import Codebook
 from cvxq_converter.clustering import Clustering
 from cvxq_converter.companding import boundaries
 
-MEAN_LIMIT = 127
+MEAN_LIMIT = 127  # largest mean code
+MEAN_REACH = 8.0  # largest mean, in units of its group's scale
 SEARCH = tuple(range(-4, 9))  # scale-table steps around the standard deviation
 HEADROOM_STEPS = 8  # the largest scale sits this far below the top of the table
 STEPS_PER_OCTAVE = 8
@@ -27,7 +28,8 @@ class QuantizedMatrix:
 
     codes: (N, K) uint8; scale_codes: (C, K) uint8; mean_codes: (C, K) int8 or None;
     depths: (C, K) uint8; scale_unit and mean_step: float32, see FORMAT.md.
-    squared_error, energy, projection: (9,) float64, Σ (w − wq)², Σ w² and Σ w·wq by bit depth.
+    squared_error: (9,) float64 Σ (w − wq)² by bit depth. energy, projection: (9,) float64 Σ v² and
+    Σ v·vq by bit depth, v being the weights less their group's mean.
     """
 
     clustering: Clustering
@@ -43,13 +45,26 @@ class QuantizedMatrix:
 
 
 @dataclass(frozen=True)
-class GroupScales:
-    """The grid of scales and means that the groups of one matrix may use."""
+class Grid:
+    """The scales and means that the groups of one matrix may use.
+
+    scales: (2^scale_bits,) float32 ladder; mean_step: of means in units of the scale, 0 without
+    means. start: (C, K) int64, index of the scale where each group's search begins.
+    """
 
     scale_unit: np.float32
+    scales: torch.Tensor
     mean_step: np.float32
-    start: torch.Tensor  # (C, K) int64 index into the scale table, nearest to the deviation
-    mean_codes: torch.Tensor | None  # (C, K) int8
+    start: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Scale index (k,), mean code (k,) and codes (n, k) of groups of one cluster and depth."""
+
+    scale: torch.Tensor
+    mean: torch.Tensor
+    codes: torch.Tensor
 
 
 def means_pay(mean: torch.Tensor, mean_square: torch.Tensor, group_size: int) -> bool:
@@ -66,30 +81,27 @@ def means_pay(mean: torch.Tensor, mean_square: torch.Tensor, group_size: int) ->
     return float(gain.clamp(max=8).mean()) > 8 / group_size
 
 
-def group_scales(
+def make_grid(
     mean: torch.Tensor, mean_square: torch.Tensor, codebook: Codebook, *, with_means: bool
-) -> GroupScales:
-    """Place the scale grid of one matrix and choose every group's starting point on it.
+) -> Grid:
+    """Place the ladder of scales of one matrix and find where each group's search begins.
 
-    mean, mean_square: (C, K) float32 moments of the groups.
+    mean, mean_square: (C, K) float32 moments of the groups. With means the search begins at the
+    deviation about the mean, or where the mean comes within reach if that is higher.
     """
-    deviation = (
-        (mean_square - mean.square()).clamp_min(0).sqrt() if with_means else mean_square.sqrt()
-    )
-    table = codebook.scale_table
-    top = float(deviation.max())
-    unit = np.float32(top * 2 ** (HEADROOM_STEPS / STEPS_PER_OCTAVE))
-    if not np.isfinite(unit) or unit <= 0:
-        unit = np.float32(0)
-    ladder = torch.from_numpy(table.astype(np.float64)).to(deviation.device) * float(unit)
-    start = _nearest_in_log(deviation.double(), ladder)
+    spread = mean_square
+    if with_means:
+        variance = (mean_square - mean.square()).clamp_min(0)
+        spread = torch.maximum(variance, (mean / MEAN_REACH).square())
+    spread = spread.double().sqrt()
+    unit = np.float32(float(spread.max()) * 2 ** (HEADROOM_STEPS / STEPS_PER_OCTAVE))
+    scales = torch.from_numpy(codebook.scale_table * unit).to(mean.device)
+    start = _nearest_in_log(spread, scales.double())
     if not with_means:
-        return GroupScales(unit, np.float32(0), start, None)
-    scale = ladder[start]
-    ratio = torch.where(scale > 0, mean.double() / scale.clamp_min(1e-300), torch.zeros_like(scale))
-    step = np.float32(max(float(ratio.abs().clamp(max=8).max()), 1e-6) / MEAN_LIMIT)
-    codes = (ratio / float(step)).round().clamp(-MEAN_LIMIT, MEAN_LIMIT).to(torch.int8)
-    return GroupScales(unit, step, start, codes)
+        return Grid(unit, scales, np.float32(0), start)
+    ratio = mean.abs() / scales[start].clamp_min(1e-38)
+    largest = min(float(ratio.max()), MEAN_REACH) * 2 ** (1 / STEPS_PER_OCTAVE)
+    return Grid(unit, scales, np.float32(largest / MEAN_LIMIT), start)
 
 
 def _nearest_in_log(values: torch.Tensor, ladder: torch.Tensor) -> torch.Tensor:
@@ -109,49 +121,47 @@ def quantize_matrix(
     with_means: bool,
     refine: bool = True,
     moments: tuple[torch.Tensor, torch.Tensor],
+    row_weights: np.ndarray,
 ) -> QuantizedMatrix:
     """Quantize weight (N, K) with the depths (C, K) and the codebook's levels.
 
-    moments: the groups' (mean, mean square), as `group_moments` gives them.
+    moments: the groups' (mean, mean square), as `group_moments` gives them. row_weights: (N,), what
+    an error in each row counts for, in stored order.
     """
-    grid = group_scales(*moments, codebook, with_means=with_means)
+    grid = make_grid(*moments, codebook, with_means=with_means)
     device = weight.device
     permutation = torch.from_numpy(clustering.permutation).to(device)
-    scales = torch.from_numpy(codebook.scale_table * grid.scale_unit).to(device)
     codes = torch.zeros(weight.shape, dtype=torch.uint8, device=device)
-    scale_codes = grid.start.clone()
+    scale_codes = grid.start.to(torch.uint8)
+    mean_codes = torch.zeros_like(grid.start, dtype=torch.int8)
     error, energy, projection = np.zeros((3, 9))
     for c in range(clustering.clusters):
         low, high = int(clustering.bounds[c]), int(clustering.bounds[c + 1])
         block = weight[permutation[low:high]].float()
-        offset = None
-        if grid.mean_codes is not None:
-            offset = grid.mean_codes[c].float() * float(grid.mean_step)
+        weights = torch.from_numpy(row_weights[low:high]).to(device)
         for depth in np.unique(depths[c]):
             columns = torch.from_numpy(np.flatnonzero(depths[c] == depth)).to(device)
             part = block[:, columns]
-            shift = None if offset is None else offset[columns]
-            start = grid.start[c, columns]
-            if depth == 0:
-                levels = torch.zeros(1, device=device)
-                chosen = torch.zeros(part.shape, dtype=torch.uint8, device=device)
-                best = start
-            else:
-                levels = torch.from_numpy(codebook.levels[depth - 1]).to(device)
-                best, chosen = _search(part, start, shift, levels, scales, refine)
-                scale_codes[c, columns] = best
-                codes[low:high, columns] = chosen
-            value = levels[chosen.long()] if shift is None else levels[chosen.long()] + shift
-            value *= scales[best]
-            error[depth] += float((part - value).square().sum())
-            energy[depth] += float(part.square().sum())
-            projection[depth] += float((part * value).sum())
+            levels = torch.zeros(1) if depth == 0 else torch.from_numpy(codebook.levels[depth - 1])
+            levels = levels.to(device)
+            found = _search(
+                part, weights, grid.start[c, columns], moments[0][c, columns], levels, grid, refine
+            )
+            scale_codes[c, columns] = found.scale.to(torch.uint8)
+            mean_codes[c, columns] = found.mean
+            codes[low:high, columns] = found.codes
+            scale = grid.scales[found.scale]
+            centred = part - scale * (found.mean.float() * float(grid.mean_step))
+            quantized = scale * levels[found.codes.long()]
+            error[depth] += float((centred - quantized).square().sum())
+            energy[depth] += float(centred.square().sum())
+            projection[depth] += float((centred * quantized).sum())
     return QuantizedMatrix(
         clustering=clustering,
         depths=depths,
         codes=codes.cpu().numpy(),
-        scale_codes=scale_codes.to(torch.uint8).cpu().numpy(),
-        mean_codes=None if grid.mean_codes is None else grid.mean_codes.cpu().numpy(),
+        scale_codes=scale_codes.cpu().numpy(),
+        mean_codes=mean_codes.cpu().numpy() if with_means else None,
         scale_unit=grid.scale_unit,
         mean_step=grid.mean_step,
         squared_error=error,
@@ -162,31 +172,42 @@ def quantize_matrix(
 
 def _search(
     part: torch.Tensor,
+    weights: torch.Tensor,
     start: torch.Tensor,
-    shift: torch.Tensor | None,
+    mean: torch.Tensor,
     levels: torch.Tensor,
-    scales: torch.Tensor,
+    grid: Grid,
     refine: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best scale index per column of part (n, k) and the codes (n, k) it gives.
+) -> Choice:
+    """The scale, mean and codes of least squared error for each column of part (n, k).
 
-    shift: (k,) means in units of the scale, or None. A group of zeros keeps scale 0.
+    weights: (n,) of the rows in the error. start: (k,) scale index to search around; mean: (k,).
+    A group of zeros keeps scale 0.
     """
     edges = boundaries(levels)
-    best_error = torch.full_like(start, torch.inf, dtype=torch.float32)
-    best_index = start.clone()
-    best_codes = torch.zeros(part.shape, dtype=torch.uint8, device=part.device)
+    least = torch.full_like(start, torch.inf, dtype=torch.float32)
+    best = Choice(
+        start.clone(),
+        torch.zeros_like(start, dtype=torch.int8),
+        torch.zeros(part.shape, dtype=torch.uint8, device=part.device),
+    )
     for step in SEARCH if refine else (0,):
-        index = torch.where(start > 0, (start + step).clamp(1, len(scales) - 1), start)
-        scale = scales[index]
-        normalized = part / scale.clamp_min(1e-38)
-        if shift is not None:
-            normalized = normalized - shift
-        q = torch.bucketize(normalized, edges, out_int32=True)
-        value = levels[q] if shift is None else levels[q] + shift
-        error = (scale * value - part).square().sum(0)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_index = torch.where(better, index, best_index)
-        best_codes = torch.where(better, q.to(torch.uint8), best_codes)
-    return best_index, best_codes
+        index = torch.where(start > 0, (start + step).clamp(1, len(grid.scales) - 1), start)
+        scale = grid.scales[index]
+        inverse = 1 / scale.clamp_min(1e-38)
+        mean_code = torch.zeros_like(best.mean)
+        normalized = part * inverse
+        if grid.mean_step > 0:
+            wanted = mean * inverse / float(grid.mean_step)
+            mean_code = wanted.round().clamp(-MEAN_LIMIT, MEAN_LIMIT).to(torch.int8)
+            normalized -= mean_code.float() * float(grid.mean_step)
+        codes = torch.bucketize(normalized, edges, out_int32=True)
+        error = weights @ (levels[codes] - normalized).square() * scale.square()
+        better = (error < least) & ((scale > 0) | (step == 0))
+        least = torch.where(better, error, least)
+        best = Choice(
+            torch.where(better, index, best.scale),
+            torch.where(better, mean_code, best.mean),
+            torch.where(better, codes.to(torch.uint8), best.codes),
+        )
+    return best

@@ -9,7 +9,8 @@ noise of variance c / n_i. The posterior mean is
 which is the plain estimate where evidence abounds and exactly the prior, e^m, where n_i = 0.
 m is the mean of log s over rows with evidence, and τ² their variance less the noise: empirical
 Bayes. c is the variance of the log of one sequence's estimate. A row sum over K weights with one
-random sign is close to a scaled χ² of a few degrees of freedom.
+random sign is close to a scaled χ² of a few degrees of freedom. Measured on a small trained
+Llama (48 sequences of 128 tokens): 0.2–0.8 for rows and columns inside blocks, 2 for token rows.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ softmax share alone is a gradient too, but says only that calibration never need
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import ConversionError
 from .matrices import Matrix
@@ -281,6 +283,8 @@ def _output_gradient(
     targets = []
     for start in range(0, len(rows), step):
         share = torch.softmax(rows[start : start + step], dim=-1, dtype=torch.float32)
+        if not torch.isfinite(share).all():
+            raise ConversionError("logits are not finite; use --dtype bfloat16 or float32")
         target = torch.multinomial(share, 1, generator=generator)
         sign = torch.empty_like(target, dtype=torch.float32)
         sign.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
@@ -394,12 +398,23 @@ def _head_hook(matrix: Matrix, sums: Any, state: _TiedPass) -> Callable[[Tensor]
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """On a GPU, keep attention to the kernels whose backward pass adds in a fixed order."""
-    if device.type != "cuda":
-        with nullcontext():
-            yield
-        return
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    """On a GPU, keep to operations that add in a fixed order; on a CPU they all do.
 
-    with sdpa_kernel([SDPBackend.MATH]):
+    Memory-efficient attention has no such backward pass; flash attention (16 bits) and plain
+    attention (float32) have.
+    """
+    if device.type != "cuda":
         yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with (
+            warnings.catch_warnings(),
+            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
