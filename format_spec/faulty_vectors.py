@@ -124,6 +124,7 @@ def _json_faults(good: bytes) -> Iterator[Fault]:
     yield fault("json-not-utf8", b"fc.bias", b"fc.\xff", "not valid JSON")
     yield fault("json-duplicate-key", b'"files":[]', b'"files":[],"files":[]', "appears twice")
     yield fault("json-deep-nesting", b'"files":[]', b'"files":' + b"[" * 9999, "nests deeper")
+    yield fault("json-open-string", text[-9:], b'"\\' * 9999, "not valid JSON")
     yield fault("json-nan", b'"size":8', b'"size":NaN', "NaN")
     yield fault("json-float", b'"size":8', b'"size":8.0', "8.0")
     yield fault("json-5000-digits", b'"size":8', b'"size":' + b"8" * 5000, "5000 digits")

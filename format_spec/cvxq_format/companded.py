@@ -275,13 +275,17 @@ def check_values(tensor: CompandedTensor, codebook: Codebook) -> None:
 
 def _check_spare_rows(tensor: CompandedTensor) -> None:
     """Raise ValueError if a plane has a bit set past the last row of its cluster."""
-    rows = tensor.cluster_rows()
-    starts = tensor.code_starts
-    for index in np.flatnonzero(np.tile(rows % 8, tensor.experts)):
-        n = int(rows[index % rows.size])
-        planes = tensor.packed_codes[starts[index] : starts[index + 1]].reshape(-1, (n + 7) // 8)
-        if np.any(planes[:, -1] >> (n % 8)):
-            raise ValueError(f"spare bits in the codes of cluster {index % rows.size} are not zero")
+    rows = np.tile(tensor.cluster_rows(), tensor.experts)
+    if not np.any(rows % 8):
+        return
+    planes = tensor.depths.sum(axis=2, dtype=np.int64).reshape(-1)
+    last_byte = np.cumsum(np.repeat((rows + 7) // 8, planes)) - 1
+    allowed = np.where(rows % 8, (1 << rows % 8) - 1, 255).astype(np.uint8)
+    spare = tensor.packed_codes[last_byte] & ~np.repeat(allowed, planes)
+    if np.any(spare):
+        index = int(np.searchsorted(np.cumsum(planes), np.flatnonzero(spare)[0], side="right"))
+        cluster = index % tensor.clusters
+        raise ValueError(f"spare bits in the codes of cluster {cluster} are not zero")
 
 
 def check_tensor(tensor: CompandedTensor) -> None:
@@ -291,6 +295,7 @@ def check_tensor(tensor: CompandedTensor) -> None:
         groups = (geometry.experts, geometry.clusters, geometry.columns)
         _check_array("depths", tensor.depths, np.uint8, groups)
         _check_array("scale_codes", tensor.scale_codes, np.uint8, groups)
+        _check_range("scale_codes", tensor.scale_codes, tensor.scale_bits)
         if tensor.mean_codes is not None:
             _check_array("mean_codes", tensor.mean_codes, np.int8, groups)
         if tensor.depths.max() > MAX_DEPTH:
@@ -302,6 +307,7 @@ def check_tensor(tensor: CompandedTensor) -> None:
         if tensor.column_terms is not None and tensor.cluster_terms is not None:
             _check_array("column_terms", tensor.column_terms, np.uint8, (groups[0], groups[2]))
             _check_array("cluster_terms", tensor.cluster_terms, np.int16, groups[:2])
+            _check_range("column_terms", tensor.column_terms, tensor.column_bits)
         elif tensor.column_bits or tensor.column_shift:
             raise ValueError("explicit depths have column_bits 0 and column_shift 0")
         if not (0 <= tensor.column_bits <= 8 and 0 <= tensor.column_shift <= 8):
@@ -332,3 +338,8 @@ def _check_array(
         raise ValueError(
             f"{name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
         )
+
+
+def _check_range(name: str, array: Bytes, width: int) -> None:
+    if int(array.max()) >> width:
+        raise ValueError(f"{name} up to {array.max()} do not fit {width} bits")
