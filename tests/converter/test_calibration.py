@@ -191,6 +191,14 @@ def test_other_refusals(build_network: Any, tmp_path: Path) -> None:
             sample(network, sequences=sequences, length=length)
 
 
+def test_logits_that_overflow_are_refused(build_network: Any) -> None:
+    network = build_network("llama")
+    with torch.no_grad():
+        network.model.norm.weight.fill_(torch.inf)
+    with pytest.raises(ConversionError, match="logits are not finite"):
+        sample(network, sequences=1, length=4)
+
+
 def test_context_length(build_network: Any) -> None:
     for architecture in ("llama", "gpt2", "opt"):
         assert context_length(build_network(architecture).config) == 64

@@ -210,6 +210,8 @@ def test_gradients_that_overflow_and_unknown_metrics_are_refused(build_network: 
         network.model.norm.weight.fill_(torch.inf)
     with pytest.raises(ConversionError, match="its gradient is not finite"):
         measure(network, matrices, sequences, "logits")
+    with pytest.raises(ConversionError, match="logits are not finite"):
+        measure(network, matrices, sequences, "kl")
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
