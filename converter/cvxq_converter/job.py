@@ -10,36 +10,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from cvxq_format import Codebook, CompandedTensor
 
-from cvxq_converter.allocation import BitAllocation
 from cvxq_converter.bias import BIAS_BITS
-from cvxq_converter.budget import allocate_for_rate, allocate_for_size, empty_file_header
 from cvxq_converter.calibration import CalibrationOptions, make_sequences
 from cvxq_converter.checkpoint import Source, load_tokenizer, open_source
-from cvxq_converter.correction import Statistics, correct, layers_to_gain_bias
-from cvxq_converter.encode import (
-    codebook_bytes,
-    default_codebook,
-    depth_thresholds,
-    empty_tensor,
-    encode_matrices,
-    overhead_bytes,
-)
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.iteration import Quantized, quantize_network
 from cvxq_converter.loaded import LoadedModel, load_model
-from cvxq_converter.matrices import Matrix
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.plan import MatrixPlan, Sensitivity, plan_matrix
 from cvxq_converter.preflight import Preflight, preflight, refuse_what_cannot_fit
-from cvxq_converter.quality import Divergence, Reference, make_reference
+from cvxq_converter.quality import make_reference
 from cvxq_converter.report import ConversionReport, depth_histogram
 from cvxq_converter.rtn import quantize_rtn, rtn_codebook
 from cvxq_converter.stages import Progress, Stages
@@ -47,18 +32,6 @@ from cvxq_converter.statistics import measure
 from cvxq_converter.writing import write_container
 
 HELD_BACK = 8  # one sequence in eight is kept from the measurement, for the gain and the report
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """The quantized matrices of a model, and what was decided on the way."""
-
-    tensors: dict[str, CompandedTensor]
-    codebook: Codebook
-    added_biases: dict[str, torch.Tensor] = field(default_factory=dict)
-    allocation: BitAllocation | None = None
-    gain_exponent: float | None = None
-    quality: Divergence | None = None
 
 
 def convert(
@@ -116,9 +89,13 @@ def _estimate(source: Source, options: ConversionOptions) -> Preflight:
 def _iterate(
     loaded: LoadedModel, sequences: torch.Tensor, options: ConversionOptions, stages: Stages
 ) -> Quantized:
-    training, held_back = _split(sequences)
+    training, held_back = split_sequences(sequences)
+
+    def write_empty(path: Path, empty: Quantized) -> None:
+        _write(path, loaded, empty, sequences, options)
+
     if not len(training):
-        return _quantize(loaded, {}, None, options, stages)
+        return quantize_network(loaded, {}, None, options, stages, write_empty)
     with stages.stage("calibrate"):
         reference = make_reference(loaded.network, held_back)
     for _ in range(options.iterations):
@@ -131,96 +108,16 @@ def _iterate(
                 options.seed,
                 stages.report,
             )
-        result = _quantize(loaded, statistics, reference, options, stages)
+        result = quantize_network(loaded, statistics, reference, options, stages, write_empty)
     return result
 
 
-def _split(sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_sequences(sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences to measure on, and those held back; a single one serves for both."""
     if len(sequences) < 2:
         return sequences, sequences
     held = max(1, len(sequences) // HELD_BACK)
     return sequences[:-held], sequences[-held:]
-
-
-@torch.no_grad()
-def _quantize(
-    loaded: LoadedModel,
-    statistics: Statistics,
-    reference: Reference | None,
-    options: ConversionOptions,
-    stages: Stages,
-) -> Quantized:
-    """One iteration after the measurement."""
-
-    def weight_of(plan: MatrixPlan) -> torch.Tensor:
-        return loaded.originals[plan.matrix.name]
-
-    gained = layers_to_gain_bias(loaded, statistics, options)
-    with stages.stage("allocate") as done:
-        plans = []
-        for i, matrix in enumerate(loaded.matrices):
-            plans.append(_plan(loaded, matrix, statistics, options))
-            done(i + 1, len(loaded.matrices))
-        thresholds = depth_thresholds(plans, weight_of, options)
-        allocation = _allocate(loaded, plans, thresholds, gained, options)
-    with stages.stage("quantize") as done:
-        encoded = encode_matrices(plans, weight_of, allocation, thresholds, options, done)
-    with stages.stage("correct") as done:
-        result = correct(loaded, encoded, statistics, gained, reference, options, done)
-    return Quantized(
-        tensors={m.name: t for m, t in zip(loaded.matrices, encoded.tensors, strict=True)},
-        codebook=result.codebook,
-        added_biases=result.added_biases,
-        allocation=allocation,
-        gain_exponent=result.gain_exponent,
-        quality=result.quality,
-    )
-
-
-def _plan(
-    loaded: LoadedModel, matrix: Matrix, statistics: Statistics, options: ConversionOptions
-) -> MatrixPlan:
-    weight = loaded.originals[matrix.name]
-    if matrix.name in statistics:
-        sensitivity = Sensitivity.from_statistics(statistics[matrix.name])
-    else:
-        sensitivity = Sensitivity.uniform((weight.shape[0], weight.shape[1]))
-    return plan_matrix(
-        matrix,
-        weight,
-        sensitivity,
-        group_size=options.group_size,
-        partitions=options.partitions,
-        separable=options.separable_depths,
-        means=options.means,
-    )
-
-
-def _allocate(
-    loaded: LoadedModel,
-    plans: list[MatrixPlan],
-    thresholds: np.ndarray,
-    gained: list[Matrix],
-    options: ConversionOptions,
-) -> BitAllocation:
-    worths = [p.worths for p in plans]
-    side = {p.matrix.name: overhead_bytes(p, options) for p in plans}
-    if options.bits is not None:
-        bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)
-        side_bytes = sum(side.values()) + codebook_bytes() + bias_bytes
-        return allocate_for_rate(
-            worths, thresholds, options.bits, loaded.quantized_weights, side_bytes
-        )
-    assert options.size_bytes is not None
-    empty = Quantized(
-        tensors={p.matrix.name: empty_tensor(p, options) for p in plans},
-        codebook=default_codebook(thresholds),
-        added_biases={m.bias_name: torch.zeros(len(m.weight)) for m in gained if m.bias_name},
-    )
-    no_sequences = torch.empty(0, 0, dtype=torch.int64)
-    header = empty_file_header(lambda path: _write(path, loaded, empty, no_sequences, options))
-    return allocate_for_size(worths, thresholds, options.size_bytes, header, side)
 
 
 @torch.no_grad()
@@ -251,7 +148,7 @@ def _finish(
     stages: Stages,
 ) -> ConversionReport:
     with stages.stage("write"):
-        report = _report(loaded, result, sequences, options, stages)
+        report = _report(loaded, result, sequences, options)
         _write(output, loaded, result, sequences, options, report)
     size = output.stat().st_size
     return report.with_file(size, dict(stages.seconds))
@@ -262,7 +159,6 @@ def _report(
     result: Quantized,
     sequences: torch.Tensor,
     options: ConversionOptions,
-    stages: Stages,
 ) -> ConversionReport:
     tensors = list(result.tensors.values())
     weights = loaded.quantized_weights

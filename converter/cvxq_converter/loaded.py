@@ -59,6 +59,13 @@ class LoadedModel:
             value = torch.nn.Parameter(value.to(matrix.weight), requires_grad=False)
         module.bias = value
 
+    def restore(self) -> None:
+        """Put the original weights and biases back."""
+        for matrix in self.matrices:
+            self.install(matrix, self.originals[matrix.name])
+            if matrix.input_module_name is not None:
+                self.set_bias(matrix, self.original_biases.get(matrix.name))
+
     def unquantized(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(checkpoint name, value) of everything outside the matrices, gained biases excepted."""
         gained = {f"{m.input_module_name}.bias" for m in self.matrices if not m.has_bias}

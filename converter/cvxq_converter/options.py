@@ -33,6 +33,7 @@ class ConversionOptions:
     length: int | None = None
     metric: str = "kl"  # or "logits"
     iterations: int = 1
+    uniform_depths: bool = False  # every group alike, to see what the allocation is worth
     separable_depths: bool = True
     curve: str = "model"  # or "measured"
     levels: str = "fitted"  # or "compander"

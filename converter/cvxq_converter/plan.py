@@ -76,12 +76,14 @@ def plan_matrix(
     *,
     group_size: int,
     partitions: int,
+    uniform: bool,
     separable: bool,
     means: bool,
 ) -> MatrixPlan:
     """Cluster the rows of weight (N, K) and find the worth of every group.
 
     partitions: how many row partitions to allow, halved until each holds a whole group.
+    uniform: take every group's worth for equal. separable: fit worths by clusters and columns.
     means: allow stored means, used where they pay.
     """
     rows = weight.shape[0]
@@ -97,6 +99,8 @@ def plan_matrix(
     with_means = means and means_pay(mean, mean_square, group_size)
     variance = (mean_square - mean.square()) if with_means else mean_square
     worth = group_worth(variance.double().cpu().numpy(), sensitivity, clustering)
+    if uniform:
+        worth = np.zeros_like(worth)
     fit = separable_worths if separable else free_worths
     return MatrixPlan(
         matrix=matrix,

@@ -13,7 +13,6 @@ import torch
 from cvxq_format import Codebook
 
 from cvxq_converter.clustering import Clustering
-from cvxq_converter.companding import boundaries
 
 MEAN_LIMIT = 127  # largest mean code
 MEAN_REACH = 8.0  # largest mean, in units of its group's scale
@@ -184,7 +183,7 @@ def _search(
     weights: (n,) of the rows in the error. start: (k,) scale index to search around; mean: (k,).
     A group of zeros keeps scale 0.
     """
-    edges = boundaries(levels)
+    edges = (levels[1:] + levels[:-1]) / 2
     least = torch.full_like(start, torch.inf, dtype=torch.float32)
     best = Choice(
         start.clone(),

@@ -1,0 +1,173 @@
+"""What each ingredient of the converter is worth: one removed at a time, at equal all-in rates.
+
+    python benchmarks/ablation.py --output docs/ablation.md
+
+Every row quantizes the same network with the same statistics at the same rates, side information
+and gained biases included, and reports the KL divergence to the original on a text that the
+calibration never saw. Rows whose statistics differ (metric, calibration, iterations) measure
+their own.
+"""
+
+import argparse
+import datetime
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from cvxq_converter.calibration import CalibrationOptions, make_sequences
+from cvxq_converter.checkpoint import load_network, load_tokenizer, open_source
+from cvxq_converter.iteration import quantize_network
+from cvxq_converter.job import split_sequences
+from cvxq_converter.loaded import LoadedModel, load_model
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.preflight import calibration_amount
+from cvxq_converter.quality import Reference, make_reference
+from cvxq_converter.stages import Stages
+from cvxq_converter.statistics import MatrixStatistics, measure
+
+from cvxq.evaluate import divergence, token_ids, windows
+
+ROOT = Path(__file__).resolve().parent.parent
+Calibrated = tuple[dict[str, MatrixStatistics], Reference]
+
+
+def variants(text: str | None) -> dict[str, dict[str, object]]:
+    """Row name → options that differ from the defaults."""
+    rows: dict[str, dict[str, object]] = {
+        "everything (the defaults)": {},
+        "one depth for all groups": {"uniform_depths": True},
+        "compander's levels, not fitted": {"levels": "compander"},
+        "no gain (p = 0)": {"gain": 0.0},
+        "half gain (p = ½)": {"gain": 0.5},
+        "full gain (p = 1)": {"gain": 1.0},
+        "no bias correction": {"correct_biases": False},
+        "no scale refinement": {"refine_scales": False},
+        "no means": {"means": False},
+        "2 iterations": {"iterations": 2},
+        "metric: logits": {"metric": "logits"},
+        "free depths (4 bits per group)": {"separable_depths": False},
+        "thresholds from measured curves": {"curve": "measured"},
+        "no calibration": {"calibration": "none"},
+        "1 row partition": {"partitions": 1},
+        "4 row partitions": {"partitions": 4},
+    }
+    if text is not None:
+        rows["calibrated on text"] = {"calibration": text}
+    rows |= {f"group size {size}": {"group_size": size} for size in (32, 64, 128, 256, 512)}
+    return rows
+
+
+class Bench:
+    """One model, its statistics by (calibration, metric), and the text to judge on."""
+
+    def __init__(self, model: str, text: str, amount: tuple[int | None, int | None]) -> None:
+        self.options = ConversionOptions(bits=4.0)
+        source = open_source(model)
+        self.tokenizer = load_tokenizer(source)
+        self.original = load_network(source, torch.float32)
+        self.loaded: LoadedModel = load_model(source, self.options)
+        self.amount = calibration_amount(source, "cpu", *amount)
+        context = self.original.config.max_position_embeddings
+        self.windows = windows(token_ids(self.tokenizer, text), context)
+        self._sequences: dict[str, torch.Tensor] = {}
+        self._calibrated: dict[tuple[str, str], Calibrated] = {}
+
+    def sequences(self, calibration: str) -> torch.Tensor:
+        """Calibration sequences (S, L), made once."""
+        if calibration not in self._sequences:
+            self.loaded.restore()
+            wanted = CalibrationOptions(calibration, *self.amount)
+            self._sequences[calibration] = make_sequences(
+                self.loaded.network, self.tokenizer, wanted
+            )
+        return self._sequences[calibration]
+
+    def calibrated(
+        self, options: ConversionOptions
+    ) -> tuple[dict[str, MatrixStatistics], Reference | None]:
+        """Statistics of the original and the reference for the gain."""
+        if options.calibration == "none":
+            return {}, None
+        key = (options.calibration, options.metric)
+        if key not in self._calibrated:
+            training, held = split_sequences(self.sequences(options.calibration))
+            self.loaded.restore()
+            statistics = measure(
+                self.loaded.network, self.loaded.matrices, training, options.metric, options.seed
+            )
+            self._calibrated[key] = statistics, make_reference(self.loaded.network, held)
+        return self._calibrated[key]
+
+    def run(self, changes: dict[str, object], bits: float) -> str:
+        """KL (mean ± standard error) of one variant at one rate, as text."""
+        options = replace(self.options, bits=bits, **changes)  # type: ignore[arg-type]
+        statistics, reference = self.calibrated(options)
+        stages = Stages(None)
+        for iteration in range(options.iterations):
+            if iteration:
+                training, _ = split_sequences(self.sequences(options.calibration))
+                statistics = measure(
+                    self.loaded.network,
+                    self.loaded.matrices,
+                    training,
+                    options.metric,
+                    options.seed,
+                )
+            result = quantize_network(
+                self.loaded, statistics, reference, options, stages, write_empty=_no_size
+            )
+        self.last_steps = result.allocation.steps if result.allocation else 0
+        found = divergence(self.loaded.network, self.original, self.windows)
+        return f"{found.kl.mean:.4f} ± {found.kl.standard_error:.4f}"
+
+
+def _no_size(*_: object) -> None:
+    raise AssertionError("rates only")
+
+
+def main() -> None:
+    """Run all variants and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(ROOT / "demo" / "model"))
+    parser.add_argument("--text", type=Path, default=ROOT / "demo" / "evaluation.txt")
+    parser.add_argument("--calibration-text", help="also calibrate on this .txt or .jsonl file")
+    parser.add_argument("--bits", type=float, action="append", help="default: 2.3, 3.3 and 4.3")
+    parser.add_argument("--sequences", type=int)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--only", action="append", default=[], help="rows whose name contains this")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    rates = args.bits or [2.3, 3.3, 4.3]
+    bench = Bench(args.model, args.text.read_text("utf-8"), (args.sequences, args.length))
+    lines = [
+        "| variant | " + " | ".join(f"KL at {bits:g} bits" for bits in rates) + " | seconds |",
+        "|---|" + "---:|" * (len(rates) + 1),
+    ]
+    print("\n".join(lines), flush=True)
+    steps = {}
+    for name, changes in variants(args.calibration_text).items():
+        if args.only and not any(part in name for part in args.only):
+            continue
+        started = time.perf_counter()
+        cells = []
+        for bits in rates:
+            cells.append(bench.run(dict(changes), bits))
+            steps.setdefault(bits, bench.last_steps)
+        cells.append(f"{time.perf_counter() - started:.0f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    if args.output:
+        head = (
+            f"Model: {Path(args.model).name}; text: {args.text.name}; calibration "
+            f"{bench.amount[0]} × {bench.amount[1]} tokens; {platform.processor() or platform.machine()}, "
+            f"{torch.get_num_threads()} threads, {datetime.date.today()}. KL in nats per token.\n"
+            f"Steps of the dual ascent: "
+            + ", ".join(f"{n} at {bits:g} bits" for bits, n in steps.items())
+        )
+        args.output.write_text(head + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""One iteration of a conversion: sensitivities → depths → codes → corrections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from cvxq_format import Codebook, CompandedTensor
+
+from cvxq_converter.allocation import BitAllocation
+from cvxq_converter.bias import BIAS_BITS
+from cvxq_converter.budget import allocate_for_rate, allocate_for_size, empty_file_header
+from cvxq_converter.correction import Statistics, correct, layers_to_gain_bias
+from cvxq_converter.encode import (
+    codebook_bytes,
+    default_codebook,
+    depth_thresholds,
+    empty_tensor,
+    encode_matrices,
+    overhead_bytes,
+)
+from cvxq_converter.loaded import LoadedModel
+from cvxq_converter.matrices import Matrix
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.plan import MatrixPlan, Sensitivity, plan_matrix
+from cvxq_converter.quality import Divergence, Reference
+from cvxq_converter.stages import Stages
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The quantized matrices of a model, and what was decided on the way."""
+
+    tensors: dict[str, CompandedTensor]
+    codebook: Codebook
+    added_biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    allocation: BitAllocation | None = None
+    gain_exponent: float | None = None
+    quality: Divergence | None = None
+
+
+WriteEmpty = Callable[[Path, Quantized], None]
+
+
+@torch.no_grad()
+def quantize_network(
+    loaded: LoadedModel,
+    statistics: Statistics,
+    reference: Reference | None,
+    options: ConversionOptions,
+    stages: Stages,
+    write_empty: WriteEmpty,
+) -> Quantized:
+    """Quantize the original weights, once measured; leaves the result in the network.
+
+    statistics: by matrix name, empty for sensitivity 1 everywhere. reference: of the original, for
+    the choice of the gain and the loss that is reported; None leaves the network as it was.
+    write_empty: writes the file of a result whose groups all have depth 0, to learn its size.
+    """
+
+    def weight_of(plan: MatrixPlan) -> torch.Tensor:
+        return loaded.originals[plan.matrix.name]
+
+    gained = layers_to_gain_bias(loaded, statistics, options)
+    with stages.stage("allocate") as done:
+        plans = []
+        for i, matrix in enumerate(loaded.matrices):
+            plans.append(_plan(loaded, matrix, statistics, options))
+            done(i + 1, len(loaded.matrices))
+        thresholds = depth_thresholds(plans, weight_of, options)
+        allocation = _allocate(loaded, plans, thresholds, gained, options, write_empty)
+    with stages.stage("quantize") as done:
+        encoded = encode_matrices(plans, weight_of, allocation, thresholds, options, done)
+    with stages.stage("correct") as done:
+        result = correct(loaded, encoded, statistics, gained, reference, options, done)
+    return Quantized(
+        tensors={m.name: t for m, t in zip(loaded.matrices, encoded.tensors, strict=True)},
+        codebook=result.codebook,
+        added_biases=result.added_biases,
+        allocation=allocation,
+        gain_exponent=result.gain_exponent,
+        quality=result.quality,
+    )
+
+
+def _plan(
+    loaded: LoadedModel, matrix: Matrix, statistics: Statistics, options: ConversionOptions
+) -> MatrixPlan:
+    weight = loaded.originals[matrix.name]
+    if matrix.name in statistics:
+        sensitivity = Sensitivity.from_statistics(statistics[matrix.name])
+    else:
+        sensitivity = Sensitivity.uniform((weight.shape[0], weight.shape[1]))
+    return plan_matrix(
+        matrix,
+        weight,
+        sensitivity,
+        group_size=options.group_size,
+        partitions=options.partitions,
+        uniform=options.uniform_depths,
+        separable=options.separable_depths,
+        means=options.means,
+    )
+
+
+def _allocate(
+    loaded: LoadedModel,
+    plans: list[MatrixPlan],
+    thresholds: np.ndarray,
+    gained: list[Matrix],
+    options: ConversionOptions,
+    write_empty: WriteEmpty,
+) -> BitAllocation:
+    worths = [p.worths for p in plans]
+    side = {p.matrix.name: overhead_bytes(p, options) for p in plans}
+    if options.bits is not None:
+        bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)
+        side_bytes = sum(side.values()) + codebook_bytes() + bias_bytes
+        return allocate_for_rate(
+            worths, thresholds, options.bits, loaded.quantized_weights, side_bytes
+        )
+    assert options.size_bytes is not None
+    empty = Quantized(
+        tensors={p.matrix.name: empty_tensor(p, options) for p in plans},
+        codebook=default_codebook(thresholds),
+        added_biases={m.bias_name: torch.zeros(len(m.weight)) for m in gained if m.bias_name},
+    )
+    header = empty_file_header(lambda path: write_empty(path, empty))
+    return allocate_for_size(worths, thresholds, options.size_bytes, header, side)
