@@ -13,6 +13,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,17 +76,15 @@ def main() -> None:
         tensor = random_tensor(depths, options.columns, rng)
         codes = unpack_codes(tensor)
         megabytes = tensor.packed_codes.size / 1e6
-        pack = cpu_seconds(
-            lambda c=codes, d=depths: pack_codes(c, d, GROUP_SIZE, 1), options.repeats
-        )  # type: ignore[misc]
-        unpack = cpu_seconds(lambda t=tensor: unpack_codes(t), options.repeats)  # type: ignore[misc]
-        expand = cpu_seconds(lambda t=tensor: dequantize(t, codebook), options.repeats)  # type: ignore[misc]
+        pack = cpu_seconds(partial(pack_codes, codes, depths, GROUP_SIZE, 1), options.repeats)
+        unpack = cpu_seconds(partial(unpack_codes, tensor), options.repeats)
+        expand = cpu_seconds(partial(dequantize, tensor, codebook), options.repeats)
         print(
             f"{depth or '0–6':>5}  {megabytes / pack:8.0f}  {megabytes / unpack:9.0f}"
             f"{codes.size / expand / 1e6:42.0f}"
         )
     data = rng.bytes(1 << 26)
-    seconds = cpu_seconds(lambda: zlib.crc32(data), options.repeats) * 1e9 / len(data)
+    seconds = cpu_seconds(partial(zlib.crc32, data), options.repeats) * 1e9 / len(data)
     print(f"checksum (CRC-32): {seconds:.2f} s per GB")
 
 

@@ -15,7 +15,7 @@ from cvxq_format.errors import CorruptError
 from cvxq_format.limits import MAX_NESTING
 
 # A string that never ends matches too: trying again at each of its quotes would take forever.
-_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|([\[{])|([\]}])', re.DOTALL)
+_STRING_OR_BRACKET = re.compile(r'"[^"]*(?:"|\Z)|([\[{])|([\]}])')
 _MAX_DIGITS = 20
 
 
@@ -45,7 +45,8 @@ def canonical(value: object) -> bytes:
 
 def _check_nesting(text: str) -> None:
     depth = 0
-    for match in _STRING_OR_BRACKET.finditer(text):
+    bare = text.replace("\\\\", "").replace('\\"', "")  # escaped backslashes, then escaped quotes
+    for match in _STRING_OR_BRACKET.finditer(bare):
         depth += (match[1] is not None) - (match[2] is not None)
         if depth > MAX_NESTING:
             raise CorruptError(
