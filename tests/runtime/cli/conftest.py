@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,17 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role[0] }}|>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|a|>{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute tiny networks with one thread: more only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tokenizer_files(folder: Path, template: str | None = None) -> dict[str, bytes]:
