@@ -4,8 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 GPTQ_CLAIM_BITS = 3.3  # up to this rate (to one decimal) cvxq must be closer than GPTQ
-HEADER = ("method", "bits per weight", "file bytes", "perplexity", "KL, nats per token")
-COST_HEADER = ("seconds", "peak MB")
+HEADER = (
+    "method",
+    "bits per weight",
+    "file bytes",
+    "bits per parameter",
+    "perplexity",
+    "KL, nats per token",
+    "seconds",
+    "peak MB",
+)
 
 
 @dataclass(frozen=True)
@@ -48,17 +56,18 @@ class Row:
         )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown table, one line per row, in the order given."""
-    lines = [(*HEADER, *COST_HEADER), ("---", *["--:"] * (len(HEADER) + len(COST_HEADER) - 1))]
+def table(rows: Sequence[Row], parameters: int) -> str:
+    """Markdown table, one line per row, in the order given; `parameters` is the model's count."""
+    lines = [HEADER, ("---", *["--:"] * (len(HEADER) - 1))]
     for row in rows:
         lines.append(
             (
                 f"**{row.label}**" if row.method == "cvxq" else row.label,
                 f"{row.rate:.3f}",
                 f"{row.file_bytes:,}",
+                f"{8 * row.file_bytes / parameters:.3f}",
                 f"{row.perplexity:.3f} ± {row.perplexity_error:.3f}",
-                f"{row.kl:.4f} ± {row.kl_error:.4f}",
+                f"{row.kl:.5f} ± {row.kl_error:.5f}",
                 f"{row.cost.seconds:.0f}",
                 f"{row.cost.peak_bytes / 1e6:.0f}",
             )
@@ -102,7 +111,7 @@ def failed_claims(rows: Sequence[Row]) -> list[str]:
                 continue
             if not ours.kl < other.kl:
                 failed.append(
-                    f"{where}: cvxq's KL is {ours.kl:.4f} at {ours.rate:.3f} bits, "
-                    f"{name}'s {other.kl:.4f} at {other.rate:.3f}"
+                    f"{where}: cvxq's KL is {ours.kl:.5f} at {ours.rate:.3f} bits, "
+                    f"{name}'s {other.kl:.5f} at {other.rate:.3f}"
                 )
     return failed

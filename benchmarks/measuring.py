@@ -183,7 +183,7 @@ class Bench:
             kl_error=found.kl.standard_error,
             cost=cost,
         )
-        say(f"{row.label}: {rate:.3f} bits, {file_bytes:,} bytes, KL {row.kl:.4f}")
+        say(f"{row.label}: {rate:.3f} bits, {file_bytes:,} bytes, KL {row.kl:.5f}")
         return row
 
 

@@ -70,7 +70,7 @@ def rows(rtn: float, gptq: float, cvxq: float, bits: int = 3) -> list[Row]:
 def test_claims_hold_only_when_cvxq_is_closest() -> None:
     assert failed_claims(rows(rtn=0.3, gptq=0.2, cvxq=0.1)) == []
     assert failed_claims(rows(rtn=0.3, gptq=0.2, cvxq=0.25)) == [
-        "3 bits, group 64: cvxq's KL is 0.2500 at 3.297 bits, GPTQ's 0.2000 at 3.297"
+        "3 bits, group 64: cvxq's KL is 0.25000 at 3.297 bits, GPTQ's 0.20000 at 3.297"
     ]
     assert len(failed_claims(rows(rtn=0.3, gptq=0.2, cvxq=0.4))) == 2
 
@@ -96,10 +96,10 @@ def test_files_may_not_exceed_the_one_they_are_compared_with() -> None:
 
 
 def test_table_has_a_line_per_row_with_errors_beside_the_figures() -> None:
-    lines = table(rows(rtn=0.3, gptq=0.2, cvxq=0.1)).splitlines()
+    lines = table(rows(rtn=0.3, gptq=0.2, cvxq=0.1), parameters=1800).splitlines()
     assert lines[3] == (
-        "| GPTQ, 3 bits, group 64, symmetric | 3.297 | 900 | 20.000 ± 0.100 "
-        "| 0.2000 ± 0.0010 | 1 | 1 |"
+        "| GPTQ, 3 bits, group 64, symmetric | 3.297 | 900 | 4.000 | 20.000 ± 0.100 "
+        "| 0.20000 ± 0.00100 | 1 | 1 |"
     )
     assert len(lines) == 5
     assert lines[4].startswith("| **cvxq** | 3.297 |")
