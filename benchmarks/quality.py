@@ -50,7 +50,8 @@ READING_PEER = """\
 GPTQ's rows are the best of its settings on this very text
 ({settings}).
 Its bits and bytes are counted as if packed tightly, with 16-bit scales and zero points as deep as
-the codes; it leaves the embeddings and the head in 16 bits in both tables, as its users do. At the same group size RTN takes slightly fewer bits than GPTQ."""
+the codes; it leaves the embeddings and the head in 16 bits in both tables, as its users do. At the
+same group size RTN takes slightly fewer bits than GPTQ."""
 
 
 def run(
