@@ -15,19 +15,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from cvxq.evaluate import divergence, token_ids, windows
 from cvxq_converter.calibration import CalibrationOptions, make_sequences
 from cvxq_converter.checkpoint import load_network, load_tokenizer, open_source
-from cvxq_converter.iteration import quantize_network
+from cvxq_converter.iteration import make_plan, quantize_network
 from cvxq_converter.job import split_sequences
 from cvxq_converter.loaded import LoadedModel, load_model
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import calibration_amount
 from cvxq_converter.quality import Reference, make_reference
 from cvxq_converter.stages import Stages
-from cvxq_converter.statistics import MatrixStatistics, measure
-
-from cvxq.evaluate import divergence, token_ids, windows
+from cvxq_converter.statistics import MatrixStatistics, measure, measure_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 Calibrated = tuple[dict[str, MatrixStatistics], Reference]
@@ -48,6 +48,8 @@ def variants(text: str | None) -> dict[str, dict[str, object]]:
         "2 iterations": {"iterations": 2},
         "metric: logits": {"metric": "logits"},
         "free depths (4 bits per group)": {"separable_depths": False},
+        "sensitivity measured per group": {"measured_groups": True},
+        "sensitivity per group, free depths": {"measured_groups": True, "separable_depths": False},
         "thresholds from measured curves": {"curve": "measured"},
         "no calibration": {"calibration": "none"},
         "1 row partition": {"partitions": 1},
@@ -100,11 +102,24 @@ class Bench:
             self._calibrated[key] = statistics, make_reference(self.loaded.network, held)
         return self._calibrated[key]
 
+    def _group_sensitivities(
+        self, statistics: dict[str, MatrixStatistics], options: ConversionOptions
+    ) -> dict[str, np.ndarray]:
+        """A second measuring pass over the clusters that the first one fixed."""
+        plans = [make_plan(self.loaded, m, statistics, options) for m in self.loaded.matrices]
+        clusters = {p.matrix.name: p.clustering.cluster_of_row() for p in plans}
+        training, _ = split_sequences(self.sequences(options.calibration))
+        self.loaded.restore()
+        matrices, metric, seed = self.loaded.matrices, options.metric, options.seed
+        return measure_groups(self.loaded.network, matrices, training, metric, seed, clusters)
+
     def run(self, changes: dict[str, object], bits: float) -> str:
         """KL (mean ± standard error) of one variant at one rate, as text."""
+        by_group = bool(changes.pop("measured_groups", False))
         options = replace(self.options, bits=bits, **changes)  # type: ignore[arg-type]
         statistics, reference = self.calibrated(options)
         stages = Stages(None)
+        groups = self._group_sensitivities(statistics, options) if by_group else None
         for iteration in range(options.iterations):
             if iteration:
                 training, _ = split_sequences(self.sequences(options.calibration))
@@ -116,7 +131,7 @@ class Bench:
                     options.seed,
                 )
             result = quantize_network(
-                self.loaded, statistics, reference, options, stages, write_empty=_no_size
+                self.loaded, statistics, reference, options, stages, _no_size, groups
             )
         self.last_steps = result.allocation.steps if result.allocation else 0
         found = divergence(self.loaded.network, self.original, self.windows)
@@ -146,7 +161,7 @@ def main() -> None:
         "|---|" + "---:|" * (len(rates) + 1),
     ]
     print("\n".join(lines), flush=True)
-    steps = {}
+    steps: dict[float, int] = {}
     for name, changes in variants(args.calibration_text).items():
         if args.only and not any(part in name for part in args.only):
             continue
@@ -159,14 +174,19 @@ def main() -> None:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     if args.output:
-        head = (
-            f"Model: {Path(args.model).name}; text: {args.text.name}; calibration "
-            f"{bench.amount[0]} × {bench.amount[1]} tokens; {platform.processor() or platform.machine()}, "
-            f"{torch.get_num_threads()} threads, {datetime.date.today()}. KL in nats per token.\n"
-            f"Steps of the dual ascent: "
-            + ", ".join(f"{n} at {bits:g} bits" for bits, n in steps.items())
-        )
-        args.output.write_text(head + "\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        head = _head(args, bench, steps)
+        args.output.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _head(args: argparse.Namespace, bench: Bench, steps: dict[float, int]) -> str:
+    ascent = ", ".join(f"{count} at {bits:g} bits" for bits, count in steps.items())
+    machine = platform.processor() or platform.machine()
+    return (
+        f"Model: {Path(args.model).name}; text: {args.text.name}; calibration "
+        f"{bench.amount[0]} × {bench.amount[1]} tokens; {machine}, {torch.get_num_threads()} "
+        f"threads, {datetime.date.today()}. KL in nats per token.\n"
+        f"Steps of the dual ascent: {ascent}.\n\n"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,11 +53,13 @@ def quantize_network(
     options: ConversionOptions,
     stages: Stages,
     write_empty: WriteEmpty,
+    group_sensitivities: Mapping[str, np.ndarray] | None = None,
 ) -> Quantized:
     """Quantize the original weights, once measured; leaves the result in the network.
 
     statistics: by matrix name, empty for sensitivity 1 everywhere. reference: of the original, for
     the choice of the gain and the loss that is reported; None leaves the network as it was.
+    group_sensitivities: by matrix name (C, K), from `measure_groups`, in place of rows × columns.
     write_empty: writes the file of a result whose groups all have depth 0, to learn its size.
     """
 
@@ -68,7 +70,8 @@ def quantize_network(
     with stages.stage("allocate") as done:
         plans = []
         for i, matrix in enumerate(loaded.matrices):
-            plans.append(_plan(loaded, matrix, statistics, options))
+            groups = (group_sensitivities or {}).get(matrix.name)
+            plans.append(make_plan(loaded, matrix, statistics, options, groups))
             done(i + 1, len(loaded.matrices))
         thresholds = depth_thresholds(plans, weight_of, options)
         allocation = _allocate(loaded, plans, thresholds, gained, options, write_empty)
@@ -86,9 +89,14 @@ def quantize_network(
     )
 
 
-def _plan(
-    loaded: LoadedModel, matrix: Matrix, statistics: Statistics, options: ConversionOptions
+def make_plan(
+    loaded: LoadedModel,
+    matrix: Matrix,
+    statistics: Statistics,
+    options: ConversionOptions,
+    group_sensitivity: np.ndarray | None = None,
 ) -> MatrixPlan:
+    """Cut one matrix into groups and find their worths; sensitivity 1 without statistics."""
     weight = loaded.originals[matrix.name]
     if matrix.name in statistics:
         sensitivity = Sensitivity.from_statistics(statistics[matrix.name])
@@ -98,6 +106,7 @@ def _plan(
         matrix,
         weight,
         sensitivity,
+        group_sensitivity=group_sensitivity,
         group_size=options.group_size,
         partitions=options.partitions,
         uniform=options.uniform_depths,

@@ -2,7 +2,7 @@
 
 Sensitivities are kept as N row sums and K column sums per matrix, and the sensitivity of a weight
 is taken as their product: G_nk² = r_n c_k / Σ r. Measured per (cluster, column) instead, the
-estimate is noisier and allocates no better (docs/ablation.md).
+estimate is noisier; docs/ablation.md compares both.
 """
 
 from dataclasses import dataclass
@@ -74,6 +74,7 @@ def plan_matrix(
     weight: torch.Tensor,
     sensitivity: Sensitivity,
     *,
+    group_sensitivity: np.ndarray | None = None,
     group_size: int,
     partitions: int,
     uniform: bool,
@@ -82,7 +83,8 @@ def plan_matrix(
 ) -> MatrixPlan:
     """Cluster the rows of weight (N, K) and find the worth of every group.
 
-    partitions: how many row partitions to allow, halved until each holds a whole group.
+    group_sensitivity: (C, K) measured sum over each group, in place of the product of row and
+    column. partitions: how many row partitions to allow, halved until each holds a whole group.
     uniform: take every group's worth for equal. separable: fit worths by clusters and columns.
     means: allow stored means, used where they pay.
     """
@@ -98,7 +100,7 @@ def plan_matrix(
     mean, mean_square = group_moments(weight, clustering, weights)
     with_means = means and means_pay(mean, mean_square, group_size)
     variance = (mean_square - mean.square()) if with_means else mean_square
-    worth = group_worth(variance.double().cpu().numpy(), sensitivity, clustering)
+    worth = group_worth(variance.double().cpu().numpy(), sensitivity, clustering, group_sensitivity)
     if uniform:
         worth = np.zeros_like(worth)
     fit = separable_worths if separable else free_worths
@@ -113,15 +115,23 @@ def plan_matrix(
 
 
 def group_worth(
-    variance: np.ndarray, sensitivity: Sensitivity, clustering: Clustering
+    variance: np.ndarray,
+    sensitivity: Sensitivity,
+    clustering: Clustering,
+    group_sensitivity: np.ndarray | None = None,
 ) -> np.ndarray:
     """(C, K) float64 ½ log2(G² S²) in bits, −∞ for a group without spread.
 
-    variance: (C, K) of the groups, in weight².
+    variance: (C, K) of the groups, in weight². group_sensitivity: (C, K) sums over the group's
+    rows, where measured; a group that none of the sequences reached keeps the product.
     """
     floor = SMALLEST_VARIANCE * float(variance.mean())
     row = sensitivity.row[clustering.permutation]
     cluster = np.add.reduceat(row, clustering.bounds[:-1]) / clustering.cluster_rows
     with np.errstate(divide="ignore"):
         spread = np.log2(np.where(variance > floor, variance, 0.0))
-    return 0.5 * (spread + np.log2(cluster)[:, None] + np.log2(sensitivity.column)[None, :])
+    sensitivities = cluster[:, None] * sensitivity.column[None, :]
+    if group_sensitivity is not None:
+        measured = group_sensitivity / clustering.cluster_rows[:, None]
+        sensitivities = np.where(measured > 0, measured, sensitivities)
+    return 0.5 * (spread + np.log2(sensitivities))
