@@ -16,7 +16,8 @@ from cvxq_converter.clustering import Clustering
 
 MEAN_LIMIT = 127  # largest mean code
 MEAN_REACH = 8.0  # largest mean, in units of its group's scale
-SEARCH = tuple(range(-4, 9))  # scale-table steps around the standard deviation
+SEARCH = ((-4, 4, 8), (-2, 2), (-1, 1))  # scale-table steps around the best so far, in turn
+TABLE_LIMIT, TABLE_CELLS = 14.0, 256  # of the level table: its reach, and its cells per unit
 HEADROOM_STEPS = 8  # the largest scale sits this far below the top of the table
 STEPS_PER_OCTAVE = 8
 
@@ -181,32 +182,50 @@ def _search(
     """The scale, mean and codes of least squared error for each column of part (n, k).
 
     weights: (n,) of the rows in the error. start: (k,) scale index to search around; mean: (k,).
-    A group of zeros keeps scale 0.
+    The search halves its steps: the error has one minimum along the ladder, or nearly so. It reads
+    levels from a fine table, the codes come from the exact borders between the levels.
     """
-    edges = (levels[1:] + levels[:-1]) / 2
-    least = torch.full_like(start, torch.inf, dtype=torch.float32)
-    best = Choice(
-        start.clone(),
-        torch.zeros_like(start, dtype=torch.int8),
-        torch.zeros(part.shape, dtype=torch.uint8, device=part.device),
-    )
-    for step in SEARCH if refine else (0,):
-        index = torch.where(start > 0, (start + step).clamp(1, len(grid.scales) - 1), start)
-        scale = grid.scales[index]
-        inverse = 1 / scale.clamp_min(1e-38)
-        mean_code = torch.zeros_like(best.mean)
-        normalized = part * inverse
-        if grid.mean_step > 0:
-            wanted = mean * inverse / float(grid.mean_step)
-            mean_code = wanted.round().clamp(-MEAN_LIMIT, MEAN_LIMIT).to(torch.int8)
-            normalized -= mean_code.float() * float(grid.mean_step)
-        codes = torch.bucketize(normalized, edges, out_int32=True)
-        error = weights @ (levels[codes] - normalized).square() * scale.square()
-        better = (error < least) & ((scale > 0) | (step == 0))
-        least = torch.where(better, error, least)
-        best = Choice(
-            torch.where(better, index, best.scale),
-            torch.where(better, mean_code, best.mean),
-            torch.where(better, codes.to(torch.uint8), best.codes),
-        )
-    return best
+    table = _level_table(levels)
+
+    def error(index: torch.Tensor) -> torch.Tensor:
+        normalized, _ = _normalize(part, mean, index, grid)
+        cell = normalized.add(TABLE_LIMIT).mul_(TABLE_CELLS).clamp_(0, len(table) - 1)
+        return weights @ (table[cell.int()] - normalized).square_() * grid.scales[index].square()
+
+    best = start
+    if refine:
+        least = error(best)
+        for steps in SEARCH:
+            centre = best
+            for step in steps:
+                index = torch.where(
+                    start > 0, (centre + step).clamp(1, len(grid.scales) - 1), start
+                )
+                found = error(index)
+                best = torch.where(found < least, index, best)
+                least = torch.minimum(found, least)
+    normalized, mean_code = _normalize(part, mean, best, grid)
+    codes = torch.bucketize(normalized, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    return Choice(best, mean_code, codes.to(torch.uint8))
+
+
+def _level_table(levels: torch.Tensor) -> torch.Tensor:
+    """The nearest level of every cell of a fine grid over ±TABLE_LIMIT."""
+    count = int(2 * TABLE_LIMIT * TABLE_CELLS)
+    centres = (torch.arange(count, device=levels.device) + 0.5) / TABLE_CELLS - TABLE_LIMIT
+    return levels[torch.bucketize(centres, (levels[1:] + levels[:-1]) / 2)]
+
+
+def _normalize(
+    part: torch.Tensor, mean: torch.Tensor, index: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (n, k) less their mean, in units of the scales (k,) at `index`, and the mean codes.
+
+    The scale 0 of a group of zeros divides as if it were tiny: the weights stay zero.
+    """
+    inverse = 1 / grid.scales[index].clamp_min(1e-38)
+    if not grid.mean_step > 0:
+        return part * inverse, torch.zeros_like(index, dtype=torch.int8)
+    step = float(grid.mean_step)
+    code = (mean * inverse / step).round().clamp(-MEAN_LIMIT, MEAN_LIMIT)
+    return part * inverse - code * step, code.to(torch.int8)
