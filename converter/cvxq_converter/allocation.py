@@ -13,7 +13,6 @@ rounded to whole depths, codes padded to bytes. `D_n` measured instead of modell
 thresholds between the depths, nothing else (`measured_thresholds`).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from cvxq_converter.errors import RateError
 UNITS_PER_BIT = 256
 MAX_DEPTH = 8
 MODEL_THRESHOLDS = np.arange(1, MAX_DEPTH + 1, dtype=np.int32) * UNITS_PER_BIT - UNITS_PER_BIT // 2
-MAX_ASCENT_STEPS = 100
+ASCENT_STEPS = 20  # more than these and the bracket is halved instead
 WORTH_DEPTH = 8.0  # bits below the median at which a group's worth no longer matters
 FIT_STEPS = 8
 ASCENT_RATE = 1.0  # α, bits of offset per bit of excess rate
@@ -171,7 +170,6 @@ def allocate_bit_depths(
         raise RateError("the side information alone exceeds the rate that was asked for")
     if budget_bytes > MAX_DEPTH * plane_total:
         raise RateError("the rate that was asked for exceeds 8 bits in every group")
-    target = budget_bytes / plane_total  # mean depth
 
     def size(offset: int) -> int:
         return sum(
@@ -179,11 +177,7 @@ def allocate_bit_depths(
             for u, p in zip(units, planes, strict=True)
         )
 
-    offset, steps = _ascend(size, units, plane_total, target)
-    while size(offset) > budget_bytes:  # at most a few units: the ascent ends within rounding
-        offset += 1
-    while size(offset - 1) <= budget_bytes and size(offset - 1) > size(offset):
-        offset -= 1
+    offset, steps = _ascend(size, units, thresholds, plane_total, budget_bytes)
     depths = [depths_of(u - offset, thresholds) for u in units]
     offsets = [np.full(len(u), offset, dtype=np.int64) for u in units]
     spent = size(offset)
@@ -199,26 +193,33 @@ def allocate_bit_depths(
 
 
 def _ascend(
-    size: Callable[[int], int], units: Sequence[np.ndarray], plane_total: int, target: float
+    size: Callable[[int], int],
+    units: Sequence[np.ndarray],
+    thresholds: np.ndarray,
+    plane_total: int,
+    budget_bytes: int,
 ) -> tuple[int, int]:
     """Dual ascent v ← v + α(rate(v) − R) in the log domain; returns the offset and the steps.
 
-    The rounded rate is a staircase in v, so the ascent stays inside the bracket of offsets known
-    to overspend and to underspend, halving it when a step would leave.
+    The offset is the smallest whose size is within the budget. The rounded rate is a staircase in
+    v, so the ascent stays inside the bracket of offsets known to overspend and to fit, halving it
+    when a step would leave or when the staircase is so flat that steps are too short.
     """
+    low = min(int(u.min()) for u in units) - int(thresholds[-1]) - 1  # one below: all at depth 8
+    high = max(int(u.max()) for u in units) - int(thresholds[0]) + 1  # all at depth 0
+    target = budget_bytes / plane_total  # mean depth
     value = float(np.mean([u.mean() for u in units]) - target * UNITS_PER_BIT)
-    low, high = -math.inf, math.inf
-    for step in range(1, MAX_ASCENT_STEPS + 1):
+    steps = 0
+    while high - low > 1:
+        if steps >= ASCENT_STEPS or not low < round(value) < high:
+            value = (low + high) // 2
         offset = round(value)
-        excess = size(offset) / plane_total - target
+        excess = size(offset) - budget_bytes
         if excess > 0:
-            low = max(low, offset)
+            low = offset
         else:
-            high = min(high, offset)
-        if high - low <= 1:
-            return int(high), step
-        move = ASCENT_RATE * UNITS_PER_BIT * excess
-        value = offset + (math.copysign(max(abs(move), 1.0), excess) if excess else -1.0)
-        if not low < round(value) < high:
-            value = (low + high) / 2
-    return int(high) if math.isfinite(high) else round(value), MAX_ASCENT_STEPS
+            high = offset
+        move = ASCENT_RATE * UNITS_PER_BIT * excess / plane_total
+        value = offset + (max(move, 1.0) if excess > 0 else min(move, -1.0))
+        steps += 1
+    return high, steps
