@@ -108,13 +108,14 @@ def group_moments(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted mean and mean square of every group.
 
-    weight: (N, K); weights: (N,) from `row_weights`. Returns (mean, mean square), (C, K) float32.
+    weight: (N, K); weights: (N,) from `row_weights`. Returns (mean, mean square), (C, K) float64:
+    squares of very small or large weights would leave the range of float32.
     """
     permutation = torch.from_numpy(clustering.permutation).to(weight.device)
     means, squares = [], []
     for start, end in pairwise(clustering.bounds):
-        block = weight[permutation[start:end]].float()
-        share = torch.from_numpy(weights[start:end]).to(weight.device) / int(end - start)
+        block = weight[permutation[start:end]].double()
+        share = torch.from_numpy(weights[start:end]).to(weight.device).double() / int(end - start)
         means.append(share @ block)
         squares.append(share @ block.square())
     return torch.stack(means), torch.stack(squares)

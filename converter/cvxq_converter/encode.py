@@ -222,7 +222,7 @@ def _add_to_histograms(
         weights = torch.from_numpy(plan.row_weights[span]).to(weight.device)
         block = weight[rows].float()
         if plan.with_means:
-            block = block - plan.moments[0][c]
+            block = block - plan.moments[0][c].float()
         normalized = block / deviation[c].clamp_min(1e-38)
         for depth, histogram in histograms.items():
             chosen = torch.from_numpy(depths[c] == depth).to(weight.device)

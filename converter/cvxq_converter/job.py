@@ -92,7 +92,7 @@ def _iterate(
     training, held_back = split_sequences(sequences)
 
     def write_empty(path: Path, empty: Quantized) -> None:
-        _write(path, loaded, empty, sequences, options)
+        _write(path, loaded, empty, sequences, options, _report(loaded, empty, sequences, options))
 
     if not len(training):
         return quantize_network(loaded, {}, None, options, stages, write_empty)
@@ -190,7 +190,7 @@ def _write(
     result: Quantized,
     sequences: torch.Tensor,
     options: ConversionOptions,
-    report: ConversionReport | None = None,
+    report: ConversionReport,
 ) -> None:
     write_container(
         path,
@@ -202,7 +202,7 @@ def _write(
         loaded.aliases,
         {
             "provenance.json": _provenance(loaded, sequences, options),
-            "report.json": report.for_file() if report else {},
+            "report.json": report.for_file(),
         },
     )
 

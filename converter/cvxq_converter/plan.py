@@ -52,7 +52,7 @@ class MatrixPlan:
     """One matrix cut into groups, with the moments and the worth of each group.
 
     row_weights: (N,) float32, stored order, mean 1 in each cluster.
-    moments: weighted (mean, mean square), each (C, K) float32.
+    moments: weighted (mean, mean square), each (C, K) float64.
     """
 
     matrix: Matrix
@@ -66,7 +66,7 @@ class MatrixPlan:
         """(C, K) float32 spread of each group: about its mean if means are stored, else about 0."""
         mean, mean_square = self.moments
         variance = mean_square - mean.square() if self.with_means else mean_square
-        return variance.clamp_min(0).sqrt()
+        return variance.clamp_min(0).sqrt().float()
 
 
 def plan_matrix(
@@ -89,7 +89,8 @@ def plan_matrix(
     means: allow stored means, used where they pay.
     """
     rows = weight.shape[0]
-    row_variance = weight.float().square().mean(1)
+    largest = torch.stack(weight.aminmax()).abs().max().float().clamp_min(1e-38)
+    row_variance = (weight / largest).float().square_().mean(1)  # only their order matters
     clustering = cluster_rows(
         row_variance.double().cpu().numpy(),
         sensitivity.row,

@@ -77,7 +77,7 @@ def means_pay(mean: torch.Tensor, mean_square: torch.Tensor, group_size: int) ->
     if not bool(used.any()):
         return False
     variance = (mean_square - mean.square()).clamp_min(0)[used]
-    gain = 0.5 * torch.log2(mean_square[used] / variance.clamp_min(1e-30))
+    gain = 0.5 * torch.log2(mean_square[used] / variance.clamp_min(1e-300))
     return float(gain.clamp(max=8).mean()) > 8 / group_size
 
 
@@ -86,14 +86,14 @@ def make_grid(
 ) -> Grid:
     """Place the ladder of scales of one matrix and find where each group's search begins.
 
-    mean, mean_square: (C, K) float32 moments of the groups. With means the search begins at the
+    mean, mean_square: (C, K) float64 moments of the groups. With means the search begins at the
     deviation about the mean, or where the mean comes within reach if that is higher.
     """
     spread = mean_square
     if with_means:
         variance = (mean_square - mean.square()).clamp_min(0)
         spread = torch.maximum(variance, (mean / MEAN_REACH).square())
-    spread = spread.double().sqrt()
+    spread = spread.sqrt()
     unit = np.float32(float(spread.max()) * 2 ** (HEADROOM_STEPS / STEPS_PER_OCTAVE))
     scales = torch.from_numpy(codebook.scale_table * unit).to(mean.device)
     start = _nearest_in_log(spread, scales.double())
@@ -151,8 +151,8 @@ def quantize_matrix(
             mean_codes[c, columns] = found.mean
             codes[low:high, columns] = found.codes
             scale = grid.scales[found.scale]
-            centred = part - scale * (found.mean.float() * float(grid.mean_step))
-            quantized = scale * levels[found.codes.long()]
+            centred = (part - scale * (found.mean.float() * float(grid.mean_step))).double()
+            quantized = (scale * levels[found.codes.long()]).double()
             error[depth] += float((centred - quantized).square().sum())
             energy[depth] += float(centred.square().sum())
             projection[depth] += float((centred * quantized).sum())
@@ -183,18 +183,21 @@ def _search(
 
     weights: (n,) of the rows in the error. start: (k,) scale index to search around; mean: (k,).
     The search halves its steps: the error has one minimum along the ladder, or nearly so. It reads
-    levels from a fine table, the codes come from the exact borders between the levels.
+    levels from a fine table, the codes come from the exact borders between the levels. A group too
+    small for the lowest scale takes the scale 0 if that is nearer.
     """
     table = _level_table(levels)
+    unit = grid.scales[start].clamp_min(1e-38)  # of the errors, one per column
 
     def error(index: torch.Tensor) -> torch.Tensor:
         normalized, _ = _normalize(part, mean, index, grid)
         cell = normalized.add(TABLE_LIMIT).mul_(TABLE_CELLS).clamp_(0, len(table) - 1)
-        return weights @ (table[cell.int()] - normalized).square_() * grid.scales[index].square()
+        distance = (table[cell.int()] - normalized).square_()
+        return weights @ distance * (grid.scales[index] / unit).square()
 
     best = start
+    least = error(best)
     if refine:
-        least = error(best)
         for steps in SEARCH:
             centre = best
             for step in steps:
@@ -204,6 +207,9 @@ def _search(
                 found = error(index)
                 best = torch.where(found < least, index, best)
                 least = torch.minimum(found, least)
+    if bool((best == 1).any()):
+        zero = weights @ (part / unit).square_()
+        best = torch.where((best == 1) & (zero < least), 0, best)
     normalized, mean_code = _normalize(part, mean, best, grid)
     codes = torch.bucketize(normalized, (levels[1:] + levels[:-1]) / 2, out_int32=True)
     return Choice(best, mean_code, codes.to(torch.uint8))
@@ -227,5 +233,5 @@ def _normalize(
     if not grid.mean_step > 0:
         return part * inverse, torch.zeros_like(index, dtype=torch.int8)
     step = float(grid.mean_step)
-    code = (mean * inverse / step).round().clamp(-MEAN_LIMIT, MEAN_LIMIT)
+    code = (mean * inverse / step).round().clamp(-MEAN_LIMIT, MEAN_LIMIT).float()
     return part * inverse - code * step, code.to(torch.int8)

@@ -62,9 +62,18 @@ class ConversionReport:
         }
 
     def for_file(self) -> dict[str, Any]:
-        """What goes into the container: nothing that changes from run to run, or with its size."""
+        """What goes into the container: nothing that changes from run to run, or with its size.
+
+        Six digits are kept, so that the length hardly depends on the figures either.
+        """
         values = asdict(self)
-        return {k: values[k] for k in values if k not in ("stage_seconds", "file_bytes")}
+        return {k: _rounded(values[k]) for k in values if k not in ("stage_seconds", "file_bytes")}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def depth_histogram(tensors: list[CompandedTensor]) -> tuple[float, ...]:
