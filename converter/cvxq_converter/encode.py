@@ -9,7 +9,6 @@ from cvxq_format import Codebook, CompandedTensor, pack_codes, payload_size
 
 from cvxq_converter.allocation import (
     MODEL_THRESHOLDS,
-    UNITS_PER_BIT,
     BitAllocation,
     measured_thresholds,
 )
@@ -21,7 +20,6 @@ from cvxq_converter.companding import (
     fit_levels,
     make_codebook,
 )
-from cvxq_converter.errors import RateError
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.plan import MatrixPlan
 from cvxq_converter.quantize import QuantizedMatrix, quantize_matrix
@@ -173,13 +171,9 @@ def _pack(
     clustering, worths = plan.clustering, plan.worths
     cluster_terms = None
     if worths.cluster_terms is not None and offsets is not None:
-        cluster_terms = worths.cluster_terms - offsets
+        # Beyond this range every group of the cluster is pruned, or at depth 8, either way.
         limit = np.iinfo(np.int16)
-        if cluster_terms.min() < limit.min or cluster_terms.max() > limit.max:
-            raise RateError(
-                f"{plan.matrix.name}: its sensitivity is {cluster_terms.max() / UNITS_PER_BIT:.0f} "
-                "bits from the model's; the weights or the calibration are degenerate"
-            )
+        cluster_terms = np.clip(worths.cluster_terms - offsets, limit.min, limit.max)
     return CompandedTensor(
         shape=tuple(plan.matrix.weight.shape),
         group_size=options.group_size,

@@ -28,7 +28,7 @@ from cvxq_converter.quality import make_reference
 from cvxq_converter.report import ConversionReport, depth_histogram
 from cvxq_converter.rtn import quantize_rtn, rtn_codebook
 from cvxq_converter.stages import Progress, Stages
-from cvxq_converter.statistics import measure
+from cvxq_converter.statistics import MatrixStatistics, measure
 from cvxq_converter.writing import write_container
 
 HELD_BACK = 8  # one sequence in eight is kept from the measurement, for the gain and the report
@@ -98,9 +98,10 @@ def _iterate(
         return quantize_network(loaded, {}, None, options, stages, write_empty)
     with stages.stage("calibrate"):
         reference = make_reference(loaded.network, held_back)
+    statistics: dict[str, MatrixStatistics] = {}
     for _ in range(options.iterations):
         with stages.stage("measure"):
-            statistics = measure(
+            measured = measure(
                 loaded.network,
                 loaded.matrices,
                 training,
@@ -108,6 +109,9 @@ def _iterate(
                 options.seed,
                 stages.report,
             )
+        # Beside a pruned matrix nothing is felt; what was felt before it was pruned still holds.
+        felt = {n: s for n, s in measured.items() if n not in statistics or s.row_evidence.any()}
+        statistics |= felt
         result = quantize_network(loaded, statistics, reference, options, stages, write_empty)
     return result
 

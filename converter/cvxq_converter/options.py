@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from cvxq_converter.errors import ConversionError
+
 GROUP_SIZE = 64
 PARTITIONS = 8
 
@@ -45,6 +47,13 @@ class ConversionOptions:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConversionError for a target that is none."""
+        if (self.bits is None) == (self.size_bytes is None):
+            raise ConversionError("a conversion takes either bits or a size in bytes")
+        if self.bits is not None and not 0 <= self.bits <= 8:  # NaN is not either
+            raise ConversionError(f"{self.bits:g} bits per weight, allowed 0 to 8")
 
     @property
     def replaces_weights(self) -> bool:
