@@ -1,0 +1,371 @@
+"""Whole conversions: the rate asked for, the file written, and the network it stands for."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cvxq
+import numpy as np
+import pytest
+import torch
+from cvxq.summary import summarize
+from cvxq_converter.errors import ConversionError, RateError
+from cvxq_converter.job import convert
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.preflight import Speed
+from cvxq_converter.report import ConversionReport
+from cvxq_format import CompandedTensor, Reader, dequantize, verify
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+RATES = (2.0, 2.1, 2.5, 3.0, 3.3, 4.0, 5.0)
+Save = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute tiny networks with one thread: more only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(folder: Path, output: Path, progress: Any = None, **options: Any) -> ConversionReport:
+    """Convert with small groups and, unless told otherwise, a very short self-calibration."""
+    chosen = {"group_size": 16, "sequences": 3, "length": 12, **options}
+    if "size_bytes" not in chosen:
+        chosen.setdefault("bits", 4.0)
+    return convert(str(folder), output, ConversionOptions(**chosen), progress)
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """The header, read with nothing but FORMAT.md's first table."""
+    data = path.read_bytes()
+    file_size, offset, size = struct.unpack_from("<QQQ", data, 16)
+    assert file_size == len(data)
+    header: dict[str, Any] = json.loads(data[offset : offset + size])
+    return header
+
+
+def rate_of(path: Path) -> float:
+    """Bits per quantized weight of everything in the file that only quantized matrices need."""
+    header = header_of(path)
+    needed, weights = sum(book["size"] for book in header["codebooks"]), 0
+    for tensor in header["tensors"]:
+        if tensor["codec"] == "companded":
+            weights += int(np.prod(tensor["shape"]))
+        if tensor["codec"] == "companded" or tensor["name"] in header["added_biases"]:
+            needed += tensor["size"]
+    return 8 * needed / weights
+
+
+def dequantized(folder: Path, path: Path) -> Any:
+    """The original architecture, by transformers, with the file's weights put into it."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with Reader(path) as reader, torch.no_grad():
+        book = reader.codebook(0)
+        parameters = dict(network.named_parameters(remove_duplicate=False))
+        for name in reader.names:
+            stored = reader.read(name)
+            if isinstance(stored, CompandedTensor):
+                value = torch.from_numpy(dequantize(stored, book))
+            elif stored.dtype == "bf16":
+                value = torch.from_numpy(stored.data.copy()).view(torch.bfloat16).float()
+            else:
+                value = torch.from_numpy(stored.data.astype(np.float32))
+            module_name, _, kind = name.rpartition(".")
+            if name in reader.added_biases:
+                network.get_submodule(module_name).bias = nn.Parameter(value)
+            else:
+                flipped = (
+                    isinstance(network.get_submodule(module_name), Conv1D) and kind == "weight"
+                )
+                assert parameters[name].shape == (value.T if flipped else value).shape
+                parameters[name].copy_(value.T if flipped else value)
+    return network
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(4))
+
+
+# --- rate and size ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(save_network: Save) -> Path:
+    """The folder of a Llama 256 wide: wide enough for side information to be small."""
+    return save_network(
+        "llama", hidden_size=256, intermediate_size=512, num_key_value_heads=2, vocab_size=256
+    )
+
+
+@pytest.fixture(scope="module")
+def by_rate(
+    wide: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[float, tuple[ConversionReport, Path]]:
+    """That Llama at all the rates, without calibration."""
+    folder = tmp_path_factory.mktemp("rates")
+    options = {"calibration": "none", "group_size": 64}
+    return {
+        bits: (run(wide, folder / f"{bits}.cvxq", bits=bits, **options), folder / f"{bits}.cvxq")
+        for bits in RATES
+    }
+
+
+@pytest.mark.parametrize("bits", RATES)
+def test_the_rate_in_the_file_is_the_one_asked_for(by_rate: Any, bits: float) -> None:
+    report, path = by_rate[bits]
+    assert bits * 0.995 <= rate_of(path) <= bits
+    assert report.rate_bits_per_weight == pytest.approx(rate_of(path), rel=1e-12)
+    assert report.file_bytes == path.stat().st_size
+
+
+def test_more_bits_are_less_error(by_rate: Any, wide: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    weights = dict(original.named_parameters())
+    errors = []
+    for _, path in by_rate.values():
+        with Reader(path) as reader:
+            companded = {n: reader.read(n) for n in reader.names}
+            errors.append(
+                sum(
+                    float(
+                        (
+                            (dequantize(t, reader.codebook(0)) - weights[n].detach().numpy()) ** 2
+                        ).sum()
+                    )
+                    for n, t in companded.items()
+                    if isinstance(t, CompandedTensor)
+                )
+            )
+    assert (np.diff(errors) < 0).all()
+    # six decibels per bit at these rates, or nearly so
+    assert np.log2(errors[0] / errors[-1]) / 2 / (RATES[-1] - RATES[0]) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("share", [0.12, 0.2, 0.31])
+def test_a_file_of_a_given_size_is_never_larger_and_hardly_smaller(
+    wide: Path, tmp_path: Path, share: float
+) -> None:
+    original = (wide / "model.safetensors").stat().st_size
+    wanted = int(original * share / 2)
+    report = run(wide, tmp_path / "a.cvxq", size_bytes=wanted, calibration="none", group_size=64)
+    assert 0.995 * wanted <= (tmp_path / "a.cvxq").stat().st_size <= wanted
+    assert report.file_bytes == (tmp_path / "a.cvxq").stat().st_size
+
+
+def test_a_file_with_gained_biases_keeps_its_size_and_rate_too(wide: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.cvxq"
+    report = run(wide, path, size_bytes=400_000, group_size=64, gain=0.5)
+    assert 0.995 * 400_000 <= path.stat().st_size <= 400_000
+    assert report.gained_biases == len(header_of(path)["added_biases"]) > 0
+    report = run(wide, path, bits=3.0, group_size=64, gain=0.5)
+    assert 3.0 * 0.995 <= rate_of(path) <= 3.0
+    assert report.rate_bits_per_weight == pytest.approx(rate_of(path), rel=1e-12)
+    assert report.gained_biases > 0
+
+
+def test_targets_out_of_reach_are_refused_in_one_line(save_network: Save, tmp_path: Path) -> None:
+    folder, path = save_network("llama"), tmp_path / "a.cvxq"
+    with pytest.raises(RateError, match=r"^--bits 0\.1: the side information alone takes .* bits"):
+        run(folder, path, bits=0.1, calibration="none")
+    with pytest.raises(
+        RateError, match=r"^--size 9000: even with every weight pruned .* \d+ bytes"
+    ):
+        run(folder, path, size_bytes=9000, calibration="none")
+    for bits in (8.5, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConversionError, match=r"bits .*0 to 8"):
+            run(folder, path, bits=bits, calibration="none")
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is in the file ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "llama-gqa", "opt", "gpt2"])
+def test_the_file_runs_as_the_network_with_dequantized_weights(
+    architecture: str, save_network: Save, tmp_path: Path
+) -> None:
+    folder, path = save_network(architecture), tmp_path / "a.cvxq"
+    report = run(folder, path, bits=6.0, sequences=4, length=16)
+    assert not verify(path)
+    expected = dequantized(folder, path)
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad(), cvxq.load(path) as model:
+        logits = model.network(tokens(), use_cache=False).logits
+        reference = expected(tokens(), use_cache=False).logits
+        first = original(tokens(), use_cache=False).logits
+    assert (logits - reference).abs().max() <= 1e-4
+    assert 1e-3 < (reference - first).pow(2).mean().sqrt() < 0.3 * first.std()  # near, not equal
+    assert report.kl is not None
+    assert 0 < report.kl < 1
+    header = header_of(path)
+    shared = {"llama-tied", "opt", "gpt2"}
+    assert bool(header["aliases"]) == (architecture in shared)
+    if architecture in {"opt", "gpt2"}:  # layers with a bias keep just that one
+        assert set(header["added_biases"]) <= {"lm_head.bias"}
+
+
+def test_kept_matrices_stay_in_16_bits(save_network: Save, tmp_path: Path) -> None:
+    folder, path = save_network("llama"), tmp_path / "a.cvxq"
+    keep = ("*embed_tokens*", "model.layers.1.mlp.*")
+    report = run(folder, path, keep=keep, calibration="none")
+    codecs = {t["name"]: t for t in header_of(path)["tensors"]}
+    kept = ["model.embed_tokens.weight"]
+    kept += [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    with Reader(path) as reader:
+        for name, entry in codecs.items():
+            if not name.endswith("_proj.weight") and name not in [*kept, "lm_head.weight"]:
+                continue
+            if name in kept:
+                assert entry["dtype"] == "f16"
+                assert np.abs(reader.read(name).data - weights[name].numpy()).max() < 1e-3
+            else:
+                assert entry["codec"] == "companded"
+    quantized = [n for n, e in codecs.items() if e["codec"] == "companded"]
+    assert report.matrices == len(quantized) == 7 * 2 + 2 - len(kept)
+    assert report.quantized_weights == sum(weights[n].numel() for n in quantized)
+    assert report.parameters == sum(w.numel() for w in weights.values())
+
+
+def test_a_pattern_that_keeps_nothing_or_everything_is_refused(
+    save_network: Save, tmp_path: Path
+) -> None:
+    folder = save_network("llama")
+    with pytest.raises(ConversionError, match=r"--keep 'head\*' matches no matrix; .* are like "):
+        run(folder, tmp_path / "a.cvxq", keep=("head*",), calibration="none")
+    with pytest.raises(ConversionError, match="--keep leaves no matrix to quantize"):
+        run(folder, tmp_path / "a.cvxq", keep=("*",), calibration="none")
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3-moe"])
+def test_mixtures_of_experts_are_refused_in_one_line(
+    architecture: str, save_network: Save, tmp_path: Path
+) -> None:
+    folder = save_network(architecture)
+    with pytest.raises(ConversionError, match="mixture-of-experts layers are not supp") as caught:
+        run(folder, tmp_path / "a.cvxq", calibration="none")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "a.cvxq").exists()
+
+
+def test_carried_figures_agree_with_the_file(save_network: Save, tmp_path: Path) -> None:
+    path = tmp_path / "a.cvxq"
+    report = run(save_network("llama"), path, bits=5.0)
+    summary = summarize(path)
+    carried = summary.report
+    assert carried is not None
+    assert carried["rate_bits_per_weight"] == pytest.approx(summary.rate_bits_per_weight, rel=1e-5)
+    shares = np.array(summary.depth_histogram) / summary.weights
+    assert carried["depth_histogram"] == pytest.approx(shares, abs=1e-5)
+    assert carried["quantized_weights"] == summary.weights
+    assert carried["parameters"] == summary.parameters
+    assert carried["matrices"] == len(summary.matrices)
+    codes = 8 * summary.bytes_by_kind["codes"] / summary.weights
+    assert carried["side_bits_per_weight"] == pytest.approx(
+        (summary.rate_bits_per_weight or 0) - codes, rel=1e-4
+    )
+    assert report.file_bits_per_parameter == pytest.approx(summary.file_bits_per_parameter)
+    assert carried["calibration_tokens"] == 3 * 12
+
+
+def test_provenance_tells_no_time_path_or_host(save_network: Save, tmp_path: Path) -> None:
+    text = tmp_path / "private-folder" / "text.jsonl"
+    text.parent.mkdir()
+    path = tmp_path / "a.cvxq"
+    folder = save_network("llama")
+    run(folder, path, seed=7, bits=5.0)
+    with Reader(path) as reader:
+        documents = [reader.file(n).decode() for n in ("provenance.json", "report.json")]
+    found = json.loads(documents[0])
+    assert found["source"] == "llama"
+    assert re.fullmatch(r"[0-9a-f]{64}", found["source_sha256"])
+    assert re.fullmatch(r"[0-9a-f]{64}", found["calibration_sha256"])
+    assert found["options"]["seed"] == 7
+    assert found["options"]["bits"] == 5.0
+    assert found["device"] == "cpu"
+    assert set(found["versions"]) == {"cvxq", "torch", "transformers"}
+    for document in documents:
+        assert str(folder.parent) not in document
+        assert "/" not in document
+        assert not re.search(r"20\d\d-\d\d|\d\d:\d\d|seconds", document)
+    options = ConversionOptions(bits=3, calibration=str(text)).to_json()
+    assert options["calibration"] == "text.jsonl"
+
+
+# --- the way there ------------------------------------------------------------------------------
+
+
+def test_two_processes_write_the_same_bytes(save_network: Save, tmp_path: Path) -> None:
+    folder, here, there = save_network("llama-gqa"), tmp_path / "a.cvxq", tmp_path / "b.cvxq"
+    run(folder, here, bits=4.0, seed=3, iterations=2)
+    command = [sys.executable, "-m", "cvxq.cli", "convert", folder, "-o", there, "--bits", "4"]
+    command += ["--group-size", "16", "--sequences", "3", "--length", "12", "--seed", "3"]
+    command += ["--iterations", "2", "--threads", "1"]
+    subprocess.run([str(c) for c in command], check=True, capture_output=True, timeout=120)
+    assert here.read_bytes() == there.read_bytes()
+    run(folder, there, bits=4.0, seed=4, iterations=2)
+    assert here.read_bytes() != there.read_bytes()
+
+
+def test_every_iteration_measures_the_network_that_the_last_one_left(
+    save_network: Save, tmp_path: Path
+) -> None:
+    events: list[tuple[str, int, int]] = []
+    folder = save_network("llama")
+    once = run(folder, tmp_path / "1.cvxq", bits=3.0)
+    twice = run(folder, tmp_path / "2.cvxq", lambda *e: events.append(e), bits=3.0, iterations=2)
+    order = [stage for stage, done, total in events if (done, total) == (0, 1)]
+    loop = ["measure", "allocate", "quantize", "correct"]
+    assert order == ["load", "calibrate", "calibrate", *loop, *loop, "write"]
+    assert set(twice.stage_seconds) == set(order)
+    assert twice.rate_bits_per_weight == pytest.approx(3.0, rel=0.01)
+    assert once.kl is not None
+    assert twice.kl is not None
+    assert twice.kl < 1.5 * once.kl
+    first, second = (
+        [t for t in header_of(tmp_path / f"{i}.cvxq")["tensors"] if t["codec"] == "companded"]
+        for i in (1, 2)
+    )
+    assert [t["crc32"] for t in first] != [t["crc32"] for t in second]
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most bytes of tensors alive at once that `work` allocated."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return int(np.cumsum([size for _, size in sorted(changes, key=lambda item: item[0])]).max())
+
+
+@pytest.mark.parametrize("calibration", ["none", "self"])
+def test_peak_memory_stays_below_what_the_preflight_says(
+    calibration: str, save_network: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cvxq_converter.preflight._BASE_BYTES", 0)  # interpreter and libraries
+    speed = Speed(1e11, 1e9, 1e-5)  # measuring it takes some megabytes itself
+    monkeypatch.setattr("cvxq_converter.preflight.measure_speed", lambda *_: speed)
+    folder = save_network("llama", hidden_size=128, intermediate_size=256, vocab_size=2048)
+    lines: list[str] = []
+    options = ConversionOptions(bits=4.0, calibration=calibration, sequences=4, length=16, gain=0.5)
+    peak = peak_bytes(
+        lambda: convert(str(folder), tmp_path / "a.cvxq", options, announce=lines.append)
+    )
+    found = re.search(r"([\d.]+) MB of memory", lines[0])
+    assert found is not None
+    stated = float(found[1]) * 1e6
+    assert stated / 3 < peak <= stated
