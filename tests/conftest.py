@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from cvxq_format import CompandedTensor, pack_codes
+
+
+def pytest_configure() -> None:
+    """Let child processes feel Ctrl-C: a shell's background jobs start with it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_companded(
