@@ -1,8 +1,9 @@
 """Round to nearest: the baseline that needs no data.
 
 Groups of G consecutive inputs of one output row, a uniform asymmetric grid of 2^B levels between
-a shrunk minimum and maximum, the shrinkage chosen per group by squared error. Stored in the same
-container: the matrix is stored transposed, so that a group along the input is a column segment.
+a shrunk minimum and maximum (zero between them), the shrinkage chosen per group by squared error.
+Stored in the same container: the matrix is stored transposed, so that a group along the input is
+a column segment.
 """
 
 from itertools import pairwise
@@ -45,8 +46,8 @@ def quantize_rtn(
     clusters = len(bounds) - 1
     starts = torch.from_numpy(bounds[:-1])
     spans = [stored[a:b] for a, b in pairwise(bounds)]
-    low = torch.stack([s.amin(0) for s in spans])
-    high = torch.stack([s.amax(0) for s in spans])
+    low = torch.stack([s.amin(0) for s in spans]).clamp_max(0)
+    high = torch.stack([s.amax(0) for s in spans]).clamp_min(0)
     steps = (1 << depth) - 1
     mean_step = np.float32(2.0 ** (depth - 8))
     unit = np.float32(float((high - low).max()) / steps * 2 ** (1 / STEPS_PER_OCTAVE))
