@@ -13,8 +13,9 @@ import torch
 from cvxq_converter.allocation import MODEL_THRESHOLDS
 from cvxq_converter.budget import allocate_for_rate, file_size
 from cvxq_converter.checkpoint import open_source
-from cvxq_converter.companding import default_levels
+from cvxq_converter.companding import HISTOGRAM_BINS, HISTOGRAM_LIMIT, default_levels
 from cvxq_converter.encode import (
+    _pooled_histogram,
     codebook_bytes,
     depth_thresholds,
     empty_tensor,
@@ -127,6 +128,14 @@ def test_each_variant_differs_from_the_default_as_it_says(loaded: LoadedModel) -
     _, uniform, _ = encode(loaded, replace(OPTIONS, uniform_depths=True))
     assert np.ptp(np.concatenate([t.depths.ravel() for t in uniform])) <= 1
     assert np.ptp(np.concatenate([t.depths.ravel() for t in default])) >= 2
+
+
+def test_levels_are_fitted_to_every_weight_once_in_units_of_its_group(loaded: LoadedModel) -> None:
+    plans = plans_of(loaded, OPTIONS)
+    counts = _pooled_histogram(plans, lambda p: loaded.originals[p.matrix.name]).counts
+    assert counts.sum() == pytest.approx(loaded.quantized_weights, rel=1e-6)
+    centres = (np.arange(HISTOGRAM_BINS) + 0.5) * HISTOGRAM_LIMIT / HISTOGRAM_BINS
+    assert counts @ centres**2 / counts.sum() == pytest.approx(1.0, rel=1e-3)
 
 
 def test_fitted_levels_and_refinement_each_lower_the_error(

@@ -227,6 +227,21 @@ def test_an_important_row_among_unlike_rows_ends_with_less_error() -> None:
     assert errors[1].sum() > errors[0].sum()  # at the others' expense
 
 
+def test_the_search_itself_weighs_the_rows() -> None:
+    """The same starting scales, but one row that counts for all: its error is what is searched."""
+    weight = random_weight(8, 8, 40)
+    plan = plan_of(weight)
+    position = 3
+    row = int(plan.clustering.permutation[position])
+    alone = np.where(np.arange(8) == position, 8.0, 1e-6).astype(np.float32)
+    errors = []
+    for weights in (np.ones(8, np.float32), alone):
+        chosen = MatrixPlan(**{**plan.__dict__, "row_weights": weights})
+        _, decoded = quantize(weight, 2, chosen, with_means=False)
+        errors.append(float(((weight.double().numpy() - decoded)[row] ** 2).sum()))
+    assert errors[1] < 0.7 * errors[0]
+
+
 def test_means_pay_only_where_groups_are_off_centre() -> None:
     centred = torch.zeros(2, 4), torch.ones(2, 4)
     shifted = torch.full((2, 4), 0.9), torch.ones(2, 4)
