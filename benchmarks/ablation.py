@@ -38,6 +38,10 @@ def variants(text: str | None) -> dict[str, dict[str, object]]:
     rows: dict[str, dict[str, object]] = {
         "everything (the defaults)": {},
         "one depth for all groups": {"uniform_depths": True},
+        "no bound on a cluster's error": {"largest_error": 1.0},
+        "bound 1/2": {"largest_error": 0.5},
+        "bound 1/5": {"largest_error": 0.2},
+        "bound 1/10": {"largest_error": 0.1},
         "compander's levels, not fitted": {"levels": "compander"},
         "no gain (p = 0)": {"gain": 0.0},
         "half gain (p = ½)": {"gain": 0.5},

@@ -14,7 +14,7 @@ thresholds between the depths, nothing else (`measured_thresholds`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,9 @@ MODEL_THRESHOLDS = np.arange(1, MAX_DEPTH + 1, dtype=np.int32) * UNITS_PER_BIT -
 ASCENT_STEPS = 20  # more than these and the bracket is halved instead
 WORTH_DEPTH = 8.0  # bits below the median at which a group's worth no longer matters
 FIT_STEPS = 8
+GAUSSIAN_DISTORTION = np.array(  # squared error of the Lloyd–Max quantizers of depths 0 to 8
+    [1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 6.4e-4, 1.6e-4, 4.1e-5]
+)
 ASCENT_RATE = 1.0  # α, bits of offset per bit of excess rate
 
 
@@ -35,7 +38,8 @@ class Worths:
 
     cluster_terms: (C,) int64 and column_terms: (K,) uint8 when separable: the worth of group
     (c, k) is cluster_terms[c] + (column_terms[k] << column_shift). Otherwise `free` holds it.
-    group_bytes: (C,) bytes of one bit plane of a group.
+    group_bytes: (C,) bytes of one bit plane of a group. largest_offsets: (C,) int64, the most that
+    the dual variable may take from each cluster (`trusted_offsets`), or None.
     """
 
     group_bytes: np.ndarray
@@ -44,6 +48,7 @@ class Worths:
     column_bits: int = 0
     column_shift: int = 0
     free: np.ndarray | None = None
+    largest_offsets: np.ndarray | None = None
 
     def units(self) -> np.ndarray:
         """(C, K) int64 worth of every group in 1/256 bit."""
@@ -53,6 +58,11 @@ class Worths:
         assert self.column_terms is not None
         columns = self.column_terms.astype(np.int64) << self.column_shift
         return self.cluster_terms[:, None] + columns[None, :]
+
+    def offsets(self, offset: int) -> np.ndarray:
+        """(C,) int64 what a common offset takes from each cluster."""
+        common = np.full(len(self.group_bytes), offset, dtype=np.int64)
+        return common if self.largest_offsets is None else np.minimum(common, self.largest_offsets)
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,30 @@ def measured_thresholds(distortion: np.ndarray) -> np.ndarray:
     return np.rint(thresholds - thresholds[3] + MODEL_THRESHOLDS[3]).astype(np.int32)
 
 
+def trusted_offsets(
+    worths: Worths, energy: np.ndarray, largest_error: float, thresholds: np.ndarray
+) -> np.ndarray:
+    """(C,) int64 largest offset that keeps the error of each cluster's outputs within bounds.
+
+    The sensitivities are derivatives: they say nothing of errors as large as the signal. A
+    saturated attention head hardly feels small errors in its queries, and is destroyed when they
+    are pruned. So no cluster's outputs may lose more than `largest_error` of their power:
+    Σ_k e_ck d(B_ck) ≤ largest_error · Σ_k e_ck, with d the distortion at unit scale.
+
+    energy: (C, K) float64 e_ck, variance of the group times mean square of the input.
+    """
+    units = worths.units()
+    total = energy.sum(axis=1)
+    low = units.min(axis=1) - int(thresholds[-1]) - 1  # all at depth 8: within any bound
+    high = units.max(axis=1) - int(thresholds[0]) + 1  # all at depth 0
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        depths = depths_of(units - middle[:, None], thresholds)
+        fits = (energy * GAUSSIAN_DISTORTION[depths]).sum(axis=1) <= largest_error * total
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    return low
+
+
 def depths_of(units: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """(…,) uint8 depth of groups by their worth in 1/256 bit, less the dual variable's offset."""
     return np.searchsorted(thresholds, units, side="right").astype(np.uint8)
@@ -165,25 +199,31 @@ def allocate_bit_depths(
     """
     units = [w.units() for w in worths]
     planes = [w.group_bytes for w in worths]
+    bottom = max(int(u.max()) for u in units) - int(thresholds[0]) + 1  # all at depth 0
     plane_total = sum(int(p.sum()) * u.shape[1] for p, u in zip(planes, units, strict=True))
     if budget_bytes < 0:
         raise RateError("the side information alone exceeds the rate that was asked for")
     if budget_bytes > MAX_DEPTH * plane_total:
         raise RateError("the rate that was asked for exceeds 8 bits in every group")
 
-    def size(offset: int) -> int:
-        return sum(
-            code_bytes(depths_of(u - offset, thresholds), p)
-            for u, p in zip(units, planes, strict=True)
-        )
+    def allocated(offset: int) -> list[np.ndarray]:
+        return [
+            depths_of(u - w.offsets(offset)[:, None], thresholds)
+            for u, w in zip(units, worths, strict=True)
+        ]
 
+    def size(offset: int) -> int:
+        return sum(code_bytes(d, p) for d, p in zip(allocated(offset), planes, strict=True))
+
+    if size(bottom) > budget_bytes:  # not even what the trust region asks for fits
+        worths = [replace(w, largest_offsets=None) for w in worths]
     offset, steps = _ascend(size, units, thresholds, plane_total, budget_bytes)
-    depths = [depths_of(u - offset, thresholds) for u in units]
-    offsets = [np.full(len(u), offset, dtype=np.int64) for u in units]
+    depths = allocated(offset)
+    offsets = [w.offsets(offset) for w in worths]
     spent = size(offset)
     for depth, unit, plane, own in zip(depths, units, planes, offsets, strict=True):
         for cluster in range(len(unit)):
-            raised = depths_of(unit[cluster] - (offset - 1), thresholds)
+            raised = depths_of(unit[cluster] - (own[cluster] - 1), thresholds)
             step = int(raised.sum(dtype=np.int64) - depth[cluster].sum(dtype=np.int64))
             if 0 < step * plane[cluster] <= budget_bytes - spent:
                 spent += step * int(plane[cluster])

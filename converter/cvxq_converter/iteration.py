@@ -98,8 +98,9 @@ def make_plan(
 ) -> MatrixPlan:
     """Cut one matrix into groups and find their worths; sensitivity 1 without statistics."""
     weight = loaded.originals[matrix.name]
-    if matrix.name in statistics:
-        sensitivity = Sensitivity.from_statistics(statistics[matrix.name])
+    stats = statistics.get(matrix.name)
+    if stats is not None:
+        sensitivity = Sensitivity.from_statistics(stats)
     else:
         sensitivity = Sensitivity.uniform((weight.shape[0], weight.shape[1]))
     return plan_matrix(
@@ -112,6 +113,8 @@ def make_plan(
         uniform=options.uniform_depths,
         separable=options.separable_depths,
         means=options.means,
+        largest_error=options.largest_error,
+        input_power=None if stats is None else stats.input_second_moment,
     )
 
 

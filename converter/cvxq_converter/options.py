@@ -37,6 +37,7 @@ class ConversionOptions:
     iterations: int = 1
     uniform_depths: bool = False  # every group alike, to see what the allocation is worth
     separable_depths: bool = True
+    largest_error: float = 1 / 3  # share of a cluster's output power; 1 for no bound
     curve: str = "model"  # or "measured"
     levels: str = "fitted"  # or "compander"
     gain: float | None = None

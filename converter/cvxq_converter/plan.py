@@ -5,12 +5,18 @@ is taken as their product: G_nk² = r_n c_k / Σ r. Measured per (cluster, colum
 estimate is noisier; docs/ablation.md compares both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from cvxq_converter.allocation import Worths, free_worths, separable_worths
+from cvxq_converter.allocation import (
+    MODEL_THRESHOLDS,
+    Worths,
+    free_worths,
+    separable_worths,
+    trusted_offsets,
+)
 from cvxq_converter.checkpoint import Matrix
 from cvxq_converter.clustering import (
     Clustering,
@@ -80,13 +86,16 @@ def plan_matrix(
     uniform: bool,
     separable: bool,
     means: bool,
+    largest_error: float = 1.0,
+    input_power: np.ndarray | None = None,
 ) -> MatrixPlan:
     """Cluster the rows of weight (N, K) and find the worth of every group.
 
     group_sensitivity: (C, K) measured sum over each group, in place of the product of row and
     column. partitions: how many row partitions to allow, halved until each holds a whole group.
     uniform: take every group's worth for equal. separable: fit worths by clusters and columns.
-    means: allow stored means, used where they pay.
+    means: allow stored means, used where they pay. largest_error: bound on the error of a cluster's
+    outputs, for inputs of mean square `input_power` (K,) (`trusted_offsets`).
     """
     rows = weight.shape[0]
     largest = torch.stack(weight.aminmax()).abs().max().float().clamp_min(1e-38)
@@ -101,17 +110,22 @@ def plan_matrix(
     mean, mean_square = group_moments(weight, clustering, weights)
     with_means = means and means_pay(mean, mean_square, group_size)
     variance = (mean_square - mean.square()) if with_means else mean_square
-    worth = group_worth(variance.double().cpu().numpy(), sensitivity, clustering, group_sensitivity)
+    spread = variance.double().cpu().numpy()
+    worth = group_worth(spread, sensitivity, clustering, group_sensitivity)
     if uniform:
         worth = np.zeros_like(worth)
-    fit = separable_worths if separable else free_worths
+    worths = (separable_worths if separable else free_worths)(worth, clustering.cluster_rows)
+    if largest_error < 1:
+        energy = spread if input_power is None else spread * input_power
+        trusted = trusted_offsets(worths, energy, largest_error, MODEL_THRESHOLDS)
+        worths = replace(worths, largest_offsets=trusted)
     return MatrixPlan(
         matrix=matrix,
         clustering=clustering,
         row_weights=weights,
         moments=(mean, mean_square),
         with_means=with_means,
-        worths=fit(worth, clustering.cluster_rows),
+        worths=worths,
     )
 
 
