@@ -72,7 +72,7 @@ def rate_of(path: Path) -> float:
 
 def dequantized(folder: Path, path: Path) -> Any:
     """The original architecture, by transformers, with the file's weights put into it."""
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(folder).float().eval()
     with Reader(path) as reader, torch.no_grad():
         book = reader.codebook(0)
         parameters = dict(network.named_parameters(remove_duplicate=False))
@@ -133,7 +133,7 @@ def test_the_rate_in_the_file_is_the_one_asked_for(by_rate: Any, bits: float) ->
 
 
 def test_more_bits_are_less_error(by_rate: Any, wide: Path) -> None:
-    original = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(wide).float()
     weights = dict(original.named_parameters())
     errors = []
     for _, path in by_rate.values():
@@ -202,7 +202,7 @@ def test_the_file_runs_as_the_network_with_dequantized_weights(
     report = run(folder, path, bits=6.0, sequences=4, length=16)
     assert not verify(path)
     expected = dequantized(folder, path)
-    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    original = AutoModelForCausalLM.from_pretrained(folder).float().eval()
     with torch.no_grad(), cvxq.load(path) as model:
         logits = model.network(tokens(), use_cache=False).logits
         reference = expected(tokens(), use_cache=False).logits
@@ -225,7 +225,7 @@ def test_kept_matrices_stay_in_16_bits(save_network: Save, tmp_path: Path) -> No
     codecs = {t["name"]: t for t in header_of(path)["tensors"]}
     kept = ["model.embed_tokens.weight"]
     kept += [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
-    weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    weights = AutoModelForCausalLM.from_pretrained(folder).float().state_dict()
     with Reader(path) as reader:
         for name, entry in codecs.items():
             if not name.endswith("_proj.weight") and name not in [*kept, "lm_head.weight"]:

@@ -98,7 +98,7 @@ def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def dequantized(toy: Toy) -> LlamaForCausalLM:
     """The network of transformers with the file's weights, which nothing of the runtime touched."""
-    network = LlamaForCausalLM.from_pretrained(toy.folder, dtype=torch.float32).eval()
+    network = LlamaForCausalLM.from_pretrained(toy.folder).float().eval()
     parameters = dict(network.named_parameters())
     with Reader(toy.path) as reader, torch.no_grad():
         for name in reader.names:
