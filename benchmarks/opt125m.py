@@ -217,6 +217,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
     folder.mkdir(parents=True, exist_ok=True)
     sequences = 4 if args.smoke else args.sequences
     options = ConversionOptions(
+        bits=args.bits,
         calibration=args.calibration,
         sequences=sequences,
         length=length,

@@ -49,18 +49,19 @@ def test_rows_that_partitions_do_not_divide_are_refused() -> None:
 @pytest.mark.parametrize(
     ("rows", "group_size", "wanted", "expected"),
     [
-        (1024, 64, 8, 8),
-        (512, 64, 8, 8),  # exactly one group each
-        (504, 64, 8, 4),  # 63 rows would be less than a group
-        (100, 10, 8, 4),  # 8 does not divide
-        (96, 64, 8, 1),
+        (4096, 64, 8, 8),
+        (2048, 64, 8, 8),  # exactly four groups each
+        (2040, 64, 8, 4),  # 255 rows would be less than four groups
+        (400, 10, 8, 8),
+        (420, 10, 8, 4),  # 8 does not divide
+        (256, 64, 8, 1),
         (7, 64, 8, 1),
         (1030, 64, 8, 2),
-        (1024, 64, 1, 1),
+        (4096, 64, 1, 1),
         (96, 4, 3, 3),
     ],
 )
-def test_partitions_are_halved_until_each_holds_a_group(
+def test_partitions_are_halved_until_each_holds_four_groups(
     rows: int, group_size: int, wanted: int, expected: int
 ) -> None:
     assert choose_partitions(rows, group_size, wanted) == expected
