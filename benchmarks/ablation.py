@@ -1,6 +1,6 @@
 """What each ingredient of the converter is worth: one removed at a time, at equal all-in rates.
 
-    python benchmarks/ablation.py --output docs/ablation.md
+    python benchmarks/ablation.py --calibration-text novels.txt --output table.md
 
 Every row quantizes the same network with the same statistics at the same rates, side information
 and gained biases included, and reports the KL divergence to the original on a text that the
@@ -20,6 +20,7 @@ import torch
 from cvxq.evaluate import divergence, token_ids, windows
 from cvxq_converter.calibration import CalibrationOptions, make_sequences
 from cvxq_converter.checkpoint import load_network, load_tokenizer, open_source
+from cvxq_converter.correction import install
 from cvxq_converter.iteration import make_plan, quantize_network
 from cvxq_converter.job import split_sequences
 from cvxq_converter.loaded import LoadedModel, load_model
@@ -137,6 +138,9 @@ class Bench:
             result = quantize_network(
                 self.loaded, statistics, reference, options, stages, _no_size, groups
             )
+        if reference is None:  # then the job leaves the network alone
+            with torch.no_grad():
+                install(self.loaded, result.tensors, result.codebook, {}, [], options)
         self.last_steps = result.allocation.steps if result.allocation else 0
         found = divergence(self.loaded.network, self.original, self.windows)
         return f"{found.kl.mean:.4f} ± {found.kl.standard_error:.4f}"

@@ -113,7 +113,6 @@ def make_plan(
         uniform=options.uniform_depths,
         separable=options.separable_depths,
         means=options.means,
-        largest_error=options.largest_error,
         input_power=None if stats is None else stats.input_second_moment,
     )
 
@@ -126,7 +125,7 @@ def _allocate(
     options: ConversionOptions,
     write_empty: WriteEmpty,
 ) -> BitAllocation:
-    worths = [p.worths for p in plans]
+    worths = [p.bounded_worths(options.largest_error, thresholds) for p in plans]
     side = {p.matrix.name: overhead_bytes(p, options) for p in plans}
     if options.bits is not None:
         bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)

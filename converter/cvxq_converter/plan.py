@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from cvxq_converter.allocation import (
-    MODEL_THRESHOLDS,
     Worths,
     free_worths,
     separable_worths,
@@ -67,6 +66,14 @@ class MatrixPlan:
     moments: tuple[torch.Tensor, torch.Tensor]
     with_means: bool
     worths: Worths
+    energy: np.ndarray
+
+    def bounded_worths(self, largest_error: float, thresholds: np.ndarray) -> Worths:
+        """The worths with the error of each cluster's outputs bounded (`trusted_offsets`)."""
+        if largest_error >= 1:
+            return self.worths
+        trusted = trusted_offsets(self.worths, self.energy, largest_error, thresholds)
+        return replace(self.worths, largest_offsets=trusted)
 
     def deviation(self) -> torch.Tensor:
         """(C, K) float32 spread of each group: about its mean if means are stored, else about 0."""
@@ -86,7 +93,6 @@ def plan_matrix(
     uniform: bool,
     separable: bool,
     means: bool,
-    largest_error: float = 1.0,
     input_power: np.ndarray | None = None,
 ) -> MatrixPlan:
     """Cluster the rows of weight (N, K) and find the worth of every group.
@@ -94,8 +100,8 @@ def plan_matrix(
     group_sensitivity: (C, K) measured sum over each group, in place of the product of row and
     column. partitions: how many row partitions to allow, halved until each holds a whole group.
     uniform: take every group's worth for equal. separable: fit worths by clusters and columns.
-    means: allow stored means, used where they pay. largest_error: bound on the error of a cluster's
-    outputs, for inputs of mean square `input_power` (K,) (`trusted_offsets`).
+    means: allow stored means, used where they pay. input_power: (K,) mean square of the inputs, 1
+    if not known.
     """
     rows = weight.shape[0]
     largest = torch.stack(weight.aminmax()).abs().max().float().clamp_min(1e-38)
@@ -115,10 +121,6 @@ def plan_matrix(
     if uniform:
         worth = np.zeros_like(worth)
     worths = (separable_worths if separable else free_worths)(worth, clustering.cluster_rows)
-    if largest_error < 1:
-        energy = spread if input_power is None else spread * input_power
-        trusted = trusted_offsets(worths, energy, largest_error, MODEL_THRESHOLDS)
-        worths = replace(worths, largest_offsets=trusted)
     return MatrixPlan(
         matrix=matrix,
         clustering=clustering,
@@ -126,6 +128,7 @@ def plan_matrix(
         moments=(mean, mean_square),
         with_means=with_means,
         worths=worths,
+        energy=spread if input_power is None else spread * input_power,
     )
 
 
