@@ -12,7 +12,7 @@ import numpy as np
 from cvxq_format import CompandedEntry, Header, Reader
 from cvxq_format.limits import PREAMBLE_SIZE, align
 
-from cvxq_converter.allocation import BitAllocation, Worths, allocate_bit_depths
+from cvxq_converter.allocation import BitAllocation, Worths, allocate_bit_depths, code_bytes
 from cvxq_converter.errors import RateError
 
 REPORT_RESERVE = 256  # bytes that the quality report may grow by once its figures are known
@@ -62,10 +62,8 @@ def allocate_for_size(
         )
     for _ in range(FITTING_ROUNDS):
         allocation = allocate_bit_depths(worths, thresholds, budget)
-        planes = [w.group_bytes for w in worths]
         codes = [
-            int(d.sum(axis=1, dtype=np.int64) @ p)
-            for d, p in zip(allocation.depths, planes, strict=True)
+            code_bytes(d, w.group_bytes) for d, w in zip(allocation.depths, worths, strict=True)
         ]
         excess = planned(codes) - size_bytes
         if excess <= 0:

@@ -92,7 +92,7 @@ def install(
 
     Returns the biases that layers without one gained, by tensor name.
     """
-    loaded.restore()
+    loaded.restore_biases()  # the weights are all replaced below
     added: dict[str, torch.Tensor] = {}
     gaining = {m.name for m in gained}
     for matrix in loaded.matrices:

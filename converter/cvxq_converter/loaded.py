@@ -63,6 +63,11 @@ class LoadedModel:
         """Put the original weights and biases back."""
         for matrix in self.matrices:
             self.install(matrix, self.originals[matrix.name])
+        self.restore_biases()
+
+    def restore_biases(self) -> None:
+        """Put the original biases back; layers that gained one lose it."""
+        for matrix in self.matrices:
             if matrix.input_module_name is not None:
                 self.set_bias(matrix, self.original_biases.get(matrix.name))
 

@@ -98,7 +98,7 @@ def plan_matrix(
     """Cluster the rows of weight (N, K) and find the worth of every group.
 
     group_sensitivity: (C, K) measured sum over each group, in place of the product of row and
-    column. partitions: how many row partitions to allow, halved until each holds a whole group.
+    column. partitions: how many row partitions to allow, halved until each holds four groups.
     uniform: take every group's worth for equal. separable: fit worths by clusters and columns.
     means: allow stored means, used where they pay. input_power: (K,) mean square of the inputs, 1
     if not known.
