@@ -30,6 +30,11 @@ _LLAMA_LIKE: dict[str, Any] = {
 }
 
 
+def _rope(kind: str, **settings: Any) -> dict[str, Any]:
+    """Rotary settings as version 4 of transformers spells them; version 5 reads both."""
+    return {"rope_type": kind, **settings}
+
+
 def tiny_config(kind: str) -> Any:
     """Config of a network with some ten thousand parameters."""
     import transformers as t
@@ -65,6 +70,48 @@ def tiny_config(kind: str) -> Any:
         "phi": lambda: t.PhiConfig(**plain, partial_rotary_factor=0.5, tie_word_embeddings=False),
         "gpt-neox": lambda: t.GPTNeoXConfig(**plain, rotary_pct=0.5, rotary_emb_base=300),
         "gpt2": lambda: t.GPT2Config(**gpt2),
+        "opt-post-norm": lambda: t.OPTConfig(
+            **{**opt, "word_embed_proj_dim": 32}, do_layer_norm_before=False
+        ),
+        "opt-gelu": lambda: t.OPTConfig(**opt, activation_function="gelu", enable_bias=False),
+        "llama-biases": lambda: t.LlamaConfig(**like, attention_bias=True, mlp_bias=True),
+        "llama-linear": lambda: t.LlamaConfig(**like, rope_scaling=_rope("linear", factor=2.0)),
+        "llama-dynamic": lambda: t.LlamaConfig(**like, rope_scaling=_rope("dynamic", factor=2.0)),
+        "llama-llama3": lambda: t.LlamaConfig(
+            **like,
+            rope_scaling=_rope(
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=16,
+            ),
+        ),
+        "llama-yarn": lambda: t.LlamaConfig(
+            **like, rope_scaling=_rope("yarn", factor=4.0, original_max_position_embeddings=16)
+        ),
+        "qwen2-window": lambda: t.Qwen2Config(
+            **like, use_sliding_window=True, sliding_window=8, max_window_layers=1
+        ),
+        "smollm3": lambda: t.SmolLM3Config(**like, no_rope_layers=[1, 0]),
+        "granite": lambda: t.GraniteConfig(
+            **like,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.5,
+            attention_multiplier=0.2,
+            logits_scaling=2.0,
+        ),
+        "stablelm": lambda: t.StableLmConfig(
+            **like, partial_rotary_factor=0.5, use_qkv_bias=True, tie_word_embeddings=False
+        ),
+        "gemma2": lambda: t.Gemma2Config(
+            **like,
+            head_dim=16,
+            query_pre_attn_scalar=12,
+            sliding_window=8,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        ),
     }
     return make[kind]()
 

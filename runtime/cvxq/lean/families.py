@@ -1,0 +1,231 @@
+"""Which configuration fields change the mathematics of each model type, and what absence means.
+
+`DEFAULTS[model_type]` has every such field with the value that transformers takes for a missing
+one (a test compares them with transformers' own classes).  `HARMLESS` fields never change what a
+network computes at inference; `NEUTRAL` ones do not as long as they have one of the values given.
+Any other field, or value, makes a model not lean.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+
+_QWEN2: dict[str, Any] = {
+    **{key: _LLAMA[key] for key in _LLAMA if key not in ("attention_bias", "mlp_bias")},
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": {
+        **{key: _LLAMA[key] for key in _LLAMA if key not in ("attention_bias", "mlp_bias")},
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN2,
+    "qwen3": {**_QWEN2, "head_dim": 128, "attention_bias": False},
+    "smollm3": {
+        **_LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "layer_types": None,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
+    "granite": {
+        **_LLAMA,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+    "gemma2": {
+        **{key: _LLAMA[key] for key in _LLAMA if key not in ("hidden_act", "mlp_bias")},
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "layer_types": None,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    "stablelm": {
+        **{key: _LLAMA[key] for key in _LLAMA if key not in ("attention_bias", "mlp_bias")},
+        "vocab_size": 50304,
+        "hidden_size": 2560,
+        "intermediate_size": 6912,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "layer_norm_eps": 1e-5,
+        "use_qkv_bias": False,
+        "partial_rotary_factor": 0.25,
+    },
+    "opt": {
+        "vocab_size": 50272,
+        "hidden_size": 768,
+        "word_embed_proj_dim": None,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 2048,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "_remove_final_layer_norm": False,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "tie_word_embeddings": True,
+    },
+}
+del DEFAULTS["stablelm"]["rms_norm_eps"]
+
+DEFAULT_THETA = {"smollm3": 2_000_000.0}  # of rotary positions; 10000 for all others
+
+# The rotary settings, which `rope.py` reads; models without rotary positions may not have them.
+ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+
+HARMLESS = frozenset(
+    {
+        # what and where the checkpoint is
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "model_type",
+        "name_or_path",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        # how it is stored and run
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_flash_attn_2_enabled",
+        "attn_implementation",
+        "chunk_size_feed_forward",
+        "dtype",
+        "output_attentions",
+        "output_hidden_states",
+        "pretraining_tp",
+        "return_dict",
+        "tf_legacy_loss",
+        "torch_dtype",
+        "torchscript",
+        "use_bfloat16",
+        "use_cache",
+        # training
+        "activation_dropout",
+        "attention_dropout",
+        "dropout",
+        "hidden_dropout",
+        "init_std",
+        "initializer_range",
+        "layerdrop",
+        "problem_type",
+        # labels of classifiers
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "task_specific_params",
+        # tokens and generation, which the generation config and the sampler see to
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "temperature",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "unk_token_id",
+    }
+)
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None),
+    "attention_bias": (False, None),
+    "attn_logit_softcapping": (None,),
+    "cross_attention_hidden_size": (None,),
+    "final_logit_softcapping": (None,),
+    "is_decoder": (False, None),
+    "is_encoder_decoder": (False, None),
+    "is_llama_config": (True,),
+    "layer_types": (None,),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (None, 1.0),
+    "pruned_heads": (None, {}),
+    "qk_layernorm": (False,),
+    "quantization_config": (None,),
+    "rope_interleaved": (False,),
+    "rope_scaling": (None,),
+    "sliding_window": (None,),
+    "tie_encoder_decoder": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "use_mrope": (False,),
+    "use_parallel_residual": (False,),
+    "use_sliding_window": (False, None),
+}
