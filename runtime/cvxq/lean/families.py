@@ -171,6 +171,7 @@ HARMLESS = frozenset(
         "bad_words_ids",
         "begin_suppress_tokens",
         "bos_token_id",
+        "cache_implementation",
         "decoder_start_token_id",
         "diversity_penalty",
         "do_sample",
