@@ -1,0 +1,143 @@
+"""What a decoder does between its matrices, in plain torch operations, on any device.
+
+These are the definitions; the CPU runs them, and the fused kernels are checked against them.
+Nothing here synchronizes with the device or depends on values, so all of it can be captured in a
+CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from cvxq_kernels.decode.norm import Norm
+
+
+def normalize(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """Normalize the last axis of `x` in float32; returns float32."""
+    x = x.float()
+    if norm.kind == "layer":
+        return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+    return scaled if norm.weight is None else scaled * norm.weight
+
+
+def add_and_normalize(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+    norm: Norm | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Add `scale · delta` to the stream x (M, H) float32 in place; return it normalized.
+
+    delta: (M, H), any floating type.  The result is (M, H) in `dtype`, x itself without a norm.
+    """
+    x.add_(delta.float(), alpha=scale)
+    return (x if norm is None else normalize(x, norm)).to(dtype)
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,
+    cosine: torch.Tensor | None,
+    sine: torch.Tensor | None,
+    positions: torch.Tensor,
+    norms: tuple[Norm, Norm] | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """Norm and turn queries and keys, put keys and values in the cache; return the queries.
+
+    qkv: (M, (H + 2·KV)·D), queries first; cosine, sine: (positions, R/2) float32 tables, None in a
+    layer that does not turn; positions: (M,) int64; norms: of queries and keys, per head; keys,
+    values: (KV, capacity, D), written at `positions`.  Returns (M, H, D) in the cache's type.
+    """
+    kv_heads, _, width = keys.shape
+    heads = qkv.shape[1] // width - 2 * kv_heads
+    parts = qkv.view(len(qkv), -1, width)
+    q, k, v = parts.split([heads, kv_heads, kv_heads], dim=1)
+    q, k = q.float(), k.float()
+    if norms is not None:
+        q, k = normalize(q, norms[0]), normalize(k, norms[1])
+    if cosine is not None and sine is not None:
+        at = cosine.index_select(0, positions)[:, None], sine.index_select(0, positions)[:, None]
+        q, k = _turn(q, *at), _turn(k, *at)
+    keys.index_copy_(1, positions, k.transpose(0, 1).to(keys.dtype))
+    values.index_copy_(1, positions, v.transpose(0, 1).to(values.dtype))
+    return q.to(keys.dtype)
+
+
+def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotate dimensions i and i + R/2 of x (M, heads, D); those from R on stay."""
+    half = cosine.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine, rest)
+    return torch.cat(turned, dim=-1)
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attend from q (M, H, D) to keys and values (KV, L, D); mask (M, L) is True where seen.
+
+    Query heads h·H/KV … share key head h.  Returns (M, H·D).
+    """
+    tokens, heads, width = q.shape
+    kv_heads, length, _ = keys.shape
+    # The heads of a group become rows of one product with their shared keys: nothing is repeated.
+    rows = q.view(tokens, kv_heads, -1, width).permute(1, 2, 0, 3).reshape(kv_heads, -1, width)
+    seen = mask.expand(heads // kv_heads, tokens, length).reshape(-1, length)
+    if softcap is None:
+        result = functional.scaled_dot_product_attention(
+            rows[None], keys[None], values[None], seen, scale=scale
+        )[0]
+    else:
+        scores = torch.matmul(rows, keys.transpose(1, 2)).float() * scale
+        scores = torch.tanh(scores / softcap) * softcap
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        result = torch.matmul(weights.to(values.dtype), values)
+    result = result.view(kv_heads, -1, tokens, width).permute(2, 0, 1, 3)
+    return result.reshape(tokens, -1)
+
+
+def attend_one(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attend from the token q (1, H, D) at `position` (1,) int64 to keys and values (KV, C, D).
+
+    Which of the C places are seen follows from `position` on the device, so that one captured
+    graph serves every length.  Returns (1, H·D).
+    """
+    places = torch.arange(keys.shape[1], device=keys.device)
+    return attend(q, keys, values, visible(places, position, window), scale, softcap)
+
+
+def visible(places: torch.Tensor, positions: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Tell which places (L,) the tokens at positions (M,) see: (M, L) bool."""
+    seen = places <= positions[:, None]
+    return seen if window is None else seen & (places > positions[:, None] - window)
+
+
+def activate(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
+    """Return act(x), or act(gate) · up for x = (M, 2·F), gate first; in the type of x."""
+    gate, up = x.float().chunk(2, dim=-1) if gated else (x.float(), None)
+    if activation == "silu":
+        value = functional.silu(gate)
+    elif activation == "relu":
+        value = functional.relu(gate)
+    elif activation in ("gelu", "gelu_tanh"):
+        value = functional.gelu(gate, approximate="none" if activation == "gelu" else "tanh")
+    else:
+        raise ValueError(f"activation is {activation!r}, allowed: silu, relu, gelu, gelu_tanh")
+    return (value if up is None else value * up).to(x.dtype)

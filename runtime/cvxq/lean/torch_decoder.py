@@ -1,0 +1,217 @@
+"""The lean decoder in torch, for GPUs: nothing waits for the host while it generates.
+
+One token's step reads its inputs (token, position) from device memory and leaves its results
+(logits, the next token, the next position) there, so on CUDA it is captured once as a graph and
+then replayed; one launch replaces a thousand.  `draw` keeps one step ahead of whoever reads the
+tokens: while the host looks at one token, the device computes the next.  Prompts are read in
+chunks, launched one operation at a time.
+
+The cache has room for `context` tokens from the start, or for FIRST_PLACES without one, and
+doubles whenever it is full, up to the model's own context.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from cvxq.errors import ContextError
+from cvxq.lean.torch_network import KeyValueCache, TorchNetwork
+from cvxq.lean.torch_sample import DeviceSampler
+from cvxq.sample import SamplingSettings
+
+PREFILL_TOKENS = 512  # read at a time
+FIRST_PLACES = 4096  # of the cache, unless the caller knows better
+PLACES_STEP = 64  # the cache's size is a multiple of this
+_ALIGNMENT = 16  # and the places that a prompt looks at of this, since kernels like aligned masks
+
+
+def warn(message: str) -> None:
+    """Tell the user in one line; the default of TorchDecoder's `notify`."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+class TorchDecoder:
+    """A network with the keys and values of one text; see `lean.decoder.Decoder`."""
+
+    def __init__(
+        self,
+        network: TorchNetwork,
+        context: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+        notify: Callable[[str], None] = warn,
+    ) -> None:
+        """Start with an empty text.
+
+        context: tokens that the cache has room for at once, the model's own at most; notify: gets
+        one line when CUDA graphs cannot be used.
+        """
+        self.network = network
+        self.capacity = network.spec.context
+        self.vocabulary = network.spec.vocab
+        self.bytes_per_token = network.weights.bytes_per_token()
+        self.length = 0
+        self.prefill_tokens = prefill_tokens
+        self._notify = notify
+        device = network.device
+        places = _rounded(min(context or FIRST_PLACES, self.capacity))
+        self.cache = KeyValueCache(network.spec, places, device, network.dtype)
+        self._token = torch.zeros(1, dtype=torch.int64, device=device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._logits = torch.zeros(self.vocabulary, device=device)
+        self._is_cuda = self._uses_graphs = device.type == "cuda"
+        self._step_launch: Callable[[], None] | None = None
+        self._sampler: tuple[DeviceSampler, Callable[[], None]] | None = None
+
+    @torch.inference_mode()
+    def feed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Read `ids` (at least one) after the text; return logits (V,) float32 on the device.
+
+        The next call overwrites them.  Raises ContextError when they do not fit.
+        """
+        self._make_room(len(ids))
+        if len(ids) == 1:
+            self._token.fill_(ids[0])
+            self._step()
+        else:
+            for logits in self._prefill(ids, last_only=True):
+                self._logits.copy_(logits[-1])
+        return self._logits
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Read `ids` as a text of its own; return logits (L, V) float32 in main memory."""
+        self.rewind(0)
+        self._make_room(len(ids))
+        result = torch.empty(len(ids), self.vocabulary)
+        for logits in self._prefill(ids, last_only=False):
+            result[self.length - len(logits) : self.length] = logits
+        return result
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = min(self.length, length)
+
+    @torch.inference_mode()
+    def draw(self, settings: SamplingSettings, ids: Sequence[int]) -> Iterator[int]:
+        """Yield the tokens that follow the text just read (`ids`: all of it), without end.
+
+        Each token but one that fills the context has been read when it is yielded.  The first
+        comes from the logits of the last `feed`.
+        """
+        sampler, choose = self._prepared(settings)
+        sampler.restart(settings.seed, ids)
+        shown = torch.zeros(1, dtype=torch.int64, pin_memory=self._is_cuda)
+        choose()
+        while True:
+            shown.copy_(self._token, non_blocking=True)
+            arrived = self._mark()
+            is_full = self.length == self.capacity
+            if not is_full:  # the device goes on while the host waits for this token only
+                self._make_room(1)
+                self._step()
+                choose()
+            arrived()
+            yield int(shown)
+            if is_full:
+                return
+
+    def _step(self) -> None:
+        """Read the token in `_token` and leave the logits after it in `_logits`."""
+        self._position.fill_(self.length)
+        if self._step_launch is None:
+            self._step_launch = self._captured(self._compute_step)
+        self._step_launch()
+        self.length += 1
+
+    def _compute_step(self) -> None:
+        length = None if self._is_cuda else self.length + 1
+        logits = self.network.forward(self._token, self._position, self.cache, length)
+        self._logits.copy_(logits[0])
+
+    def _prefill(self, ids: Sequence[int], last_only: bool) -> Iterator[torch.Tensor]:
+        """Read `ids` in chunks; yield the logits of each chunk, or of its last token."""
+        device = self.network.device
+        tokens = torch.tensor(ids, device=device)
+        for chunk in tokens.split(self.prefill_tokens):
+            positions = torch.arange(self.length, self.length + len(chunk), device=device)
+            seen = -(-(self.length + len(chunk)) // _ALIGNMENT) * _ALIGNMENT
+            logits = self.network.forward(chunk, positions, self.cache, seen, last_only)
+            self.length += len(chunk)
+            yield logits
+
+    def _make_room(self, count: int) -> None:
+        """Let the cache have room for `count` tokens more."""
+        wanted = self.length + count
+        if wanted > self.capacity:
+            raise ContextError(f"the model's context of {self.capacity} tokens is full")
+        if wanted > self.cache.places:
+            doubled = min(2 * self.cache.places, self.capacity)
+            self._step_launch = None  # its graph holds the old addresses
+            self.cache.grow(_rounded(max(wanted, doubled)), self.length)
+
+    def _prepared(self, settings: SamplingSettings) -> tuple[DeviceSampler, Callable[[], None]]:
+        """Return a sampler for `settings`, and what launches its choice; the last one is kept."""
+        rules = replace(settings, seed=None, max_tokens=None, stop=())
+        if self._sampler is None or self._sampler[0].settings != rules:
+            sampler = DeviceSampler(rules, self.vocabulary, self.network.device)
+
+            def choose() -> None:
+                sampler.choose(self._logits, self._token)
+
+            self._sampler = sampler, self._captured(choose, sampler.generator)
+        return self._sampler
+
+    def _captured(
+        self, compute: Callable[[], None], generator: torch.Generator | None = None
+    ) -> Callable[[], None]:
+        """Return what launches `compute`: a graph of it where there are graphs, else itself."""
+        if not self._uses_graphs:
+            return compute
+        try:
+            return capture(compute, generator)
+        except RuntimeError as error:
+            self._uses_graphs = False
+            self._notify(
+                "CUDA graphs cannot be used here, so every operation is launched by itself, which "
+                f"is slower ({str(error).splitlines()[0]})"
+            )
+            return compute
+
+    def _mark(self) -> Callable[[], None]:
+        """Return a function that waits until the device has done what was launched so far."""
+        if not self._is_cuda:
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
+
+
+def capture(
+    compute: Callable[[], None], generator: torch.Generator | None = None
+) -> Callable[[], None]:
+    """Capture the launches of `compute` as a CUDA graph; return what replays it.
+
+    generator: one that `compute` draws from.  `compute` runs a few times first, so that kernels
+    are compiled and tuned and libraries have their workspaces; it must bear that.
+    Raises RuntimeError when something in it cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        compute()
+    return graph.replay
+
+
+def _rounded(places: int) -> int:
+    return -(-places // PLACES_STEP) * PLACES_STEP

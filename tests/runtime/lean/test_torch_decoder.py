@@ -1,0 +1,190 @@
+"""The torch decoder computes what transformers does, in pieces as at once, and draws by the rules.
+
+On a CPU its matrices are expanded and nothing is captured; what happens between the matrices, the
+cache, sampling and the pipelined loop are those of the GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cvxq.errors import ContextError
+from cvxq.lean.spec import read_spec
+from cvxq.lean.torch_decoder import TorchDecoder
+from cvxq.lean.torch_network import TorchNetwork
+from cvxq.lean.torch_weights import load_weights
+from cvxq.lean.weights import find_weights
+from cvxq.sample import SamplingSettings
+from cvxq_format import Reader
+
+MakeFile = Callable[..., Any]
+
+IDS = [(7 * index + 3) % 96 for index in range(40)]  # longer than the windows of 8
+CPU = torch.device("cpu")
+TOLERANCE = 1e-3  # of float32 logits, as the decoders promise; what is found is near 1e-5
+
+
+def network_of(made: Any, dtype: torch.dtype = torch.float32) -> TorchNetwork:
+    with Reader(made.path) as reader:
+        spec = read_spec(json.loads(reader.file("config.json")))
+        weights = load_weights(spec, find_weights(spec, reader), reader, CPU, dtype, True)
+    return TorchNetwork(spec, weights, CPU, dtype)
+
+
+def expected_logits(made: Any, ids: list[int] = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = made.network(input_ids=torch.tensor([ids])).logits[0].float()
+    return result
+
+
+@pytest.fixture
+def decoder(make_file: MakeFile) -> TorchDecoder:
+    return TorchDecoder(network_of(make_file("llama")))
+
+
+def test_logits_equal_transformers(lean_kind: str, make_file: MakeFile) -> None:
+    made = make_file(lean_kind)
+    expected = expected_logits(made)
+    assert expected.std() > 0.01
+    decoder = TorchDecoder(network_of(made), prefill_tokens=16)
+    found = decoder.logits(IDS)
+    assert float((found - expected).abs().max()) < TOLERANCE
+    # In pieces, as a conversation comes: a chunk, then one by one.
+    decoder.rewind(0)
+    for end in (*range(17, 40), 40):
+        start = decoder.length
+        logits = decoder.feed(IDS[start:end])
+        assert float((logits - expected[end - 1]).abs().max()) < TOLERANCE
+
+
+def test_added_biases(make_file: MakeFile) -> None:
+    made = make_file("llama-tied", add_biases=True)
+    found = TorchDecoder(network_of(made)).logits(IDS)
+    assert float((found - expected_logits(made)).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2-window", "gemma2", "opt"])
+def test_a_step_whose_length_only_the_device_knows(kind: str, make_file: MakeFile) -> None:
+    """What a CUDA graph replays: the same launches at every length."""
+    made = make_file(kind)
+    decoder = TorchDecoder(network_of(made), context=64)
+    expected = expected_logits(made)
+    decoder.feed(IDS[:20])
+    with torch.inference_mode():
+        for index in range(20, 40):
+            token, position = torch.tensor([IDS[index]]), torch.tensor([index])
+            logits = decoder.network.forward(token, position, decoder.cache, None)
+            assert float((logits[0] - expected[index]).abs().max()) < TOLERANCE
+
+
+def test_rewind(decoder: TorchDecoder) -> None:
+    decoder.feed(IDS)
+    decoder.rewind(10)
+    assert decoder.length == 10
+    other = [5, 6, 7]
+    found = decoder.feed(other).clone()
+    decoder.rewind(0)
+    torch.testing.assert_close(decoder.feed([*IDS[:10], *other]), found, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, make_file: MakeFile) -> None:
+    """Sums of thousands of rounded products stay within a few roundings of the logits' size."""
+    made = make_file("llama")
+    expected = expected_logits(made)
+    found = TorchDecoder(network_of(made, dtype)).logits(IDS)
+    assert found.dtype == torch.float32
+    step = torch.finfo(dtype).eps
+    assert float((found - expected).abs().max()) < 10 * step * float(expected.abs().max())
+
+
+def test_the_cache_grows_to_the_context_and_no_further(make_file: MakeFile) -> None:
+    made = make_file("llama")
+    decoder = TorchDecoder(network_of(made), context=5)
+    decoder.cache.grow(16, 0)  # smaller than any real one
+    decoder.feed(IDS[:10])
+    assert decoder.cache.places == 16
+    logits = decoder.feed(IDS[10:])
+    assert decoder.cache.places == 64
+    assert float((logits - expected_logits(made)[-1]).abs().max()) < TOLERANCE
+    with pytest.raises(ContextError, match="context of 64 tokens is full"):
+        decoder.feed([1] * 25)
+    decoder.feed([1] * 24)
+    with pytest.raises(ContextError, match="context of 64 tokens is full"):
+        decoder.feed([1])
+
+
+def test_nothing_is_allocated_anew_while_generating(decoder: TorchDecoder) -> None:
+    def addresses() -> list[int]:
+        held = [*decoder.cache.keys, *decoder.cache.values, decoder._token, decoder._logits]
+        return [tensor.data_ptr() for tensor in held]
+
+    decoder.feed(IDS)
+    before = addresses()
+    drawn = decoder.draw(SamplingSettings(seed=1), IDS)
+    assert len([next(drawn) for _ in range(20)]) == 20
+    assert addresses() == before
+
+
+def test_drawing_reads_what_it_draws(decoder: TorchDecoder) -> None:
+    """Greedy tokens are those of feeding and looking; the text ends where the context does."""
+    logits = decoder.feed(IDS)
+    expected = []
+    for _ in range(24):
+        expected.append(int(logits.argmax()))
+        logits = decoder.feed(expected[-1:])
+    expected.append(int(logits.argmax()))
+    decoder.rewind(0)
+    decoder.feed(IDS)
+    found = []
+    for token in decoder.draw(SamplingSettings(temperature=0), IDS):
+        found.append(token)
+        assert decoder.length == min(64, len(IDS) + len(found))
+    assert found == expected
+
+
+def test_a_text_goes_on_after_a_draw_that_was_left(decoder: TorchDecoder) -> None:
+    decoder.feed(IDS)
+    drawn = decoder.draw(SamplingSettings(temperature=0), IDS)
+    first = [next(drawn) for _ in range(3)]
+    drawn.close()
+    assert decoder.length == len(IDS) + 3
+    after = decoder.feed([9]).clone()
+    decoder.rewind(0)
+    torch.testing.assert_close(decoder.feed([*IDS, *first, 9]), after, atol=1e-5, rtol=0)
+
+
+def test_the_seed_decides(decoder: TorchDecoder) -> None:
+    def draw(seed: int | None) -> list[int]:
+        decoder.rewind(0)
+        decoder.feed(IDS)
+        drawn = decoder.draw(SamplingSettings(temperature=2.0, seed=seed), IDS)
+        return [next(drawn) for _ in range(12)]
+
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(None) != draw(None)
+
+
+def test_bytes_per_token(make_file: MakeFile) -> None:
+    """Expanded float32 matrices; an embedding counts only where it is the head."""
+    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48
+    table = 96 * 32
+    untied, tied = network_of(make_file("llama")), network_of(make_file("llama-tied", "t.cvxq"))
+    assert untied.weights.bytes_per_token() == 4 * (2 * layer + table)
+    assert untied.weights.matrix_bytes() == 4 * (2 * layer + 2 * table)
+    assert tied.weights.bytes_per_token() == tied.weights.matrix_bytes() == 4 * (2 * layer + table)
+
+
+def test_penalized_tokens_stay_penalized(decoder: TorchDecoder) -> None:
+    settings = SamplingSettings(temperature=0, repetition_penalty=1e6)
+    decoder.feed(IDS)
+    drawn = decoder.draw(settings, IDS)
+    found = [next(drawn) for _ in range(10)]
+    positive = Counter(found).most_common(1)[0][1]
+    assert positive == 1
+    assert not set(found) & set(IDS)
