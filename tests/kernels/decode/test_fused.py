@@ -1,0 +1,92 @@
+"""The fused kernels: interpreted on a CPU against their definitions, compiled for every target."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from cvxq_kernels.decode import kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = (80, 90, 100)
+
+
+@pytest.mark.slow
+def test_under_the_interpreter() -> None:
+    file = Path(__file__).with_name("interpreted_fused.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout
+
+
+HALF, FLOAT, INT, LONG = "*fp16", "*fp32", "i32", "*i64"
+COMPILED: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
+    "norm": (
+        kernel.norm_kernel,
+        {
+            **dict.fromkeys(("x", "weight", "bias"), FLOAT),
+            **dict.fromkeys(("delta", "out"), HALF),
+            "scale": "fp32", "width": INT, "eps": "fp32",
+        },
+        {"ADD": True, "NORM": True, "LAYER": True, "WEIGHT": True, "BIAS": True, "BLOCK": 4096},
+    ),
+    "rotate": (
+        kernel.rotate_kernel,
+        {
+            **dict.fromkeys(("qkv", "queries", "keys", "values"), HALF),
+            **dict.fromkeys(("cosine", "sine", "q_weight", "k_weight"), FLOAT),
+            "positions": LONG,
+            **dict.fromkeys(("heads", "kv_heads", "capacity", "width", "half"), INT),
+            "q_eps": "fp32", "k_eps": "fp32",
+        },
+        {"TURN": True, "NORM": True, "BLOCK": 128},
+    ),
+    "attend": (
+        kernel.attend_kernel,
+        {
+            **dict.fromkeys(("q", "keys", "values"), HALF),
+            **dict.fromkeys(("largest", "total", "partial"), FLOAT),
+            "position": LONG,
+            **dict.fromkeys(("capacity", "width", "group", "window"), INT),
+            "scale": "fp32", "cap": "fp32",
+        },
+        {"SPLITS": 8, "WINDOW": True, "CAP": True, "ROWS": 16, "BLOCK": 128, "LENGTH": 64},
+    ),
+    "join": (
+        kernel.join_kernel,
+        {**dict.fromkeys(("largest", "total", "partial"), FLOAT), "out": HALF, "width": INT},
+        {"SPLITS": 8, "BLOCK": 128},
+    ),
+    "activate": (
+        kernel.activate_kernel,
+        {"x": HALF, "out": HALF, "width": INT, "row_width": INT},
+        {"KIND": 1, "GATED": True, "BLOCK": 1024},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", sorted(COMPILED))
+def test_compiles_without_spilling(name: str, target: int) -> None:
+    """Every kernel, with all its options on, compiles for each target and keeps to registers."""
+    function, types, constants = COMPILED[name]
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(function, signature, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32))
+    assert compiled.asm["cubin"]
+    assert ".local" not in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 48 * 1024 or name == "attend"
+    assert compiled.metadata.shared <= 100 * 1024
