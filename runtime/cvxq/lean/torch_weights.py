@@ -1,12 +1,13 @@
 """A decoder's weights on a torch device, brought there one tensor at a time.
 
-On CUDA packed matrices stay packed (`GpuWeight`); on other devices, or when asked for, they are
-expanded once.  Matrices that share their input are fused: q/k/v and gate/up.
+Matrices stay packed where the caller can compute with packed ones (`Pack`), else they are expanded
+once.  Matrices that share their input are fused: q/k/v and gate/up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +33,10 @@ class Weight(Hashable, Protocol):
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Return rows ids (M,) int64 of W: (M, K)."""
+
+
+# Makes one weight (sum of N_i, K) of packed ones; ValueError where it cannot.
+Pack = Callable[[Sequence[PackedWeight]], Weight]
 
 
 class DenseWeight:
@@ -118,16 +123,15 @@ def load_weights(
     reader: Reader,
     device: torch.device,
     dtype: torch.dtype,
-    keep_packed: bool,
+    pack: Pack | None = None,
 ) -> TorchWeights:
     """Bring the weights `found` in the file to `device`; expanded ones take `dtype`."""
-    loader = _Loader(spec, reader, device, dtype, keep_packed and device.type == "cuda")
+    loader = _Loader(spec, reader, device, dtype, pack)
     layers = tuple(loader.layer(layer) for layer in found.layers)
-    embedding = loader.weight(found.embedding)
-    tied = found.head.weight == found.embedding
-    head = Linear((embedding if tied else loader.weight(found.head.weight),), None)
-    if found.head.bias is not None:
-        head = Linear(head.weights, loader.floats(found.head.bias).to(dtype))
+    (embedding,) = loader.weights([found.embedding])
+    head = loader.linear(found.head) if found.head.weight != found.embedding else None
+    if head is None:
+        head = Linear((embedding,), loader.bias([found.head]))
     return TorchWeights(
         embedding=embedding,
         positions=None if found.positions is None else loader.floats(found.positions),
@@ -145,37 +149,38 @@ class _Loader:
     reader: Reader
     device: torch.device
     dtype: torch.dtype
-    keep_packed: bool
+    pack: Pack | None
 
     def floats(self, name: str) -> torch.Tensor:
         """Return a small tensor as float32 on the device."""
         return torch.tensor(names.read_floats(self.reader, name), device=self.device)
 
-    def weight(self, name: str) -> Weight:
-        """Return a matrix, packed if it may stay so."""
-        value = self.reader.read(name)
-        if isinstance(value, RawTensor):
-            return DenseWeight(_raw(value).to(self.device, self.dtype))
-        packed = self._packed(value)
-        if not self.keep_packed:
-            return DenseWeight(packed.to(self.device).dense(self.dtype))
-        from cvxq_kernels.gpu import GpuWeight
-
-        return GpuWeight.from_packed(packed, self.device)
-
     def linear(self, *matrices: names.Matrix) -> Linear:
-        """Return one linear map of all `matrices`, in order, fused where that is possible."""
-        weights = [self.weight(matrix.weight) for matrix in matrices]
-        bias = None
-        if any(matrix.bias is not None for matrix in matrices):
-            parts = [
-                torch.zeros(matrix.shape[0], device=self.device)
-                if matrix.bias is None
-                else self.floats(matrix.bias)
-                for matrix in matrices
-            ]
-            bias = torch.cat(parts).to(self.dtype)
-        return Linear(_fused(weights), bias)
+        """Return one linear map of all `matrices`, in order."""
+        return Linear(self.weights([matrix.weight for matrix in matrices]), self.bias(matrices))
+
+    def weights(self, tensors: Sequence[str]) -> tuple[Weight, ...]:
+        """Return matrices that share their input, as one if all are packed or none is."""
+        values = [self.reader.read(name) for name in tensors]
+        packed = [self._packed(value) for value in values if isinstance(value, CompandedTensor)]
+        if self.pack is not None and len(packed) == len(values):
+            with contextlib.suppress(ValueError):
+                return (self.pack(packed),)
+        if self.pack is not None and packed and len(values) > 1:
+            return tuple(weight for name in tensors for weight in self.weights([name]))
+        return (DenseWeight(torch.cat([self._dense(value) for value in values])),)
+
+    def bias(self, matrices: Sequence[names.Matrix]) -> torch.Tensor | None:
+        """Return the biases of `matrices` side by side, zeros where one has none."""
+        if all(matrix.bias is None for matrix in matrices):
+            return None
+        parts = [
+            torch.zeros(matrix.shape[0], device=self.device)
+            if matrix.bias is None
+            else self.floats(matrix.bias)
+            for matrix in matrices
+        ]
+        return torch.cat(parts).to(self.dtype)
 
     def norm(self, found: names.Norm | None) -> Norm | None:
         """Return a norm; the offset that some architectures add is added to the weight."""
@@ -206,24 +211,12 @@ class _Loader:
     def _packed(self, value: CompandedTensor) -> PackedWeight:
         return PackedWeight.from_tensor(value, self.reader.codebook(value.codebook))
 
-
-def _fused(weights: Sequence[Weight]) -> tuple[Weight, ...]:
-    """Join weights of one kind into one."""
-    if len(weights) == 1:
-        return tuple(weights)
-    dense = [weight.values for weight in weights if isinstance(weight, DenseWeight)]
-    if len(dense) == len(weights):
-        return (DenseWeight(torch.cat(dense)),)
-    if dense:  # some kept as they were, some packed
-        return tuple(weights)
-    from cvxq_kernels.gpu import GpuWeight
-
-    return (GpuWeight.fused(weights),)
-
-
-def _raw(value: RawTensor) -> torch.Tensor:
-    """Copy an unquantized matrix out of the file."""
-    data = value.data.copy()
-    if value.dtype == "bf16":
-        return torch.from_numpy(data.view("int16")).view(torch.bfloat16).reshape(value.shape)
-    return torch.from_numpy(data).reshape(value.shape)
+    def _dense(self, value: CompandedTensor | RawTensor) -> torch.Tensor:
+        if isinstance(value, CompandedTensor):
+            return self._packed(value).to(self.device).dense(self.dtype)
+        data = value.data.copy()
+        if value.dtype == "bf16":
+            raw = torch.from_numpy(data.view("int16")).view(torch.bfloat16)
+        else:
+            raw = torch.from_numpy(data)
+        return raw.reshape(value.shape).to(self.device, self.dtype)

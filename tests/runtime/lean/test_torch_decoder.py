@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,10 +17,12 @@ from cvxq.errors import ContextError
 from cvxq.lean.spec import read_spec
 from cvxq.lean.torch_decoder import TorchDecoder
 from cvxq.lean.torch_network import TorchNetwork
-from cvxq.lean.torch_weights import load_weights
+from cvxq.lean.torch_weights import DenseWeight, Pack, Weight, load_weights
 from cvxq.lean.weights import find_weights
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader
+from cvxq_kernels import PackedWeight
+from torch.nn import functional
 
 MakeFile = Callable[..., Any]
 
@@ -29,10 +31,12 @@ CPU = torch.device("cpu")
 TOLERANCE = 1e-3  # of float32 logits, as the decoders promise; what is found is near 1e-5
 
 
-def network_of(made: Any, dtype: torch.dtype = torch.float32) -> TorchNetwork:
+def network_of(
+    made: Any, dtype: torch.dtype = torch.float32, pack: Pack | None = None
+) -> TorchNetwork:
     with Reader(made.path) as reader:
         spec = read_spec(json.loads(reader.file("config.json")))
-        weights = load_weights(spec, find_weights(spec, reader), reader, CPU, dtype, True)
+        weights = load_weights(spec, find_weights(spec, reader), reader, CPU, dtype, pack)
     return TorchNetwork(spec, weights, CPU, dtype)
 
 
@@ -66,6 +70,43 @@ def test_added_biases(make_file: MakeFile) -> None:
     made = make_file("llama-tied", add_biases=True)
     found = TorchDecoder(network_of(made)).logits(IDS)
     assert float((found - expected_logits(made)).abs().max()) < TOLERANCE
+
+
+class Packed:
+    """A stand-in for weights that stay packed on a GPU: expands on every use."""
+
+    def __init__(self, parts: Sequence[PackedWeight]) -> None:
+        if any(part.transposed for part in parts):
+            raise ValueError("transposed")
+        self.parts = parts
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return functional.linear(x, torch.cat([part.dense(x.dtype) for part in self.parts]), bias)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.parts[0].rows(ids)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt"])
+def test_weights_that_stay_packed(kind: str, make_file: MakeFile) -> None:
+    """Some of the files' matrices are transposed, so all ways of fusing occur."""
+    made = make_file(kind, add_biases=True)
+    kinds = set()
+
+    def pack(parts: Sequence[PackedWeight]) -> Weight:
+        packed = Packed(parts)
+        kinds.add(len(parts))
+        return packed
+
+    network = network_of(made, pack=pack)
+    assert 1 in kinds
+    found = TorchDecoder(network).logits(IDS)
+    assert float((found - expected_logits(made)).abs().max()) < TOLERANCE
+    held = {
+        type(weight).__name__ for layer in network.weights.layers for weight in layer.qkv.weights
+    }
+    assert held == {"Packed", "DenseWeight"}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2-window", "gemma2", "opt"])
