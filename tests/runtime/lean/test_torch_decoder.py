@@ -103,10 +103,8 @@ def test_weights_that_stay_packed(kind: str, make_file: MakeFile) -> None:
     assert 1 in kinds
     found = TorchDecoder(network).logits(IDS)
     assert float((found - expected_logits(made)).abs().max()) < TOLERANCE
-    held = {
-        type(weight).__name__ for layer in network.weights.layers for weight in layer.qkv.weights
-    }
-    assert held == {"Packed", "DenseWeight"}
+    held = {type(part) for layer in network.weights.layers for part in layer.qkv.weights}
+    assert held == {Packed, DenseWeight}
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2-window", "gemma2", "opt"])
