@@ -17,7 +17,7 @@ environment:
 	@$(PYTHON) tools/setup.py --venv $(VENV)
 
 demo: environment
-	$(RUN)/cvxq convert demo/model -o demo/demo.cvxq --bits 3 --report demo/report.json
+	$(RUN)/cvxq convert demo/model -o demo/demo.cvxq --bits 3 --report demo/report
 	$(RUN)/cvxq perplexity demo/demo.cvxq --text demo/evaluation.txt --against demo/model
 	$(RUN)/cvxq generate demo/demo.cvxq "The old house stood at the end of the lane," --max-tokens 120 --seed 1
 
@@ -35,4 +35,4 @@ check: static test
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f demo/demo.cvxq demo/report.json
+	rm -rf demo/demo.cvxq demo/report

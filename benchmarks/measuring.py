@@ -111,14 +111,14 @@ class Bench:
 
     def convert(self, method: str, cell: tuple[int, int], name: str, *arguments: str) -> Row:
         """Convert with `cvxq convert`, and measure the file it writes."""
-        file, report = self.work / f"{name}.cvxq", self.work / f"{name}.json"
+        file, report = self.work / f"{name}.cvxq", self.work / f"{name}-report"
         command = [sys.executable, "-m", "cvxq.cli", "convert", self.model, "-o", str(file)]
         command += ["--report", str(report), *arguments]
         if method != "RTN":
             command += ["--calibration", "self", "--sequences", str(self.sampling.count)]
             command += ["--length", str(self.sampling.length), "--seed", str(self.sampling.seed)]
         cost = run_measured(command, self.work / f"{name}.log")
-        rate = json.loads(report.read_text())["rate_bits_per_weight"]
+        rate = json.loads((report / "report.json").read_text())["rate_bits_per_weight"]
         network = load_subject(str(file), with_tokenizer=False).network
         return self._row(method, cell, rate, file.stat().st_size, network, cost)
 

@@ -1,37 +1,84 @@
 """The stages of a conversion, in order. The only file that knows them all.
 
-    load → calibrate → [ measure → allocate → quantize → correct ] × iterations → write
+    load → calibrate → reference → [ measure → allocate → quantize → correct ] × iterations → write
 
 Every iteration measures the network as the last one left it, quantized, and quantizes the
-original weights anew.
+original weights anew. A measurement kept in a file takes the place of calibrating and measuring.
+A target for the loss repeats allocate → quantize → correct at several rates.
+
+Of eight calibration sequences, seven are measured on. Half of the others are for choices (the
+gain), the other half for the figures that are reported and that a target is held against.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from cvxq_converter.bias import BIAS_BITS
+from cvxq_converter.assembling import (
+    make_report,
+    perplexity_increase,
+    surroundings,
+    write_result,
+)
 from cvxq_converter.calibration import CalibrationOptions, make_sequences
 from cvxq_converter.checkpoint import Source, load_tokenizer, open_source
+from cvxq_converter.curve import Curve, Trial
+from cvxq_converter.details import Details, losses_by_position, weight_distributions
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.iteration import Quantized, quantize_network
+from cvxq_converter.iteration import Quantized, make_plan, quantize_network
 from cvxq_converter.loaded import LoadedModel, load_model
+from cvxq_converter.measurement import (
+    Measurement,
+    calibration_digest,
+    matrices_of,
+    measured_options,
+    save_measurement,
+    shared_arrays,
+)
+from cvxq_converter.measurement_file import Record
 from cvxq_converter.options import ConversionOptions
+from cvxq_converter.plan import MatrixPlan
+from cvxq_converter.prediction import predict_curve
 from cvxq_converter.preflight import Preflight, preflight, refuse_what_cannot_fit
-from cvxq_converter.quality import make_reference
-from cvxq_converter.report import ConversionReport, depth_histogram
+from cvxq_converter.quality import LOGIT_LIMIT, Reference, divergence, make_reference
+from cvxq_converter.report import ConversionReport
 from cvxq_converter.rtn import quantize_rtn, rtn_codebook
 from cvxq_converter.stages import Progress, Stages
 from cvxq_converter.statistics import MatrixStatistics, measure
-from cvxq_converter.writing import write_container
+from cvxq_converter.target import Target, TargetResult, search_rate
 
-HELD_BACK = 8  # one sequence in eight is kept from the measurement, for the gain and the report
+HELD_BACK = 8  # one sequence in eight is kept from the measurement
+TRIAL_RATES = (2.25, 3.0, 4.0)  # at which a measurement checks its prediction
+EXPECTED_TRIALS = 4  # of a search for a target, for the estimate of its time
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A loaded network and what was measured on it: enough for any number of quantizations.
+
+    sequences: (S, L) of calibration. statistics: by matrix name. choosing, certifying: the
+    original on the held-back sequences; None without calibration.
+    """
+
+    loaded: LoadedModel
+    sequences: torch.Tensor
+    statistics: dict[str, MatrixStatistics]
+    choosing: Reference | None
+    certifying: Reference | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A quantized network, and the search that led to it where there was one."""
+
+    result: Quantized
+    target: TargetResult | None = None
+    curve: Curve | None = None
 
 
 def convert(
@@ -39,81 +86,238 @@ def convert(
     output: Path,
     options: ConversionOptions,
     progress: Progress | None = None,
-    announce: Callable[[str], None] | None = None,
+    announce: Announce | None = None,
+    measurement: Measurement | None = None,
+    with_details: bool = False,
 ) -> ConversionReport:
     """Convert a model folder or hub id into the `.cvxq` file `output`.
 
     progress: called as (stage, done, total). announce: called with the estimate, one line, before
-    the work starts.
+    the work starts, then with a line for every trial of a search. measurement: of this model, to
+    use instead of calibrating and measuring. with_details: gather what the report's page shows.
     Raises ConversionError for what cannot be converted, RateError for an impossible target.
     An existing `output` is only ever replaced by a complete new file.
     """
-    torch.manual_seed(options.seed)
     stages = Stages(progress)
+    source, estimate = _begin(model, output, options, announce, measurement)
+    with stages.stage("load"):
+        loaded = load_model(source, options)
+    if options.method == "rtn":
+        prepared = Prepared(loaded, torch.empty(0, 0, dtype=torch.int64), {}, None, None)
+        outcome = Outcome(_round_to_nearest(loaded, options, stages))
+    else:
+        prepared = prepare(loaded, options, estimate, measurement, stages)
+        if options.seeks_rate:
+            outcome = seek(prepared, options, stages, announce)
+        else:
+            outcome = Outcome(quantize(prepared, options, stages))
+    return finish(prepared, outcome, output, options, stages, with_details)
+
+
+def measure_model(
+    model: str,
+    output: Path,
+    options: ConversionOptions,
+    progress: Progress | None = None,
+    announce: Announce | None = None,
+) -> Record:
+    """Measure a model folder or hub id and keep what conversions need in the file `output`.
+
+    options: their target plays no part. The file also holds the curve of rates, sizes and losses,
+    corrected by quantizing at `TRIAL_RATES`.
+    """
+    if not options.replaces_weights:
+        raise ConversionError("measuring needs calibration sequences and --method cvxq")
+    stages = Stages(progress)
+    source, estimate = _begin(model, output, options, announce, None)
+    with stages.stage("load"):
+        loaded = load_model(source, options)
+    prepared = prepare(loaded, options, estimate, None, stages)
+    with stages.stage("predict"):
+        curve = _predict(prepared, _plans(prepared, options), options)
+    trials = []
+    for rate in TRIAL_RATES:
+        if rate > curve.lowest_rate:
+            result = quantize(prepared, options.at_rate(rate), stages)
+            assert result.quality is not None
+            trials.append(Trial(rate, result.quality.mean))
+    record = Record(
+        source=source.name,
+        source_sha256=source.digest,
+        options=measured_options(options),
+        sequences=prepared.sequences.shape[0],
+        length=prepared.sequences.shape[1],
+        calibration_sha256=calibration_digest(prepared.sequences),
+        matrices=matrices_of(prepared.statistics),
+        shared=shared_arrays(prepared.statistics),
+        **surroundings(options),
+        parameters=loaded.parameters,
+        quantized_weights=loaded.quantized_weights,
+        curve_options={n: options.to_json()[n] for n in ("group_size", "partitions", "keep")},
+        curve=curve.with_trials(trials),
+    )
+    with stages.stage("write"):
+        save_measurement(Measurement(record, prepared.sequences, prepared.statistics), output)
+    return record
+
+
+def _begin(
+    model: str,
+    output: Path,
+    options: ConversionOptions,
+    announce: Announce | None,
+    measurement: Measurement | None,
+) -> tuple[Source, Preflight]:
+    """Look at the model before any work: estimate, and refuse what cannot be done."""
+    torch.manual_seed(options.seed)
     source = open_source(model, options.revision)
-    estimate = _estimate(source, options)
+    if measurement is not None:
+        if options.method == "rtn" or options.iterations > 1:
+            raise ConversionError(
+                "--statistics are of the original model: they are of no use to --method rtn, and "
+                "--iterations would measure again; leave one of them out"
+            )
+        measurement.check(source, options)
+    estimate = preflight(
+        source,
+        dtype=options.dtype,
+        device=options.device,
+        calibration="none" if options.method == "rtn" else options.calibration,
+        sequences=measurement.record.sequences if measurement else options.sequences,
+        length=measurement.record.length if measurement else options.length,
+        iterations=options.iterations,
+        bits=8.0 if options.bits is None else options.bits,
+        keeps_originals=options.replaces_weights,
+        is_measured=measurement is not None,
+        trials=EXPECTED_TRIALS if options.seeks_rate else 1,
+    )
     if announce:
         announce(estimate.line())
     refuse_what_cannot_fit(estimate, output, options.device)
-    with stages.stage("load"):
-        loaded = load_model(source, options)
-    sequences = torch.empty(0, 0, dtype=torch.int64)
-    if options.method == "rtn":
-        result = _round_to_nearest(loaded, options, stages)
+    return source, estimate
+
+
+def prepare(
+    loaded: LoadedModel,
+    options: ConversionOptions,
+    estimate: Preflight,
+    measurement: Measurement | None,
+    stages: Stages,
+) -> Prepared:
+    """Calibrate and measure, unless that was done before; leaves the network as it is."""
+    if measurement is not None:
+        sequences = measurement.sequences
     else:
         with stages.stage("calibrate"):
             wanted = CalibrationOptions(
                 options.calibration, estimate.sequences or 1, estimate.length or 2, options.seed
             )
-            tokenizer = load_tokenizer(source)
+            tokenizer = load_tokenizer(loaded.source)
             sequences = make_sequences(loaded.network, tokenizer, wanted, stages.report)
-        result = _iterate(loaded, sequences, options, stages)
-    return _finish(loaded, result, sequences, output, options, stages)
-
-
-def _estimate(source: Source, options: ConversionOptions) -> Preflight:
-    calibration = "none" if options.method == "rtn" else options.calibration
-    return preflight(
-        source,
-        dtype=options.dtype,
-        device=options.device,
-        calibration=calibration,
-        sequences=options.sequences,
-        length=options.length,
-        iterations=options.iterations,
-        bits=8.0 if options.bits is None else options.bits,
-        keeps_originals=options.replaces_weights,
-    )
-
-
-def _iterate(
-    loaded: LoadedModel, sequences: torch.Tensor, options: ConversionOptions, stages: Stages
-) -> Quantized:
+    if not len(sequences):
+        return Prepared(loaded, sequences, {}, None, None)
     training, held_back = split_sequences(sequences)
+    with stages.stage("reference"):
+        choosing, certifying = _references(loaded, held_back)
+    if measurement is not None:
+        statistics = measurement.statistics_for(loaded)
+    else:
+        statistics = _measure(loaded, training, options, stages)
+    return Prepared(loaded, sequences, statistics, choosing, certifying)
+
+
+def quantize(prepared: Prepared, options: ConversionOptions, stages: Stages) -> Quantized:
+    """Quantize at the rate or size of `options`; leaves the result in the network.
+
+    Its quality is that on the certifying sequences, which took no part in any choice.
+    """
+    loaded, statistics = prepared.loaded, dict(prepared.statistics)
 
     def write_empty(path: Path, empty: Quantized) -> None:
-        _write(path, loaded, empty, sequences, options, _report(loaded, empty, sequences, options))
+        _write_empty(path, prepared, empty, options)
 
-    if not len(training):
-        return quantize_network(loaded, {}, None, options, stages, write_empty)
-    with stages.stage("calibrate"):
-        reference = make_reference(loaded.network, held_back)
-    statistics: dict[str, MatrixStatistics] = {}
-    for _ in range(options.iterations):
-        with stages.stage("measure"):
-            measured = measure(
-                loaded.network,
-                loaded.matrices,
-                training,
-                options.metric,
-                options.seed,
-                stages.report,
-            )
-        # Beside a pruned matrix nothing is felt; what was felt before it was pruned still holds.
-        felt = {n: s for n, s in measured.items() if n not in statistics or s.row_evidence.any()}
-        statistics |= felt
-        result = quantize_network(loaded, statistics, reference, options, stages, write_empty)
+    loaded.restore()
+    for iteration in range(options.iterations if statistics else 1):
+        if iteration:
+            training, _ = split_sequences(prepared.sequences)
+            measured = _measure(loaded, training, options, stages)
+            # Beside a pruned matrix nothing is felt; what was felt before still holds.
+            statistics |= {n: s for n, s in measured.items() if s.row_evidence.any()}
+        result = quantize_network(
+            loaded, statistics, prepared.choosing, options, stages, write_empty
+        )
+    if prepared.certifying is not None and prepared.certifying is not prepared.choosing:
+        with stages.stage("certify"):
+            quality = divergence(loaded.network, prepared.certifying)
+        result = replace(result, quality=quality)
     return result
+
+
+def seek(
+    prepared: Prepared, options: ConversionOptions, stages: Stages, announce: Announce | None
+) -> Outcome:
+    """Quantize at the smallest rate whose loss on the certifying sequences is as asked for."""
+    if options.max_kl is not None:
+        target = Target("--max-kl", options.max_kl)
+    else:
+        assert options.max_perplexity_increase is not None
+        target = Target("--max-perplexity-increase", options.max_perplexity_increase)
+    with stages.stage("predict"):
+        curve = _predict(prepared, _plans(prepared, options), options)
+    made: list[Quantized] = []
+
+    def attempt(rate: float) -> float:
+        made[:] = [quantize(prepared, options.at_rate(rate), stages)]
+        assert made[0].quality is not None
+        increase = perplexity_increase(made[0].quality, options)
+        achieved = made[0].quality.mean if options.max_kl is not None else increase
+        if announce:
+            announce(f"tried {rate:.4f} bits per weight: {target.text(achieved)}")
+        return achieved
+
+    best, trials = search_rate(target, curve, attempt)
+    if best is not trials[-1]:
+        attempt(best.rate_bits_per_weight)
+    found = TargetResult(target.option, target.asked, best.achieved, len(trials))
+    return Outcome(made[0], found, curve.with_trials(trials))
+
+
+def finish(
+    prepared: Prepared,
+    outcome: Outcome,
+    output: Path,
+    options: ConversionOptions,
+    stages: Stages,
+    with_details: bool = False,
+) -> ConversionReport:
+    """Write the file and report."""
+    loaded, result, sequences = prepared.loaded, outcome.result, prepared.sequences
+    with stages.stage("write"):
+        report = make_report(loaded, result, sequences, options, outcome.target)
+        write_result(output, loaded, result, sequences, options, report)
+    if with_details:
+        with stages.stage("details"):
+            details = _details(prepared, outcome, report, options)
+        report = replace(report, details=details)
+    return report.with_file(output.stat().st_size, dict(stages.seconds))
+
+
+def _details(
+    prepared: Prepared, outcome: Outcome, report: ConversionReport, options: ConversionOptions
+) -> Details:
+    """Curves and distributions; the curve passes through what this conversion achieved."""
+    plans = _plans(prepared, options)
+    curve = outcome.curve
+    if curve is None and options.method == "cvxq":
+        curve = _predict(prepared, plans, options)
+        if report.kl is not None:
+            curve = curve.with_trials([Trial(report.rate_bits_per_weight, report.kl)])
+    by_group, by_matrix = weight_distributions(
+        plans, lambda plan: prepared.loaded.originals[plan.matrix.name]
+    )
+    quality = outcome.result.quality
+    positions = losses_by_position(quality.by_position) if quality else ()
+    return Details(curve, bool(prepared.statistics), by_group, by_matrix, positions)
 
 
 def split_sequences(sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,6 +326,45 @@ def split_sequences(sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         return sequences, sequences
     held = max(1, len(sequences) // HELD_BACK)
     return sequences[:-held], sequences[-held:]
+
+
+def _references(loaded: LoadedModel, held_back: torch.Tensor) -> tuple[Reference, Reference]:
+    """The original on the sequences for choices and on those for figures; one serves for both."""
+    half = len(held_back) // 2
+    if not half:
+        both = make_reference(loaded.network, held_back)
+        return both, both
+    parts = (held_back[:half], held_back[half:])
+    choosing, certifying = (make_reference(loaded.network, p, LOGIT_LIMIT // 2) for p in parts)
+    return choosing, certifying
+
+
+def _measure(
+    loaded: LoadedModel, training: torch.Tensor, options: ConversionOptions, stages: Stages
+) -> dict[str, MatrixStatistics]:
+    with stages.stage("measure"):
+        return measure(
+            loaded.network, loaded.matrices, training, options.metric, options.seed, stages.report
+        )
+
+
+def _plans(prepared: Prepared, options: ConversionOptions) -> list[MatrixPlan]:
+    loaded = prepared.loaded
+    return [make_plan(loaded, m, prepared.statistics, options) for m in loaded.matrices]
+
+
+def _predict(prepared: Prepared, plans: list[MatrixPlan], options: ConversionOptions) -> Curve:
+    def write_empty(path: Path, empty: Quantized) -> None:
+        _write_empty(path, prepared, empty, options)
+
+    return predict_curve(prepared.loaded, plans, prepared.statistics, options, write_empty)
+
+
+def _write_empty(
+    path: Path, prepared: Prepared, empty: Quantized, options: ConversionOptions
+) -> None:
+    report = make_report(prepared.loaded, empty, prepared.sequences, options)
+    write_result(path, prepared.loaded, empty, prepared.sequences, options, report)
 
 
 @torch.no_grad()
@@ -141,87 +384,3 @@ def _round_to_nearest(loaded: LoadedModel, options: ConversionOptions, stages: S
             )
             done(i + 1, len(loaded.matrices))
     return Quantized(tensors, codebook)
-
-
-def _finish(
-    loaded: LoadedModel,
-    result: Quantized,
-    sequences: torch.Tensor,
-    output: Path,
-    options: ConversionOptions,
-    stages: Stages,
-) -> ConversionReport:
-    with stages.stage("write"):
-        report = _report(loaded, result, sequences, options)
-        _write(output, loaded, result, sequences, options, report)
-    size = output.stat().st_size
-    return report.with_file(size, dict(stages.seconds))
-
-
-def _report(
-    loaded: LoadedModel,
-    result: Quantized,
-    sequences: torch.Tensor,
-    options: ConversionOptions,
-) -> ConversionReport:
-    tensors = list(result.tensors.values())
-    weights = loaded.quantized_weights
-    bias_bytes = sum(b.numel() * BIAS_BITS // 8 for b in result.added_biases.values())
-    payload = sum(t.payload_size for t in tensors)
-    total = payload + len(result.codebook.to_bytes()) + bias_bytes
-    codes = sum(t.packed_codes.size for t in tensors)
-    return ConversionReport(
-        method=options.method,
-        rate_bits_per_weight=8 * total / weights,
-        side_bits_per_weight=8 * (total - codes) / weights,
-        parameters=loaded.parameters,
-        quantized_weights=weights,
-        matrices=len(tensors),
-        depth_histogram=depth_histogram(tensors),
-        gained_biases=len(result.added_biases),
-        gain_exponent=result.gain_exponent,
-        dual_variable=result.allocation.dual_variable if result.allocation else None,
-        ascent_steps=result.allocation.steps if result.allocation else None,
-        kl=result.quality.mean if result.quality else None,
-        kl_standard_error=result.quality.standard_error if result.quality else None,
-        calibration_tokens=sequences.numel(),
-    )
-
-
-def _write(
-    path: Path,
-    loaded: LoadedModel,
-    result: Quantized,
-    sequences: torch.Tensor,
-    options: ConversionOptions,
-    report: ConversionReport,
-) -> None:
-    write_container(
-        path,
-        loaded.source,
-        result.codebook,
-        result.tensors,
-        loaded.unquantized(),
-        result.added_biases,
-        loaded.aliases,
-        {
-            "provenance.json": _provenance(loaded, sequences, options),
-            "report.json": report.for_file(),
-        },
-    )
-
-
-def _provenance(
-    loaded: LoadedModel, sequences: torch.Tensor, options: ConversionOptions
-) -> dict[str, Any]:
-    """Where the file comes from: enough to make it again. No times, paths or host names."""
-    digest = hashlib.sha256(sequences.contiguous().numpy().tobytes()).hexdigest()
-    return {
-        "source": loaded.source.name,
-        "source_sha256": loaded.source.digest,
-        "calibration_sha256": digest if sequences.numel() else None,
-        "options": options.to_json(),
-        "versions": {name: version(name) for name in ("cvxq", "torch", "transformers")},
-        "device": torch.device(options.device).type,
-        "threads": torch.get_num_threads(),
-    }

@@ -94,12 +94,15 @@ def preflight(
     iterations: int = 1,
     bits: float = 4.0,
     keeps_originals: bool = True,
+    is_measured: bool = False,
+    trials: int = 1,
     speed: Speed | None = None,
 ) -> Preflight:
     """Estimate a conversion of `source` and choose the amount of calibration.
 
     sequences, length: as asked for, or None for the default. bits: rate, or an upper bound of it.
     keeps_originals: whether original weights stay in memory beside the quantized ones.
+    is_measured: whether calibration and measurement lie in a file. trials: rates to quantize at.
     speed: of this machine; measured if not given.
     """
     shape = _shape_of(source)
@@ -108,11 +111,11 @@ def preflight(
     if calibration != "none":
         count, tokens = calibration_amount(source, device, sequences, length)
     seconds = sum(info.stat().st_size for info in source.weight_files) / _READ_RATE
-    if count:
+    if count and not is_measured:
         sampling = _sampling_seconds(source, shape, speed, count, tokens, dtype)
         measuring = count * _backward_seconds(shape, speed, tokens)
         seconds += (sampling if calibration == "self" else 0) + iterations * measuring
-    seconds += max(1, iterations) * _quantizing_seconds(shape, speed)
+    seconds += max(1, iterations) * trials * _quantizing_seconds(shape, speed)
     memory = _peak_memory(source, shape, dtype, count, tokens, bits, keeps_originals)
     # Everything outside the matrices is stored in 16 bits; the header is small.
     rest = (shape.parameters - shape.matrix_weights) * 2
@@ -293,7 +296,8 @@ def _peak_memory(
         block = (shape.matrix_weights // max(1, shape.layers) + shape.largest_weights) * element
         cache = cache_bytes(source.config, tokens, element)
         cache *= min(count, sampling_batch(source.config, tokens, element))
-        reference = min(_REFERENCE_BYTES, count * tokens * shape.vocabulary * 4)
+        sequence = tokens * shape.vocabulary * 4  # of log-probabilities; two are kept at least
+        reference = min(max(_REFERENCE_BYTES, 2 * sequence), count * sequence)
         measuring = max(activations + logits + block, cache) + reference
     return _BASE_BYTES + network + originals + packed + max(measuring, quantizing)
 

@@ -3,7 +3,7 @@
 The original's log-probabilities are computed once, before the network's weights are replaced.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,17 @@ LOGIT_LIMIT = 1 << 26  # entries kept in float32: 256 MiB
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(original ‖ quantized) per token, nats; standard error over tokens."""
+    """KL(original ‖ quantized) per token, nats; standard error over tokens.
+
+    loss_increase: mean of log p − log q on the tokens that came, nats.
+    by_position: (S, L) float64 KL at every position of every sequence.
+    """
 
     mean: float
     standard_error: float
     tokens: int
+    loss_increase: float
+    by_position: np.ndarray = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,12 @@ class Reference:
 
 
 @torch.no_grad()
-def make_reference(network: Any, sequences: torch.Tensor) -> Reference:
-    """Run the original over as many of the sequences (S, L) as fit the memory limit."""
+def make_reference(network: Any, sequences: torch.Tensor, limit: int = LOGIT_LIMIT) -> Reference:
+    """Run the original over as many of the sequences (S, L) as keep `limit` entries, or one."""
     kept: list[torch.Tensor] = []
     vocabulary = network.config.get_text_config().vocab_size
     for row in sequences:
-        if kept and (len(kept) + 1) * row.numel() * vocabulary > LOGIT_LIMIT:
+        if kept and (len(kept) + 1) * row.numel() * vocabulary > limit:
             break
         kept.append(_log_probabilities(network, row))
     return Reference(sequences[: len(kept)], kept)
@@ -47,13 +53,22 @@ def make_reference(network: Any, sequences: torch.Tensor) -> Reference:
 @torch.no_grad()
 def divergence(network: Any, reference: Reference) -> Divergence:
     """KL of the network, as it is now, to the reference."""
-    losses = []
+    losses, increases = [], []
     for row, original in zip(reference.sequences, reference.log_probabilities, strict=True):
         ours = _log_probabilities(network, row)
         losses.append((original.exp() * (original - ours)).sum(-1).double().cpu().numpy())
+        came = row[1:, None].to(ours.device)
+        change = original[:-1].gather(1, came) - ours[:-1].gather(1, came)
+        increases.append(change.double().cpu().numpy())
     values = np.concatenate(losses)
     error = float(values.std(ddof=1) / np.sqrt(len(values)))
-    return Divergence(float(values.mean()), error, len(values))
+    return Divergence(
+        mean=float(values.mean()),
+        standard_error=error,
+        tokens=len(values),
+        loss_increase=float(np.mean(increases)),
+        by_position=np.stack(losses),
+    )
 
 
 def _log_probabilities(network: Any, row: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from cvxq_format import CompandedTensor
 
+from cvxq_converter.details import Details
+from cvxq_converter.target import TargetResult
+
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -18,8 +21,10 @@ class ConversionReport:
     file_bytes: of the whole file, known once it is written.
     depth_histogram: share of the quantized weights at bit depth 0 … 8.
     kl, kl_standard_error: nats per token to the original, on held-back calibration sequences;
-        None without calibration.
-    stage_seconds: wall-clock time per stage; never written into the file.
+        None without calibration. perplexity_increase: relative, on the same; 0.01 is 1 %.
+    target: the loss that was asked for and the one achieved, where the rate was sought.
+    stage_seconds: wall-clock time per stage. details: on request, for the report's page. Neither
+        is ever written into the file.
     """
 
     method: str
@@ -35,9 +40,12 @@ class ConversionReport:
     ascent_steps: int | None
     kl: float | None
     kl_standard_error: float | None
+    perplexity_increase: float | None
     calibration_tokens: int
+    target: TargetResult | None = None
     file_bytes: int = 0
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    details: Details | None = None
 
     @property
     def pruned_share(self) -> float:
@@ -66,13 +74,17 @@ class ConversionReport:
 
         Six digits are kept, so that the length hardly depends on the figures either.
         """
-        values = asdict(self)
-        return {k: _rounded(values[k]) for k in values if k not in ("stage_seconds", "file_bytes")}
+        values = asdict(replace(self, details=None))
+        for name in ("stage_seconds", "file_bytes", "details"):
+            del values[name]
+        return {name: _rounded(value) for name, value in values.items()}
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from cvxq_converter.report import ConversionReport, depth_histogram
+from cvxq_converter.target import TargetResult
 from cvxq_format import CompandedTensor
 
 
@@ -26,7 +27,9 @@ def report() -> ConversionReport:
         ascent_steps=7,
         kl=0.01,
         kl_standard_error=0.001,
+        perplexity_increase=0.0101234567,
         calibration_tokens=64,
+        target=TargetResult("--max-kl", 0.01, 0.0098765432, 3),
     )
 
 
@@ -62,5 +65,6 @@ def test_what_goes_into_the_file_is_the_same_in_every_run() -> None:
     assert early == late
     assert not {"stage_seconds", "file_bytes"} & set(early)
     assert early["rate_bits_per_weight"] == 2.99877  # six digits
+    assert early["target"]["achieved"] == 0.00987654
     assert early["depth_histogram"][:3] == [0.125, 0.25, 0.625]
     json.dumps(early)

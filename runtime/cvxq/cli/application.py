@@ -24,6 +24,8 @@ from cvxq.cli.failures import describe, exit_code
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("cvxq.cli.convert", "Compress a Hugging Face model into one .cvxq file."),
+    "measure": ("cvxq.cli.measure", "Measure a model once, for many conversions."),
+    "plan": ("cvxq.cli.plan", "Show the sizes and losses that a model can have."),
     "generate": ("cvxq.cli.generate", "Continue a prompt, streaming the text to stdout."),
     "chat": ("cvxq.cli.chat", "Talk with the model, turn by turn."),
     "perplexity": ("cvxq.cli.perplexity", "Measure perplexity, and KL to the original."),
@@ -146,10 +148,8 @@ def prepare_process() -> None:
 @click.version_option(package_name="cvxq", message="cvxq %(version)s")
 @click.option("--traceback", is_flag=True, help="Show where an error arose, not just one line.")
 def application(**_: bool) -> None:
-    """Compress a language model to a chosen number of bits per weight, and run it.
-
-    \b
-    Example:
+    """\b
+    Compress a language model to a chosen number of bits per weight, and run it:
       cvxq convert path/to/model -o model.cvxq --bits 3
       cvxq generate model.cvxq "Once upon a time"
     """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import Result
-from cvxq.cli.convert import Size
+from cvxq.cli.conversion import Percentage, Size
 
 Cvxq = Callable[..., Result]
 Fails = Callable[..., str]
@@ -37,18 +38,27 @@ def test_texts_that_are_no_size(text: str) -> None:
         Size().convert(text, None, None)
 
 
+@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("0.5 %", 0.005), (".25%", 0.0025)])
+def test_percentages(text: str, share: float) -> None:
+    assert Percentage().convert(text, None, None) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["1", "0.01", "0%", "-1%", "%", "1e3%", ""])
+def test_texts_that_are_no_percentage(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a percentage above 0, such as 1%"):
+        Percentage().convert(text, None, None)
+
+
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch, cvxq: Cvxq) -> Callable[..., tuple[Any, ...]]:
     """Return a function that gives the arguments with which the converter would be called."""
-    from cvxq_converter.options import ConversionOptions
-
     calls: list[tuple[Any, ...]] = []
 
-    def note(*arguments: Any) -> None:
+    def note(*arguments: Any, **_: Any) -> None:
         calls.append(arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cvxq.cli.convert._converter", lambda: (note, ConversionOptions))
+    monkeypatch.setattr("cvxq.cli.convert._converter", lambda: note)
 
     def run(*options: object) -> tuple[Any, ...]:
         assert cvxq("convert", "some/model", "-o", "out.cvxq", *options).exit_code == 130
@@ -98,12 +108,21 @@ def test_every_option_reaches_the_converter(taken: Callable[..., tuple[Any, ...]
 
 def test_use_that_cannot_be_right(fails: Fails, tmp_path: Path) -> None:
     target = tmp_path / "out.cvxq"
-    assert "either --bits or --size" in fails(2, "convert", "model", "-o", target)
-    both = ("--bits", 3, "--size", "1MB")
-    assert "either --bits or --size" in fails(2, "convert", "model", "-o", target, *both)
+    targets = (("--bits", 3), ("--size", "1MB"), ("--max-kl", 0.1))
+    targets += (("--max-perplexity-increase", "1%"),)
+    expected = "give exactly one of --bits, --size, --max-kl and --max-perplexity-increase"
+    for given in ((), *combinations(targets, 2), targets):
+        words = [word for target_words in given for word in target_words]
+        assert expected in fails(2, "convert", "model", "-o", target, *words)
     assert "Missing option '--output'" in fails(2, "convert", "model", "--bits", 3)
     assert "is not a size" in fails(2, "convert", "model", "-o", target, "--size", "big")
     assert "is a folder" in fails(3, "convert", "model", "-o", tmp_path, "--bits", 3)
+    bits = ("convert", "model", "-o", target, "--bits", 3)
+    assert "is a file" in fails(3, *bits, "--report", Path(__file__))
+    assert "does not exist, expected a file that cvxq measure wrote" in fails(
+        3, *bits, "--statistics", tmp_path / "none"
+    )
+    assert "not a measurement" in fails(6, *bits, "--statistics", Path(__file__))
 
 
 def test_model_that_is_none(fails: Fails, tmp_path: Path) -> None:
@@ -119,7 +138,7 @@ def test_a_conversion_from_folder_to_text(
     cvxq: Cvxq, original_folder: tuple[Path, Path], tmp_path: Path
 ) -> None:
     _, folder = original_folder
-    target, report = tmp_path / "out.cvxq", tmp_path / "report.json"
+    target, report = tmp_path / "out.cvxq", tmp_path / "report"
     result = cvxq(
         "convert", folder, "-o", target, "--bits", 6, "--calibration", "none",
         "--group-size", 16, "--report", report,
@@ -127,8 +146,9 @@ def test_a_conversion_from_folder_to_text(
     assert result.exit_code == 0, result.stderr
     assert "bits per weight" in result.stdout
     assert "of memory" in result.stderr.splitlines()[0]  # the estimate comes first
-    record = json.loads(report.read_text())
+    record = json.loads((report / "report.json").read_text())
     assert record["file_bytes"] == target.stat().st_size
+    assert "<h1>original at 5.9" in (report / "index.html").read_text()
     inspected = json.loads(cvxq("inspect", target, "--json").stdout)
     assert inspected["rate_bits_per_weight"] == pytest.approx(record["rate_bits_per_weight"])
     assert inspected["rate_bits_per_weight"] == pytest.approx(6, rel=0.005)

@@ -1,0 +1,122 @@
+"""What `convert` and `measure` have in common: options, threads, how to stop."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from cvxq.cli.failures import FileProblem
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Size(click.ParamType):
+    """A file size such as 12.3MB, as a number of bytes; kB, MB and GB are decimal."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return whole bytes, rounded down; a text of another form fails."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)", str(value).strip().upper())
+        if match is None or match[2] not in _UNITS:
+            self.fail(f"{value!r} is not a size such as 12.3MB, 850kB, 1.5GiB or 123456B", param)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+class Percentage(click.ParamType):
+    """A share such as 1%, as a number; the sign is required, so that 0.01 cannot be misread."""
+
+    name = "percentage"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the share, 0.01 for 1%; a text of another form fails."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*%", str(value).strip())
+        if match is None or float(match[1]) == 0:
+            self.fail(f"{value!r} is not a percentage above 0, such as 1% or 0.5%", param)
+        return float(match[1]) / 100
+
+
+_MEASURING = (
+    click.option("--keep", multiple=True, metavar="PATTERN",
+                 help="Leave these matrices in 16 bits."),
+    click.option("--calibration", default="self", show_default=True,
+                 help="self, none, FILE.txt or FILE.jsonl."),
+    click.option("--sequences", type=click.IntRange(min=1), help="Calibration sequences."),
+    click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+    click.option("--metric", type=click.Choice(["kl", "logits"]), default="kl", show_default=True),
+    click.option("--group-size", type=click.IntRange(1, 65536), help="Rows per cluster."),
+    click.option("--partitions", type=click.IntRange(min=1), help="Row partitions for splitting."),
+    click.option("--revision", help="Branch, tag or commit of a hub id."),
+    click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+                 default="float32", show_default=True, help="Type to compute in."),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
+)  # fmt: skip
+
+
+def measuring_options(function: Function) -> Function:
+    """Add the options that say what to measure, on what, and where to compute."""
+    for option in reversed(_MEASURING):
+        function = option(function)
+    return function
+
+
+def explicit(choices: dict[str, Any]) -> dict[str, Any]:
+    """Those choices that were made on the command line, rather than by a default."""
+    source = click.get_current_context().get_parameter_source
+    return {n: v for n, v in choices.items() if source(n) is not ParameterSource.DEFAULT}
+
+
+def conversion_options(choices: dict[str, Any]) -> Any:
+    """The converter's options; a dtype may be given by its name."""
+    import torch
+    from cvxq_converter.options import ConversionOptions
+
+    if "dtype" in choices:
+        choices = {**choices, "dtype": getattr(torch, choices["dtype"])}
+    return ConversionOptions(**choices)
+
+
+def prepare(threads: int | None) -> None:
+    """Set the threads, quieten transformers, and let `kill` unwind like Ctrl-C."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind, so that the unfinished file is removed."""
+    raise KeyboardInterrupt
+
+
+def announce(line: str) -> None:
+    """Say a line on stderr."""
+    click.echo(line, err=True)
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise FileProblem for a folder where a file is to be written."""
+    if path.is_dir():
+        raise FileProblem(f"{path} is a folder, expected the name of a file to write")
