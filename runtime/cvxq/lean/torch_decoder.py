@@ -6,8 +6,8 @@ then replayed; one launch replaces a thousand.  `draw` keeps one step ahead of w
 tokens: while the host looks at one token, the device computes the next.  Prompts are read in
 chunks, launched one operation at a time.
 
-The cache has room for `context` tokens from the start, or for FIRST_PLACES without one, and
-doubles whenever it is full, up to the model's own context.
+The cache has room for FIRST_PLACES tokens from the start, grows at once to what a call of `draw`
+can need, and otherwise doubles when it is full, up to the model's own context.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cvxq.lean.torch_sample import DeviceSampler
 from cvxq.sample import SamplingSettings
 
 PREFILL_TOKENS = 512  # read at a time
-FIRST_PLACES = 4096  # of the cache, unless the caller knows better
+FIRST_PLACES = 1024  # of the cache
 PLACES_STEP = 64  # the cache's size is a multiple of this
 _ALIGNMENT = 16  # and the places that a prompt looks at of this, since kernels like aligned masks
 
@@ -40,15 +40,10 @@ class TorchDecoder:
     def __init__(
         self,
         network: TorchNetwork,
-        context: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
         notify: Callable[[str], None] = warn,
     ) -> None:
-        """Start with an empty text.
-
-        context: tokens that the cache has room for at once, the model's own at most; notify: gets
-        one line when CUDA graphs cannot be used.
-        """
+        """Start with an empty text; `notify` gets one line when CUDA graphs cannot be used."""
         self.network = network
         self.capacity = network.spec.context
         self.vocabulary = network.spec.vocab
@@ -57,7 +52,7 @@ class TorchDecoder:
         self.prefill_tokens = prefill_tokens
         self._notify = notify
         device = network.device
-        places = _rounded(min(context or FIRST_PLACES, self.capacity))
+        places = _rounded(min(FIRST_PLACES, self.capacity))
         self.cache = KeyValueCache(network.spec, places, device, network.dtype)
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -89,6 +84,7 @@ class TorchDecoder:
         result = torch.empty(len(ids), self.vocabulary)
         for logits in self._prefill(ids, last_only=False):
             result[self.length - len(logits) : self.length] = logits
+        self.rewind(0)  # nobody's text
         return result
 
     def rewind(self, length: int) -> None:
@@ -102,6 +98,8 @@ class TorchDecoder:
         Each token but one that fills the context has been read when it is yielded.  The first
         comes from the logits of the last `feed`.
         """
+        if settings.max_tokens is not None:
+            self._make_room(min(settings.max_tokens, self.capacity - self.length))
         sampler, choose = self._prepared(settings)
         sampler.restart(settings.seed, ids)
         shown = torch.zeros(1, dtype=torch.int64, pin_memory=self._is_cuda)

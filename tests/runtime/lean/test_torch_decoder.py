@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cvxq.errors import ContextError
+from cvxq.lean import torch_decoder
 from cvxq.lean.spec import read_spec
 from cvxq.lean.torch_decoder import TorchDecoder
 from cvxq.lean.torch_network import TorchNetwork
@@ -59,7 +60,6 @@ def test_logits_equal_transformers(lean_kind: str, make_file: MakeFile) -> None:
     found = decoder.logits(IDS)
     assert float((found - expected).abs().max()) < TOLERANCE
     # In pieces, as a conversation comes: a chunk, then one by one.
-    decoder.rewind(0)
     for end in (*range(17, 40), 40):
         start = decoder.length
         logits = decoder.feed(IDS[start:end])
@@ -111,7 +111,7 @@ def test_weights_that_stay_packed(kind: str, make_file: MakeFile) -> None:
 def test_a_step_whose_length_only_the_device_knows(kind: str, make_file: MakeFile) -> None:
     """What a CUDA graph replays: the same launches at every length."""
     made = make_file(kind)
-    decoder = TorchDecoder(network_of(made), context=64)
+    decoder = TorchDecoder(network_of(made))
     expected = expected_logits(made)
     decoder.feed(IDS[:20])
     with torch.inference_mode():
@@ -144,7 +144,7 @@ def test_half_precision(dtype: torch.dtype, make_file: MakeFile) -> None:
 
 def test_the_cache_grows_to_the_context_and_no_further(make_file: MakeFile) -> None:
     made = make_file("llama")
-    decoder = TorchDecoder(network_of(made), context=5)
+    decoder = TorchDecoder(network_of(made))
     decoder.cache.grow(16, 0)  # smaller than any real one
     decoder.feed(IDS[:10])
     assert decoder.cache.places == 16
@@ -156,6 +156,16 @@ def test_the_cache_grows_to_the_context_and_no_further(make_file: MakeFile) -> N
     decoder.feed([1] * 24)
     with pytest.raises(ContextError, match="context of 64 tokens is full"):
         decoder.feed([1])
+
+
+def test_drawing_makes_room_for_all_that_may_come(decoder: TorchDecoder) -> None:
+    decoder.cache.grow(16, 0)
+    decoder.feed(IDS[:4])
+    next(decoder.draw(SamplingSettings(max_tokens=30), IDS[:4]))
+    assert decoder.cache.places == 64
+    places = decoder.cache.keys[0].data_ptr()
+    next(decoder.draw(SamplingSettings(max_tokens=500), IDS[:4]))
+    assert decoder.cache.keys[0].data_ptr() == places
 
 
 def test_nothing_is_allocated_anew_while_generating(decoder: TorchDecoder) -> None:
@@ -227,3 +237,51 @@ def test_penalized_tokens_stay_penalized(decoder: TorchDecoder) -> None:
     positive = Counter(found).most_common(1)[0][1]
     assert positive == 1
     assert not set(found) & set(IDS)
+
+
+def test_without_graphs_it_says_so_once_and_goes_on(
+    make_file: MakeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens on a device where capturing fails, acted out on a CPU."""
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
+
+    monkeypatch.setattr(torch_decoder, "capture", fail)
+    said: list[str] = []
+    made = make_file("llama")
+    decoder = TorchDecoder(network_of(made), notify=said.append)
+    decoder._uses_graphs = True
+    decoder.feed(IDS[:-1])
+    logits = decoder.feed(IDS[-1:])
+    assert float((logits - expected_logits(made)[-1]).abs().max()) < TOLERANCE
+    next(decoder.draw(SamplingSettings(), IDS))
+    assert said == [
+        "CUDA graphs cannot be used here, so every operation is launched by itself, which is "
+        "slower (operation not permitted when stream is capturing)"
+    ]
+
+
+def test_a_captured_step_is_replayed(make_file: MakeFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One capture serves all steps until the cache moves, and one each kind of sampling."""
+    captured: list[object] = []
+
+    def capture(compute: Callable[[], None], generator: object = None) -> Callable[[], None]:
+        captured.append(generator)
+        return compute
+
+    monkeypatch.setattr(torch_decoder, "capture", capture)
+    decoder = TorchDecoder(network_of(make_file("llama")))
+    decoder._uses_graphs = True
+    decoder.cache.grow(16, 0)
+    for token in IDS[:16]:
+        decoder.feed([token])
+    assert captured == [None]
+    for token in IDS[16:20]:
+        decoder.feed([token])
+    assert captured == [None, None]
+    for settings in (SamplingSettings(seed=1), SamplingSettings(seed=2, max_tokens=3)):
+        next(decoder.draw(settings, IDS[:20]))
+    assert len(captured) == 3
+    next(decoder.draw(SamplingSettings(top_k=3), IDS[:20]))
+    assert len(captured) == 4

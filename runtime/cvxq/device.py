@@ -1,0 +1,30 @@
+"""Where a model computes: what `--device` may say, and whether it is there."""
+
+from __future__ import annotations
+
+import re
+
+from cvxq.errors import ArgumentError, UnsupportedModelError
+
+
+def check_device(device: str) -> None:
+    """Check that `device` ("cpu", "cuda" or "cuda:N") can be used; "cpu" without importing torch.
+
+    Raises ArgumentError for another name or a number that no device has, UnsupportedModelError
+    when there is no CUDA device at all.
+    """
+    if device == "cpu":
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ArgumentError(f"device is {device!r}, allowed: cpu, cuda, cuda:N")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedModelError(
+            f"PyTorch {torch.__version__} finds no CUDA device here; use --device cpu, or install "
+            "a CUDA build of PyTorch on a machine with an NVIDIA GPU"
+        )
+    _, _, number = device.partition(":")
+    count = torch.cuda.device_count()
+    if number and int(number) >= count:
+        raise ArgumentError(f"device is {device!r}, but there are {count}, from cuda:0")

@@ -1,0 +1,54 @@
+"""The lean decoder on a CUDA device, with its matrices packed.
+
+Memory at its peak: packed weights, keys and values, and a tenth of both, plus WORKING_BYTES for
+activations, the kernels' scratch and what repacking one matrix takes (a test on a device holds it
+to that).  The CUDA context itself, which no tensor shares, comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from cvxq_format import Reader
+from cvxq_kernels import PackedWeight
+
+from cvxq.lean.spec import DecoderSpec
+from cvxq.lean.torch_decoder import TorchDecoder
+from cvxq.lean.torch_network import TorchNetwork
+from cvxq.lean.torch_weights import Weight, load_weights
+from cvxq.lean.weights import DecoderWeights
+
+WORKING_BYTES = 1 << 29
+
+
+def open_cuda_decoder(
+    spec: DecoderSpec,
+    found: DecoderWeights,
+    reader: Reader,
+    device: str,
+    config: Mapping[str, Any],
+    keep_packed: bool = True,
+) -> TorchDecoder:
+    """Load the weights `found` of an open file to `device` and make a decoder of them.
+
+    config: the file's config.json, for the type to compute in; keep_packed: False expands all
+    matrices, for comparisons.
+    """
+    torch.cuda.set_device(device)
+    target, dtype = torch.device(device), compute_dtype(config)
+
+    def pack(weights: Sequence[PackedWeight]) -> Weight:
+        from cvxq_kernels.gpu import GpuWeight
+
+        return GpuWeight.fused(weights, target)
+
+    weights = load_weights(spec, found, reader, target, dtype, pack if keep_packed else None)
+    return TorchDecoder(TorchNetwork(spec, weights, target, dtype))
+
+
+def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Return the model's own half precision: bfloat16 where it was stored so, else float16."""
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return torch.bfloat16 if stored == "bfloat16" else torch.float16

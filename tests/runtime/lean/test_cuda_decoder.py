@@ -1,0 +1,91 @@
+"""The lean decoder on a CUDA device: the same values, captured or not, in bounded memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cvxq.lean.cuda import WORKING_BYTES, open_cuda_decoder
+from cvxq.lean.spec import read_spec
+from cvxq.lean.torch_decoder import TorchDecoder
+from cvxq.lean.weights import find_weights
+from cvxq.sample import SamplingSettings
+from cvxq_format import Reader
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+MakeFile = Callable[..., Any]
+IDS = [(7 * index + 3) % 96 for index in range(40)]
+
+
+def decoder_of(made: Any) -> TorchDecoder:
+    with Reader(made.path) as reader:
+        config = json.loads(reader.file("config.json"))
+        spec = read_spec(config)
+        return open_cuda_decoder(spec, find_weights(spec, reader), reader, "cuda", config)
+
+
+def drawn(decoder: TorchDecoder, count: int = 20, **settings: Any) -> list[int]:
+    decoder.rewind(0)
+    decoder.feed(IDS[:10])
+    tokens = decoder.draw(SamplingSettings(**settings), IDS[:10])
+    return [next(tokens) for _ in range(count)]
+
+
+def test_logits_equal_transformers(lean_kind: str, make_file: MakeFile) -> None:
+    """Within float16 (or int8 activations') error of float32 logits of size 1 to 10."""
+    made = make_file(lean_kind)
+    with torch.inference_mode():
+        expected = made.network(input_ids=torch.tensor([IDS])).logits[0].float()
+    decoder = decoder_of(made)
+    bound = 0.05 * float(expected.abs().max())
+    assert float((decoder.logits(IDS) - expected).abs().max()) < bound
+    for end in (20, *range(21, 41)):
+        logits = decoder.feed(IDS[decoder.length : end])
+        assert float((logits.cpu() - expected[end - 1]).abs().max()) < bound
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2-window", "gemma2", "opt"])
+def test_a_captured_step_equals_launching_it(kind: str, make_file: MakeFile) -> None:
+    made = make_file(kind)
+    said: list[str] = []
+    captured, launched = decoder_of(made), decoder_of(made)
+    captured._notify = said.append
+    launched._uses_graphs = False
+    for decoder in (captured, launched):
+        decoder.feed(IDS[:10])
+    for token in IDS[10:]:
+        assert torch.equal(captured.feed([token]), launched.feed([token]))
+    assert not said
+    assert drawn(captured, temperature=0) == drawn(launched, temperature=0)
+    assert not said
+
+
+def test_the_seed_decides(make_file: MakeFile) -> None:
+    decoder = decoder_of(make_file("llama"))
+    rules = {"temperature": 2.0, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
+    first = drawn(decoder, seed=1, **rules)
+    assert drawn(decoder, seed=1, **rules) == first != drawn(decoder, seed=2, **rules)
+
+
+def test_memory(make_file: MakeFile) -> None:
+    """Weights, keys and values and a tenth of both, plus the stated constant; no growth after."""
+    made = make_file("llama")
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    decoder = decoder_of(made)
+    drawn(decoder)
+    held = decoder.network.weights.matrix_bytes() + decoder.cache.nbytes
+    assert torch.cuda.max_memory_allocated() - before <= 1.1 * held + WORKING_BYTES
+    settled = torch.cuda.memory_allocated()
+    drawn(decoder)
+    assert torch.cuda.memory_allocated() <= settled

@@ -1,0 +1,44 @@
+"""What `--device` may say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cvxq.device import check_device
+from cvxq.errors import ArgumentError, UnsupportedModelError
+
+
+def test_the_cpu_needs_no_torch() -> None:
+    code = (
+        "import sys; from cvxq.device import check_device; check_device('cpu'); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["gpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "mps", ""])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ArgumentError, match=r"device is .*, allowed: cpu, cuda, cuda:N"):
+        check_device(name)
+
+
+def test_without_cuda_it_says_what_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_device("cuda")
+    assert str(caught.value) == (
+        f"PyTorch {torch.__version__} finds no CUDA device here; use --device cpu, or install a "
+        "CUDA build of PyTorch on a machine with an NVIDIA GPU"
+    )
+
+
+def test_a_number_that_no_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda")
+    check_device("cuda:1")
+    with pytest.raises(ArgumentError, match="device is 'cuda:2', but there are 2, from cuda:0"):
+        check_device("cuda:2")
