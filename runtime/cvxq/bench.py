@@ -1,8 +1,8 @@
 """Measure a loaded model: prefill, decoding, the bytes it reads, and what memory could give.
 
 Decoding one token reads every weight of the matrices once, so on most machines its speed is a
-memory bandwidth. `weight_bytes_per_token` counts the bytes that are held and read, in whatever
-form the weights have; times tokens/s this is a bandwidth, to be compared with that of a plain
+memory bandwidth. The bytes counted are those that are held and read, in whatever form the weights
+have; times tokens/s this is a bandwidth, to be compared with that of a plain
 copy measured in the same run (bytes read plus bytes written, as in STREAM).
 """
 
@@ -12,17 +12,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+import numpy as np
 
-from cvxq.cache import Session
+from cvxq.session import Session
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from cvxq.lean.native_decoder import NativeDecoder
 
 COPY_BYTES = 1 << 28  # 256 MiB, beyond the caches of current CPUs
 COPY_REPEATS = 5
@@ -64,8 +64,7 @@ def measure_speed(
 
     start: makes an empty session. One shorter round warms up and is not counted.
     """
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (prompt_tokens,), generator=generator).tolist()
+    prompt = np.random.default_rng(0).integers(vocabulary, size=prompt_tokens).tolist()
     _round(start(), prompt, min(tokens, 4))
     rounds = []
     for index in range(repeats):
@@ -87,33 +86,29 @@ def _round(session: Session, prompt: list[int], tokens: int) -> tuple[float, flo
     return middle - begin, time.perf_counter() - middle
 
 
-def weight_bytes_per_token(network: PreTrainedModel) -> int:
-    """Bytes of weights that one decoded token reads: everything, but one row of embeddings."""
-    total = 0
-    counted: set[int] = set()
-    for module in network.modules():
-        packed = getattr(module, "packed", None)
-        rows = module.num_embeddings if isinstance(module, nn.Embedding) else None
-        if packed is not None:
-            total += packed.nbytes // rows if rows else packed.nbytes
-        for parameter in module.parameters(recurse=False):
-            if rows:
-                total += parameter.nbytes // rows
-            elif id(parameter) not in counted:
-                counted.add(id(parameter))
-                total += parameter.nbytes
-    return total
+def overhead_seconds_per_layer(decoder: NativeDecoder, tokens: int) -> float:
+    """Seconds of decoding a token that one layer spends outside of matrix products, the mean over
+    `tokens` tokens.
+    """
+    decoder.rewind(0)
+    decoder.feed([0])
+    before = decoder.overhead_seconds()
+    for _ in range(tokens):
+        decoder.feed([0])
+    return (decoder.overhead_seconds() - before) / tokens / decoder.layers
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(threads: int) -> float:
     """Bytes per second, read plus written, of the fastest of a few large copies in memory."""
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8)
-    target = torch.ones_like(source)  # written once, so that its pages exist
+    source = np.zeros(COPY_BYTES, np.uint8)
+    target = np.ones(COPY_BYTES, np.uint8)  # written once, so that its pages exist
+    parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
     seconds = []
-    for _ in range(COPY_REPEATS):
-        begin = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - begin)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(COPY_REPEATS):
+            begin = time.perf_counter()
+            list(pool.map(lambda part: np.copyto(*part), parts))  # without Python's lock
+            seconds.append(time.perf_counter() - begin)
     return 2 * COPY_BYTES / min(seconds)
 
 

@@ -1,8 +1,6 @@
-"""The tokens a network has read, with their keys and values.
+"""A text read by a network of transformers, whose keys and values are kept.
 
-A `Session` outlives one answer: the next prompt of a chat usually begins with everything read so
-far, and only what differs is computed.  Long prompts are read in pieces, so that attention's
-temporaries stay bounded.
+Long prompts are read in pieces, so that attention's temporaries stay bounded.
 """
 
 from __future__ import annotations
@@ -14,13 +12,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from cvxq.errors import ArgumentError, ContextError
+from cvxq.session import Logits, Session
 
 PREFILL_TOKENS = 512  # read per forward pass
 
 
-class Session:
-    """A network in the middle of a text: `ids` are the tokens read so far."""
+class NetworkSession(Session):
+    """A network in the middle of a text."""
 
     def __init__(
         self,
@@ -29,10 +27,9 @@ class Session:
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
         """Start with an empty text; `context_length` None means that there is no limit."""
+        super().__init__(context_length)
         self.network = network
-        self.context_length = context_length
         self.prefill_tokens = prefill_tokens
-        self.ids: list[int] = []
         self._cache: Any = None
         # Recurrent networks keep a state that cannot be rewound: they read everything anew.
         self._has_keys = not getattr(network, "_is_stateful", False)
@@ -42,11 +39,6 @@ class Session:
         self._last_only: dict[str, Any] = (
             {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         )
-
-    @property
-    def room(self) -> int | None:
-        """How many tokens may still be read, or None when there is no limit."""
-        return None if self.context_length is None else self.context_length - len(self.ids)
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -61,32 +53,8 @@ class Session:
             length = 0
         del self.ids[length:]
 
-    def resume(self, ids: Sequence[int]) -> torch.Tensor:
-        """Read the text `ids` from its beginning, computing only what differs from before.
-
-        Returns the logits (V,) float32 after its last token.  Raises ContextError when it is
-        longer than the context.
-        """
-        if not ids:
-            raise ArgumentError("the prompt has no tokens; give at least one")
-        if self.context_length is not None and len(ids) > self.context_length:
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens, but the model's context holds "
-                f"{self.context_length}; shorten it"
-            )
-        shared = 0
-        for ours, theirs in zip(self.ids, ids[:-1], strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        self.rewind(shared)
-        return self.feed(ids[len(self.ids) :])
-
     @torch.inference_mode()
-    def feed(self, ids: Sequence[int]) -> torch.Tensor:
-        """Read `ids` (at least one) after the text so far; return logits (V,) float32."""
-        if self.room is not None and len(ids) > self.room:
-            raise ContextError(f"the model's context of {self.context_length} tokens is full")
+    def _read(self, ids: Sequence[int]) -> Logits:
         if not self._has_keys:
             logits = self._forward([*self.ids, *ids])
             self.ids.extend(ids)
@@ -104,7 +72,7 @@ class Session:
             raise
         return logits
 
-    def _forward(self, ids: Sequence[int]) -> torch.Tensor:
+    def _forward(self, ids: Sequence[int]) -> Logits:
         device = self.network.device
         seen = len(ids) + (len(self.ids) if self._has_keys else 0)
         output = self.network(
@@ -116,8 +84,8 @@ class Session:
         )
         if self._has_keys:
             self._cache = output.past_key_values
-        logits: torch.Tensor = output.logits[0, -1]
-        return logits.float()
+        logits: Logits = output.logits[0, -1].float().cpu().numpy()
+        return logits
 
 
 def _is_by_position(cache: Any) -> bool:

@@ -16,14 +16,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import nn
 
 from cvxq.errors import ArgumentError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from cvxq.lean import Decoder
+
+    Predictor: TypeAlias = PreTrainedModel | Decoder
 
 CHUNK_LOGITS = 1 << 22  # logits in float64 at a time: 32 MB for each network
 
@@ -128,7 +133,7 @@ def _windows(ids: torch.Tensor, context: int, stride: int) -> Iterator[Window]:
 
 
 def perplexity(
-    network: PreTrainedModel, windows: Iterable[Window], progress: Progress | None = None
+    network: Predictor, windows: Iterable[Window], progress: Progress | None = None
 ) -> PerplexityResult:
     """Measure the perplexity of `network` on the scored tokens of `windows`."""
     losses = []
@@ -139,8 +144,8 @@ def perplexity(
 
 
 def divergence(
-    network: PreTrainedModel,
-    original: PreTrainedModel,
+    network: Predictor,
+    original: Predictor,
     windows: Iterable[Window],
     progress: Progress | None = None,
 ) -> DivergenceResult:
@@ -190,9 +195,12 @@ def _counted(windows: Iterable[Window], progress: Progress | None) -> Iterator[W
 
 
 @torch.inference_mode()
-def _logits(network: PreTrainedModel, window: Window) -> torch.Tensor:
+def _logits(network: Predictor, window: Window) -> torch.Tensor:
     """Logits (n, V) that predict the n scored tokens of the window."""
-    ids = window.ids[None].to(network.device)
+    if not isinstance(network, nn.Module):
+        every = torch.as_tensor(network.logits(window.ids.tolist()))
+        return every[window.first_scored - 1 : -1]
+    ids = window.ids[None].to(next(network.parameters()).device)
     output = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     logits: torch.Tensor = output.logits[0, window.first_scored - 1 : -1]
     return logits

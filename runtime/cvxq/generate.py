@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cvxq.cache import Session
 from cvxq.sample import Sampler, SamplingSettings
+from cvxq.session import Session
 from cvxq.stream import Decoder, StopStrings, TextStream
 
 FinishReason = Literal["end", "stop", "length", "context"]

@@ -1,31 +1,23 @@
-"""Load a `.cvxq` file: nothing but the file and the installed transformers is needed.
+"""Load a `.cvxq` file: nothing but the file and the installed packages is needed.
 
-The network is built empty from the file's config and then filled, one tensor at a time.  With
-`weights="packed"` the matrices stay in the file's mapping, and the pages that are read are the
-memory they take; with `weights="dense"` each is expanded once.
+A lean decoder runs the model where one implements its architecture; it needs neither torch (on a
+CPU) nor transformers, which take seconds to import.  Everything else, and whatever asks for the
+network itself, goes through transformers.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
-from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import transformers
-from cvxq_format import CompandedTensor, RawTensor, Reader
-from cvxq_kernels import PackedWeight
-from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from cvxq_format import Reader
 
-from cvxq.architecture import build_network, read_config
-from cvxq.errors import ArgumentError, InconsistentFileError, MissingPartError
-from cvxq.model import Model
-from cvxq.modules import can_pack, pack_module
-from cvxq.names import match_names, resolve_alias, tied_groups
+from cvxq.errors import ArgumentError
+from cvxq.lean import NotLeanError, open_decoder
+from cvxq.model import Model, NetworkOptions
+
+if TYPE_CHECKING:
+    import torch
 
 Weights = Literal["packed", "dense"]
 
@@ -35,163 +27,35 @@ def load(
     *,
     weights: Weights = "packed",
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
     check: bool = True,
 ) -> Model:
     """Load the model in the `.cvxq` file at `path`, ready to generate text.
 
-    weights: "packed" keeps matrices packed and expands one at a time when it is used; "dense"
-    expands all of them while loading.  dtype: floating type to compute in.  check: compare every
-    tensor with its checksum as it is read (the header always is).
+    weights: "packed" keeps matrices packed; "dense" expands all of them while loading and runs
+    them through transformers, as does a dtype, the floating type to compute in (None: float32).
+    threads: of the CPU, all cores if None.  check: compare every tensor with its checksum as it
+    is read (the header always is).
     Raises OSError when the file cannot be read, `cvxq_format.FormatError` when it is not a sound
     container, UnsupportedModelError when transformers lacks the architecture, and
     InconsistentFileError when tensors and architecture do not fit each other.
     """
     if weights not in ("packed", "dense"):
         raise ArgumentError(f"weights is {weights!r}, allowed: 'packed', 'dense'")
-    if not dtype.is_floating_point:
-        raise ArgumentError(f"dtype is {dtype}, allowed: a floating type such as torch.float32")
+    options = NetworkOptions(weights == "packed", device, dtype, threads)
     reader = Reader(path, check=check)
+    decoder, reason = None, None
     try:
-        config = read_config(_part(reader, "config.json"))
-        network = build_network(config, dtype)
-        _fill(network, reader, weights == "packed", torch.device(device), dtype)
-        network.generation_config = _generation_config(reader, config)
+        if weights == "packed" and dtype is None:
+            try:
+                decoder = open_decoder(reader, str(device), threads)
+            except NotLeanError as error:
+                reason = str(error)
+        model = Model(reader, decoder, reason, options)
+        if decoder is None:
+            model.network  # noqa: B018 - built now, so that what is wrong with it shows here
     except BaseException:
         reader.close()
         raise
-    return Model(network, reader)
-
-
-def _fill(
-    network: PreTrainedModel,
-    reader: Reader,
-    keep_packed: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Give every parameter of the empty network its tensor of the file."""
-    named = list(network.named_parameters(remove_duplicate=False))
-    parameters = [name for name, _ in named]
-    aliases = reader.aliases
-    supplied = match_names(
-        [*reader.names, *aliases],
-        parameters,
-        tied_groups(named),
-        prefix=network.base_model_prefix,
-        added_biases=reader.added_biases,
-        optional=_persistent_buffers(network),
-        network=f"{type(network).__name__} of transformers {transformers.__version__}",
-    )
-    places: dict[str, list[str]] = {}
-    for place, tensor in supplied.items():
-        places.setdefault(resolve_alias(tensor, aliases), []).append(place)
-    for tensor, names in places.items():
-        value = reader.read(tensor)
-        if isinstance(value, CompandedTensor):
-            codebook = reader.codebook(value.codebook)
-            packed = PackedWeight.from_tensor(value, codebook).to(device)
-            _place_packed(network, tensor, packed, names, keep_packed, dtype)
-        else:
-            _place_dense(network, tensor, _raw(value, device, dtype), names)
-    for buffer_name, buffer in network.named_buffers():
-        _set(network, buffer_name, buffer.to(device))
-    network.requires_grad_(False)
-
-
-def _place_packed(
-    network: PreTrainedModel,
-    tensor: str,
-    packed: PackedWeight,
-    names: list[str],
-    keep_packed: bool,
-    dtype: torch.dtype,
-) -> None:
-    """Put a packed matrix where it belongs: as it is in modules that can, else expanded."""
-    dense: torch.Tensor | None = None
-    flipped: list[str] = []
-    expanded: list[str] = []
-    for name in names:
-        module, attribute = _owner(network, name)
-        flips = isinstance(module, Conv1D)
-        found = packed.shape[::-1] if flips else packed.shape
-        _check_shape(tensor, found, getattr(module, attribute), name)
-        if keep_packed and attribute == "weight" and can_pack(module):
-            pack_module(module, packed, dtype)
-        else:
-            (flipped if flips else expanded).append(name)
-    if flipped or expanded:
-        dense = packed.dense(dtype)
-        if expanded:
-            _place_dense(network, tensor, dense, expanded)
-        if flipped:
-            _place_dense(network, tensor, dense.t().contiguous(), flipped)
-
-
-def _place_dense(
-    network: PreTrainedModel, tensor: str, value: torch.Tensor, names: Iterable[str]
-) -> None:
-    """Make one parameter of `value` and put it at all of `names` (tied weights share it)."""
-    parameter = nn.Parameter(value, requires_grad=False) if value.is_floating_point() else value
-    for name in names:
-        module, attribute = _owner(network, name)
-        expected = getattr(module, attribute)
-        if expected is None:  # a bias that the source did not have
-            expected = torch.empty(module.weight.shape[1 if isinstance(module, Conv1D) else 0])
-        _check_shape(tensor, tuple(value.shape), expected, name)
-        _set(network, name, parameter)
-
-
-def _check_shape(tensor: str, found: tuple[int, ...], expected: torch.Tensor, name: str) -> None:
-    if found != tuple(expected.shape):
-        raise InconsistentFileError(
-            f"tensor {tensor!r} has shape {found}, but {name!r} of the config's architecture "
-            f"needs {tuple(expected.shape)}"
-        )
-
-
-def _raw(value: RawTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Copy an unquantized tensor out of the file; floating ones become `dtype`."""
-    data = value.data.copy()
-    if value.dtype == "bf16":
-        tensor = torch.from_numpy(data.view("int16")).view(torch.bfloat16)
-    else:
-        tensor = torch.from_numpy(data)
-    tensor = tensor.reshape(value.shape)
-    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-
-
-def _owner(network: nn.Module, name: str) -> tuple[Any, str]:
-    """Return the module that holds parameter `name`, and the parameter's name in it."""
-    path, _, attribute = name.rpartition(".")
-    return network.get_submodule(path), attribute
-
-
-def _set(network: nn.Module, name: str, value: torch.Tensor) -> None:
-    module, attribute = _owner(network, name)
-    setattr(module, attribute, value)
-
-
-def _persistent_buffers(network: nn.Module) -> list[str]:
-    """Names of buffers that a checkpoint may carry, and that have a computed value otherwise."""
-    saved = network.state_dict().keys()
-    return [name for name, _ in network.named_buffers() if name in saved]
-
-
-def _part(reader: Reader, name: str) -> bytes:
-    if name not in reader.files:
-        raise MissingPartError(f"the file has no {name}, without which it cannot be run")
-    return reader.file(name)
-
-
-def _generation_config(reader: Reader, config: Any) -> GenerationConfig:
-    """Return the file's generation config, or the one that follows from the model's config."""
-    if "generation_config.json" not in reader.files:
-        return GenerationConfig.from_model_config(config)
-    try:
-        settings = json.loads(reader.file("generation_config.json"))
-        with warnings.catch_warnings():  # about the author's choices, which nobody here can change
-            warnings.simplefilter("ignore", UserWarning)
-            return GenerationConfig.from_dict(settings)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InconsistentFileError(f"generation_config.json of the file: {error}") from error
+    return model

@@ -1,37 +1,66 @@
-"""A loaded model: network, tokenizer and settings of one `.cvxq` file."""
+"""A loaded model: how it predicts, its tokenizer and settings, all of one `.cvxq` file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cvxq_format import Reader
-from transformers import GenerationConfig, PreTrainedModel
 
-from cvxq.architecture import context_length
-from cvxq.cache import Session
 from cvxq.errors import ArgumentError
 from cvxq.generate import Generation, generate_text
+from cvxq.lean import Decoder
+from cvxq.lean.session import LeanSession
+from cvxq.parts import end_ids
 from cvxq.sample import SamplingSettings
-from cvxq.tokenizer import load_tokenizer
+from cvxq.session import Session
+from cvxq.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel
+
+
+class NetworkOptions(NamedTuple):
+    """How the transformers network is to be built, see `cvxq.load`."""
+
+    keep_packed: bool = True
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype | None = None
+    threads: int | None = None
 
 
 class Model:
     """A model ready to run; made by `cvxq.load`.
 
-    network: the transformers model, callable as any other; reader: the open file.  The tokenizer
-    is built when first used, so a file without one still runs on token ids.
+    reader: the open file; decoder: the lean decoder that generates, or None where transformers
+    does; transformers_reason: why there is none, or None where it was not asked for.  The
+    tokenizer and the network are built when first used, so a file without a tokenizer still runs
+    on token ids, and one with a decoder without transformers.
     """
 
-    def __init__(self, network: PreTrainedModel, reader: Reader) -> None:
-        """Join a filled network and the file it came from."""
-        self.network = network
+    def __init__(
+        self,
+        reader: Reader,
+        decoder: Decoder | None,
+        transformers_reason: str | None,
+        options: NetworkOptions,
+    ) -> None:
+        """Join an open file and the decoder made of it, if any."""
         self.reader = reader
+        self.decoder = decoder
+        self.transformers_reason = transformers_reason
+        self._options = options
+
+    @cached_property
+    def network(self) -> PreTrainedModel:
+        """The transformers network, callable as any other."""
+        from cvxq.network import load_network
+
+        keep_packed, device, dtype, threads = self._options
+        return load_network(self.reader, keep_packed, device, dtype, threads)
 
     @property
     def config(self) -> Any:
@@ -44,18 +73,33 @@ class Model:
         return self.network.generation_config
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Tokenizer:
         """The file's tokenizer; MissingPartError when it has none."""
         return load_tokenizer(self.reader)
 
     @property
     def context_length(self) -> int | None:
         """The most tokens of prompt and answer together, or None without a limit."""
+        if self.decoder is not None:
+            return self.decoder.capacity
+        from cvxq.architecture import context_length
+
         return context_length(self.config)
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        if self.decoder is not None:
+            return self.decoder.vocabulary
+        size: int = self.config.get_text_config().vocab_size
+        return size
+
+    @cached_property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end a text: those of the generation config, else of the config."""
+        stated = end_ids(self.reader) if self.decoder is not None else None
+        if stated is not None:
+            return stated
         for source in (self.generation_config, self.config.get_text_config()):
             ids = getattr(source, "eos_token_id", None)
             if ids is not None:
@@ -64,7 +108,11 @@ class Model:
 
     def session(self) -> Session:
         """Start an empty text; hand it to `generate` again to reuse what was computed."""
-        return Session(self.network, self.context_length)
+        if self.decoder is not None:
+            return LeanSession(self.decoder)
+        from cvxq.cache import NetworkSession
+
+        return NetworkSession(self.network, self.context_length)
 
     def encode(self, text: str) -> list[int]:
         """Tokenize a prompt the way the tokenizer does by default (BOS if it adds one).
@@ -102,8 +150,9 @@ class Model:
         )
 
     def close(self) -> None:
-        """Drop network and file; packed weights are views of the file, so both go together."""
-        del self.network
+        """Drop decoder, network and file; packed weights may be views of the file."""
+        self.decoder = None
+        self.__dict__.pop("network", None)
         self.reader.close()
 
     def __enter__(self) -> Model:

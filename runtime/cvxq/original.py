@@ -6,29 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from cvxq.architecture import context_length
 from cvxq.errors import UnsupportedModelError
 from cvxq.loading import Weights, load
+from cvxq.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from cvxq.evaluate import Predictor
+
 
 @dataclass(frozen=True)
 class Subject:
-    """A network in float32, its tokenizer, and the most tokens it was built for, if stated."""
+    """What predicts, its tokenizer, and the most tokens it was built for, if stated.
 
-    network: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
+    network: a network in float32 or a lean decoder; transformers_reason: why a `.cvxq` file has no
+    lean decoder, None where it has or where none was asked for.
+    """
+
+    network: Predictor
+    tokenizer: Tokenizer | None
     context_length: int | None
+    transformers_reason: str | None = None
 
 
 def load_subject(
-    source: str, *, weights: Weights = "dense", with_tokenizer: bool = True
+    source: str,
+    *,
+    weights: Weights = "dense",
+    threads: int | None = None,
+    with_tokenizer: bool = True,
 ) -> Subject:
     """Load the `.cvxq` file, the model folder or the hub id `source`; never remote code.
 
@@ -37,9 +44,12 @@ def load_subject(
     """
     path = Path(source)
     if path.is_file():
-        model = load(path, weights=weights)
+        model = load(path, weights=weights, threads=threads)
         tokenizer = model.tokenizer if with_tokenizer else None
-        return Subject(model.network, tokenizer, model.context_length)
+        network = model.decoder or model.network
+        return Subject(network, tokenizer, model.context_length, model.transformers_reason)
+    from cvxq.architecture import context_length
+
     network = load_checkpoint(source)
     found = _tokenizer(source) if with_tokenizer else None
     return Subject(network, found, context_length(network.config))
@@ -47,6 +57,9 @@ def load_subject(
 
 def load_checkpoint(source: str) -> PreTrainedModel:
     """Load a folder or hub id through transformers, in float32, every weight from the files."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     local = Path(source).is_dir()
     if local and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(2, "this folder has no config.json, so it is no model", source)
@@ -71,6 +84,8 @@ def _deep(source: str) -> bool:
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(
             source, local_files_only=Path(source).is_dir(), trust_remote_code=False
@@ -80,5 +95,7 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def _refusal(what: str, error: BaseException) -> str:
+    import transformers
+
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{what}: transformers {transformers.__version__} cannot load it: {lines[0]}"

@@ -9,9 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from cvxq.errors import ArgumentError
+
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -56,47 +59,55 @@ class Sampler:
     def __init__(self, settings: SamplingSettings) -> None:
         """Seed a generator of its own, from entropy when the settings have no seed."""
         self.settings = settings
-        self._generator = torch.Generator()
-        if settings.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(settings.seed)
+        self._generator = np.random.default_rng(settings.seed)
 
-    def choose(self, logits: torch.Tensor, ids: Sequence[int]) -> int:
+    def choose(self, logits: Floats, ids: Sequence[int]) -> int:
         """Choose a token from logits (V,) after the text `ids`."""
-        logits = penalize(logits.float().cpu(), ids, self.settings.repetition_penalty)
-        if self.settings.temperature == 0:
+        settings = self.settings
+        logits = penalize(logits, ids, settings.repetition_penalty)
+        if settings.temperature == 0:
             return int(logits.argmax())
-        logits = truncate(logits / self.settings.temperature, self.settings)
-        return int(torch.multinomial(logits.softmax(0), 1, generator=self._generator))
+        if settings.temperature != 1:
+            logits = logits / np.float32(settings.temperature)
+        ends = softmax(truncate(logits, settings)).cumsum(dtype=np.float64)
+        place = self._generator.random() * ends[-1]  # the sum misses 1 by rounding
+        return min(int(ends.searchsorted(place, side="right")), len(ends) - 1)
 
 
-def penalize(logits: torch.Tensor, ids: Sequence[int], penalty: float) -> torch.Tensor:
+def softmax(logits: Floats) -> Floats:
+    """Return the probabilities (V,) of logits (V,)."""
+    raised = np.exp(logits - logits.max())
+    return raised / raised.sum(dtype=np.float64).astype(np.float32)
+
+
+def penalize(logits: Floats, ids: Sequence[int], penalty: float) -> Floats:
     """Divide positive and multiply negative logits (V,) of tokens in `ids` by `penalty`."""
     if penalty == 1 or not ids:
         return logits
-    seen = torch.tensor(sorted(set(ids)))
-    logits = logits.clone()
-    values = logits[seen]
-    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    seen = np.unique(np.asarray(ids, np.int64))
+    logits = logits.copy()
+    values, factor = logits[seen], np.float32(penalty)
+    logits[seen] = np.where(values > 0, values / factor, values * factor)
     return logits
 
 
-def truncate(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
+def truncate(logits: Floats, settings: SamplingSettings) -> Floats:
     """Set to −inf the logits (V,) that top-k, then top-p, then min-p leave out.
 
     top-p keeps the fewest likeliest tokens whose probabilities reach it; the likeliest token
     always stays.
     """
+    never = np.float32(-math.inf)
     if 0 < settings.top_k < len(logits):
-        least = logits.topk(settings.top_k).values[-1]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        least = np.partition(logits, -settings.top_k)[-settings.top_k]
+        logits = np.where(logits < least, never, logits)
     if settings.top_p < 1:
-        values, order = logits.sort(descending=True)
-        probabilities = values.softmax(0)
-        before = probabilities.cumsum(0) - probabilities
-        logits = logits.masked_fill((before >= settings.top_p)[order.argsort()], -math.inf)
+        order = np.argsort(-logits, kind="stable")
+        probabilities = softmax(logits[order])
+        left_out = probabilities.cumsum() - probabilities >= settings.top_p
+        logits = logits.copy()
+        logits[order[left_out]] = never
     if settings.min_p > 0:
-        least = logits.max() + math.log(settings.min_p)
-        logits = logits.masked_fill(logits < least, -math.inf)
+        least = logits.max() + np.float32(math.log(settings.min_p))
+        logits = np.where(logits < least, never, logits)
     return logits

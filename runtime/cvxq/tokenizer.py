@@ -1,18 +1,20 @@
 """The tokenizer, from the files inside the `.cvxq` file alone.
 
-transformers reads tokenizers from a folder, so the verbatim files are written to a private
-temporary one for the moment of loading.  Code among them is never written, let alone run.
+Most are read without transformers (`cvxq.lean.tokenizer`).  transformers reads the others from a
+folder, so the verbatim files are written to a private temporary one for the moment of loading.
+Code among them is never written, let alone run.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cvxq_format import Reader
 
 from cvxq.errors import MissingPartError, UnsupportedModelError
+from cvxq.lean.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,14 +23,36 @@ _OTHER_PARTS = {"config.json", "generation_config.json", "provenance.json", "rep
 _TEMPLATE = "chat_template.jinja"
 
 
-def load_tokenizer(reader: Reader) -> PreTrainedTokenizerBase:
+class Tokenizer(Protocol):
+    """What the runtime needs of a tokenizer, called as those of transformers are."""
+
+    chat_template: Any
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        """Return a mapping whose "input_ids" are the tokens of `text`."""
+
+    def decode(
+        self,
+        token_ids: list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> str:
+        """Return the text of the tokens."""
+
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool = False
+    ) -> Any:
+        """Return the text of messages; `tokenize` is False."""
+
+
+def load_tokenizer(reader: Reader) -> Tokenizer:
     """Build the tokenizer that the file carries, chat template included.
 
     Raises MissingPartError when the file has none, UnsupportedModelError when the installed
     transformers cannot build it without code from the checkpoint.
     """
-    from transformers import AutoTokenizer
-
     parts = [name for name in reader.files if not name.endswith((".py", ".pyc"))]
     own = [name for name in parts if name not in _OTHER_PARTS and not name.endswith(".jinja")]
     if not own:
@@ -36,6 +60,12 @@ def load_tokenizer(reader: Reader) -> PreTrainedTokenizerBase:
             "the file has no tokenizer, so text cannot be turned into tokens; "
             "convert it from a folder that has the tokenizer's files"
         )
+    return read_tokenizer(reader) or _from_transformers(reader, parts, own)
+
+
+def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         for name in parts:
             if name in own or name.endswith(".jinja") or name == "config.json":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cvxq.cli.failures import existing_file
-from cvxq.cli.options import load_model, running_options, set_threads
+from cvxq.cli.options import load_model, running_options
 from cvxq.cli.output import Progress, bytes_text, emit_json
 
 if TYPE_CHECKING:
@@ -52,11 +52,10 @@ def command(
       cvxq bench model.cvxq --threads 4
     """
     size = existing_file(file, "a .cvxq file").stat().st_size
-    set_threads(threads)
     import cvxq.loading  # noqa: F401 - importing is not loading
 
     begin = time.perf_counter()
-    with load_model(file, weights, None) as model:
+    with load_model(file, weights, threads) as model:
         load_seconds = time.perf_counter() - begin
         prompt_tokens, tokens = fit(model.context_length, prompt_tokens, tokens)
         record = measure(model, prompt_tokens, tokens, repeats)
@@ -81,25 +80,23 @@ def fit(limit: int | None, prompt_tokens: int | None, tokens: int | None) -> tup
 
 def measure(model: Model, prompt_tokens: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Run everything and return the figures as JSON types."""
-    import torch
-
     from cvxq import bench
 
-    progress = Progress()
-    vocabulary = model.config.get_text_config().vocab_size
-    speed = bench.measure_speed(model.session, vocabulary, prompt_tokens, tokens, repeats, progress)
+    speed = bench.measure_speed(
+        model.session, model.vocabulary, prompt_tokens, tokens, repeats, Progress()
+    )
     peak = bench.peak_memory_bytes()  # before the copy's own buffers
-    copied = bench.copy_bandwidth()
-    per_token = bench.weight_bytes_per_token(model.network)
+    path = describe_path(model, tokens)
+    copied = bench.copy_bandwidth(path["threads"])
+    per_token = path["weight_bytes_per_token"]
     read = per_token * speed.decode.mean
     return {
-        "threads": torch.get_num_threads(),
+        **path,
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,
         "repeats": repeats,
         "prefill_tokens_per_second": asdict(speed.prefill),
         "decode_tokens_per_second": asdict(speed.decode),
-        "weight_bytes_per_token": per_token,
         "weight_gigabytes_per_second": read / 1e9,
         "copy_gigabytes_per_second": copied / 1e9,
         "share_of_copy_bandwidth": read / copied,
@@ -107,16 +104,44 @@ def measure(model: Model, prompt_tokens: int, tokens: int, repeats: int) -> dict
     }
 
 
+def describe_path(model: Model, tokens: int) -> dict[str, Any]:
+    """Return what runs the model, on how many threads, and what a token costs it."""
+    from cvxq import bench
+    from cvxq.lean.native_decoder import NativeDecoder
+
+    if isinstance(model.decoder, NativeDecoder):
+        return {
+            "path": "lean",
+            "threads": model.decoder.threads,
+            "weight_bytes_per_token": model.decoder.bytes_per_token,
+            "overhead_seconds_per_layer": bench.overhead_seconds_per_layer(model.decoder, tokens),
+        }
+    import torch
+
+    from cvxq.network import weight_bytes_per_token
+
+    return {
+        "path": "transformers",
+        "threads": torch.get_num_threads(),
+        "weight_bytes_per_token": weight_bytes_per_token(model.network),
+        "overhead_seconds_per_layer": None,
+    }
+
+
 def describe(record: dict[str, Any]) -> list[str]:
     """Return the figures as lines for a reader."""
-    peak = record["peak_memory_bytes"]
+    peak, overhead = record["peak_memory_bytes"], record["overhead_seconds_per_layer"]
+    outside = (
+        [] if overhead is None else [f"layers   {1e6 * overhead:.1f} µs each beside products"]
+    )
     return [
         f"load     {record['load_seconds']:.3f} s, {bytes_text(record['file_bytes'])} bytes, "
-        f"weights {record['weights']}, {record['threads']} threads",
+        f"weights {record['weights']}, {record['path']} path, {record['threads']} threads",
         f"prefill  {_spread(record['prefill_tokens_per_second'])} tokens/s "
         f"({record['prompt_tokens']} tokens, {record['repeats']} repeats)",
         f"decode   {_spread(record['decode_tokens_per_second'])} tokens/s "
         f"({record['tokens']} tokens, {record['repeats']} repeats)",
+        *outside,
         f"weights  {record['weight_gigabytes_per_second']:.3f} GB/s read "
         f"({bytes_text(record['weight_bytes_per_token'])} bytes per token), "
         f"{record['share_of_copy_bandwidth']:.1%} of the copy bandwidth of "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,20 +63,30 @@ def sampling_settings(options: dict[str, Any], max_tokens: int | None) -> Sampli
 
 
 def load_model(file: Path, weights: str, threads: int | None) -> Model:
-    """Load a `.cvxq` file for use on the CPU; a path that is no file fails before torch loads."""
+    """Load a `.cvxq` file for use on the CPU; a path that is no file fails before anything loads.
+
+    Says in one line on stderr when transformers has to run the model, and why.
+    """
     existing_file(file, "a .cvxq file")
-    set_threads(threads)
+    quiet_transformers()
     from cvxq.loading import load
 
-    return load(file, weights="packed" if weights == "packed" else "dense")
+    model = load(file, weights="packed" if weights == "packed" else "dense", threads=threads)
+    say_path(file, model.transformers_reason)
+    return model
 
 
-def set_threads(threads: int | None) -> None:
-    """Compute with `threads` threads, if given, and keep transformers' notices off stderr."""
-    import torch
-    import transformers
+def say_path(file: Path, transformers_reason: str | None) -> None:
+    """Say that transformers runs the model, if there is a reason to tell."""
+    if transformers_reason is not None:
+        click.echo(f"{file} runs through transformers: {transformers_reason}", err=True)
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
+
+def quiet_transformers() -> None:
+    """Keep the notices of transformers off stderr, whether it is loaded already or will be."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        logging = sys.modules["transformers"].logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

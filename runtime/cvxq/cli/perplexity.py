@@ -10,7 +10,7 @@ import click
 
 from cvxq.cli.failures import FileProblem, existing_file, read_text
 from cvxq.cli.inspect import rates_text
-from cvxq.cli.options import running_options, set_threads
+from cvxq.cli.options import quiet_transformers, running_options, say_path
 from cvxq.cli.output import Progress, emit_json, print_table
 from cvxq.summary import FileSummary, summarize
 
@@ -55,11 +55,18 @@ def command(
         existing_file(path, "a .cvxq file or a model folder")
     text = read_text(text_file, "a text file")
     summary = summarize(path) if path.is_file() else None
-    set_threads(threads)
+    quiet_transformers()
+    import torch
+
     from cvxq import evaluate
     from cvxq.original import load_subject
 
-    subject = load_subject(file, weights="packed" if weights == "packed" else "dense")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    subject = load_subject(
+        file, weights="packed" if weights == "packed" else "dense", threads=threads
+    )
+    say_path(path, subject.transformers_reason)
     context = context or min(subject.context_length or LONGEST_CONTEXT, LONGEST_CONTEXT)
     _check_context(context, subject.context_length)
     ids = evaluate.token_ids(subject.tokenizer, text)

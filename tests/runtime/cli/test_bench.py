@@ -11,6 +11,7 @@ import cvxq as runtime
 import pytest
 from click.testing import Result
 from cvxq import bench
+from cvxq.network import weight_bytes_per_token
 from torch import nn
 
 Cvxq = Callable[..., Result]
@@ -73,7 +74,7 @@ def test_bytes_per_token_of_dense_weights(make_file: MakeFile, kind: str) -> Non
                 total += 4 * module.weight.shape[1]
             elif hasattr(module, "variance_epsilon"):
                 total += 4 * module.weight.numel()
-        assert bench.weight_bytes_per_token(model.network) == total
+        assert weight_bytes_per_token(model.network) == total
 
 
 def test_bytes_per_token_of_packed_weights(make_file: MakeFile) -> None:
@@ -87,7 +88,7 @@ def test_bytes_per_token_of_packed_weights(make_file: MakeFile) -> None:
                 total += module.packed.nbytes // module.num_embeddings
             elif hasattr(module, "variance_epsilon"):
                 total += 4 * module.weight.numel()
-        assert bench.weight_bytes_per_token(model.network) == total
+        assert weight_bytes_per_token(model.network) == total
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:

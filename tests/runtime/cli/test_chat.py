@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import Result
-from cvxq.cache import Session
+from cvxq.session import Logits, Session
 
 Cvxq = Callable[..., Result]
 
@@ -46,7 +45,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     feed = Session.feed
 
-    def counted(self: Session, ids: Sequence[int]) -> torch.Tensor:
+    def counted(self: Session, ids: Sequence[int]) -> Logits:
         counts.append(len(ids))
         return feed(self, ids)
 
@@ -61,7 +60,7 @@ def test_only_the_new_suffix_is_read(
     resumed: list[tuple[list[int], list[int]]] = []
     resume = Session.resume
 
-    def noted(self: Session, ids: Sequence[int]) -> torch.Tensor:
+    def noted(self: Session, ids: Sequence[int]) -> Logits:
         resumed.append((list(self.ids), list(ids)))
         return resume(self, ids)
 

@@ -1,0 +1,252 @@
+"""The native forward pass (`native/decoder.h`) as a Python object.
+
+The dataclasses say what a decoder is made of; `Decoder` hands it to the library, whose structs
+the ctypes classes below mirror field by field.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cvxq_kernels.cpu.library import library
+from cvxq_kernels.cpu.matrix import Matrix
+from cvxq_kernels.cpu.pool import Pool
+
+Floats = npt.NDArray[np.float32]
+
+NORMS = {"none": 0, "rms": 1, "layer": 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A norm over rows: kind "none", "rms" or "layer"; weight and bias (n,) float32, or None."""
+
+    kind: str = "none"
+    weight: Floats | None = None
+    bias: Floats | None = None
+    epsilon: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer's matrices and norms.
+
+    gate None: down(act(up(x))), else down(act(gate(x)) · up(x)).  `*_in` norms make the input of
+    a branch, `*_out` ones follow it, `*_sum` ones follow its sum with the stream; q_norm and
+    k_norm are over each head, before rotation.  window: keys that a query sees, 0 all of them.
+    """
+
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
+    q_norm: Norm = Norm()
+    k_norm: Norm = Norm()
+    attention_in: Norm = Norm()
+    attention_out: Norm = Norm()
+    attention_sum: Norm = Norm()
+    ffn_in: Norm = Norm()
+    ffn_out: Norm = Norm()
+    ffn_sum: Norm = Norm()
+    window: int = 0
+    rotated: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """Sizes and constants of a decoder, and what does not belong to a layer; see `decoder.h`.
+
+    capacity: most tokens of a text; chunk: most tokens of a call; frequencies: (pairs,) float32,
+    radians per position, of the pairs of elements that are rotated; caps: 0 for none.
+    """
+
+    hidden: int
+    embedding: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    capacity: int
+    chunk: int
+    activation: str
+    frequencies: Floats
+    embed: Matrix
+    head: Matrix
+    final: Norm
+    attention_scale: float
+    positions: Matrix | None = None
+    project_in: Matrix | None = None
+    project_out: Matrix | None = None
+    position_offset: int = 0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    rotary_scale: float = 1.0
+    exact: bool = False
+
+
+_FLOATS = ctypes.POINTER(ctypes.c_float)
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        ("weight", _FLOATS),
+        ("bias", _FLOATS),
+        ("kind", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+_LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+_LAYER_NORMS = (
+    "q_norm",
+    "k_norm",
+    "attention_in",
+    "attention_out",
+    "attention_sum",
+    "ffn_in",
+    "ffn_out",
+    "ffn_sum",
+)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _LAYER_MATRICES),
+        *((name, _Norm) for name in _LAYER_NORMS),
+        ("window", ctypes.c_int32),
+        ("rotated", ctypes.c_int32),
+    )
+
+
+_SIZES = ("hidden", "embedding", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")
+_FACTORS = ("embedding_scale", "residual_scale", "attention_scale", "logit_scale")
+_SHAPE_MATRICES = ("embed", "head", "positions", "project_in", "project_out")
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in _SIZES),
+        ("capacity", ctypes.c_int32),
+        ("chunk", ctypes.c_int32),
+        ("rotary_pairs", ctypes.c_int32),
+        ("position_offset", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("exact", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in _FACTORS),
+        ("attention_cap", ctypes.c_float),
+        ("logit_cap", ctypes.c_float),
+        ("rotary_scale", ctypes.c_float),
+        ("frequencies", _FLOATS),
+        *((name, ctypes.c_void_p) for name in _SHAPE_MATRICES),
+        ("final", _Norm),
+    )
+
+
+class Decoder:
+    """Keys and values of one text, and the forward pass over it."""
+
+    def __init__(self, pool: Pool, shape: Shape, layers: Sequence[Layer]) -> None:
+        """Reserve scratch for `shape.chunk` tokens; raises MemoryError when there is none."""
+        self.shape = shape
+        self._kept: list[object] = [pool, shape, *layers]  # the library keeps pointers to these
+        self._library = library()
+        native = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
+        self._handle = self._library.cvxq_decoder_new(
+            pool.handle, ctypes.byref(self._shape(shape, len(layers))), native
+        )
+        if not self._handle:
+            raise MemoryError("no memory for the decoder's scratch")
+        self._feed = self._library.cvxq_decoder_feed
+        self._one = np.empty(shape.vocabulary, np.float32)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.cvxq_decoder_free(self._handle)
+
+    def feed(self, ids: npt.NDArray[np.int64], start: int, wanted: int) -> Floats:
+        """Read up to `shape.chunk` tokens (n,) at positions from `start` on.
+
+        The tokens before `start` must have been read.  Returns the logits (wanted, V) after the
+        last `wanted` of them.  Raises ValueError for tokens or positions out of their range.
+        """
+        logits = np.empty((wanted, self.shape.vocabulary), np.float32)
+        status = self._feed(
+            self._handle, ids.ctypes.data, len(ids), start, wanted, logits.ctypes.data
+        )
+        if status == 1:
+            raise MemoryError("no memory for more keys and values")
+        if status:
+            raise ValueError(
+                f"{len(ids)} tokens at position {start}: allowed are tokens 0 to "
+                f"{self.shape.vocabulary - 1}, up to {self.shape.chunk} at once, and positions "
+                f"below {self.shape.capacity}"
+            )
+        return logits
+
+    def clock(self) -> tuple[float, float]:
+        """Seconds spent so far in matrix products, and altogether."""
+        products, total = ctypes.c_int64(), ctypes.c_int64()
+        self._library.cvxq_decoder_clock(self._handle, ctypes.byref(products), ctypes.byref(total))
+        return products.value / 1e9, total.value / 1e9
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scratch held now."""
+        size: int = self._library.cvxq_decoder_bytes(self._handle)
+        return size
+
+    def _layer(self, layer: Layer) -> _Layer:
+        return _Layer(
+            *(_handle(getattr(layer, name)) for name in _LAYER_MATRICES),
+            *(self._norm(getattr(layer, name)) for name in _LAYER_NORMS),
+            layer.window,
+            layer.rotated,
+        )
+
+    def _shape(self, shape: Shape, layers: int) -> _Shape:
+        return _Shape(
+            layers,
+            *(getattr(shape, name) for name in _SIZES),
+            shape.capacity,
+            shape.chunk,
+            len(shape.frequencies),
+            shape.position_offset,
+            ACTIVATIONS[shape.activation],
+            shape.exact,
+            *(getattr(shape, name) for name in _FACTORS),
+            shape.attention_cap,
+            shape.logit_cap,
+            shape.rotary_scale,
+            self._floats(shape.frequencies),
+            *(_handle(getattr(shape, name)) for name in _SHAPE_MATRICES),
+            self._norm(shape.final),
+        )
+
+    def _norm(self, norm: Norm) -> _Norm:
+        weight, bias = self._floats(norm.weight), self._floats(norm.bias)
+        return _Norm(weight, bias, NORMS[norm.kind], norm.epsilon)
+
+    def _floats(self, values: Floats | None) -> ctypes._Pointer[ctypes.c_float] | None:
+        if values is None:
+            return None
+        values = np.ascontiguousarray(values, np.float32)
+        self._kept.append(values)
+        return values.ctypes.data_as(_FLOATS)
+
+
+def _handle(matrix: Matrix | None) -> ctypes.c_void_p | None:
+    return None if matrix is None else matrix.handle

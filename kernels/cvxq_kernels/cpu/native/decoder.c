@@ -1,0 +1,444 @@
+/* The forward pass; see decoder.h. Decoding one token runs everything between the matrix products
+ * on the calling thread, unless attention is long: waking threads would cost more. */
+#if !defined(_POSIX_C_SOURCE)
+#define _POSIX_C_SOURCE 200809L
+#endif
+#include "decoder.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "decoder_math.h"
+
+#define ROWS 16                /* rows of attention that one task computes together */
+#define SERIAL_ELEMENTS 4096   /* below this many, activations stay on one thread */
+#define SERIAL_PRODUCTS 60000  /* likewise for the multiplications of attention */
+
+struct cvxq_decoder {
+    cvxq_decoder_shape shape;
+    cvxq_layer *layers;
+    cvxq_pool *pool;
+    const cvxq_decoder_math *math;
+    int threads, blocks, held;
+    float **memory;                /* (blocks) what was allocated, NULL beyond `held` */
+    const float **keys, **values;  /* (layers, kv_heads, blocks) */
+    float *scratch;
+    int64_t scratch_floats, part_floats;
+    float *stream, *input, *query, *key, *value, *branch, *gate, *up, *cosine, *sine, *parts;
+    int64_t products, total;
+    /* what the tasks of this call work on */
+    int count, layer;
+    int64_t start;
+    const cvxq_norm *norms[3]; /* of the branch, of branch + stream, of the next input */
+    float *cut;                /* logits that are capped */
+    int64_t cut_count;
+};
+
+static int64_t now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+static int padded(int width) { return (width + CVXQ_PADDING - 1) / CVXQ_PADDING * CVXQ_PADDING; }
+
+static const cvxq_decoder_math *best_math(void)
+{
+#if defined(__x86_64__)
+    if (strcmp(cvxq_isa(), cvxq_decoder_math_avx512.name) == 0) return &cvxq_decoder_math_avx512;
+    if (strcmp(cvxq_isa(), cvxq_decoder_math_avx2.name) == 0) return &cvxq_decoder_math_avx2;
+#endif
+    return &cvxq_decoder_math_base;
+}
+
+/* Floats of `count` rows of `width`, rounded up so that what follows is aligned as well. */
+static int64_t span(int64_t count, int64_t width) { return (count * width + 15) / 16 * 16; }
+
+static float *aligned(float *memory)
+{
+    return (float *)(((uintptr_t)memory + 63) / 64 * 64);
+}
+
+static int reserve_scratch(cvxq_decoder *decoder)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const int64_t chunk = s->chunk;
+    const int wide = s->hidden > s->embedding ? s->hidden : s->embedding;
+    decoder->part_floats =
+        span(ROWS, s->head_dim) + span(ROWS, CVXQ_BLOCK + padded(s->head_dim) + 2);
+    struct {
+        float **place;
+        int64_t floats;
+    } plan[] = {
+        {&decoder->stream, span(chunk, s->hidden)},
+        {&decoder->input, span(chunk, wide)},
+        {&decoder->query, span(chunk, (int64_t)s->heads * s->head_dim)},
+        {&decoder->key, span(chunk, (int64_t)s->kv_heads * s->head_dim)},
+        {&decoder->value, span(chunk, (int64_t)s->kv_heads * s->head_dim)},
+        {&decoder->branch, span(chunk, wide)},
+        {&decoder->gate, span(chunk, s->ffn)},
+        {&decoder->up, span(chunk, s->ffn)},
+        {&decoder->cosine, span(chunk, s->rotary_pairs)},
+        {&decoder->sine, span(chunk, s->rotary_pairs)},
+        {&decoder->parts, decoder->threads * decoder->part_floats},
+    };
+    const int places = (int)(sizeof plan / sizeof *plan);
+    int64_t floats = 16;
+    for (int i = 0; i < places; i++) floats += plan[i].floats;
+    decoder->scratch = malloc((size_t)floats * sizeof(float));
+    if (decoder->scratch == NULL) return 1;
+    decoder->scratch_floats = floats;
+    float *next = aligned(decoder->scratch);
+    for (int i = 0; i < places; i++) {
+        *plan[i].place = next;
+        next += plan[i].floats;
+    }
+    return 0;
+}
+
+cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
+                               const cvxq_layer *layers)
+{
+    cvxq_decoder *decoder = calloc(1, sizeof *decoder);
+    if (decoder == NULL) return NULL;
+    decoder->shape = *shape;
+    decoder->pool = pool;
+    decoder->math = best_math();
+    decoder->threads = cvxq_pool_threads(pool);
+    decoder->blocks = (shape->capacity + CVXQ_BLOCK - 1) / CVXQ_BLOCK;
+    const size_t pointers = (size_t)shape->layers * shape->kv_heads * decoder->blocks;
+    decoder->layers = malloc((size_t)shape->layers * sizeof *layers);
+    decoder->memory = calloc(decoder->blocks, sizeof *decoder->memory);
+    decoder->keys = calloc(pointers, sizeof *decoder->keys);
+    decoder->values = calloc(pointers, sizeof *decoder->values);
+    if (decoder->layers == NULL || decoder->memory == NULL || decoder->keys == NULL ||
+        decoder->values == NULL || reserve_scratch(decoder)) {
+        cvxq_decoder_free(decoder);
+        return NULL;
+    }
+    memcpy(decoder->layers, layers, (size_t)shape->layers * sizeof *layers);
+    return decoder;
+}
+
+void cvxq_decoder_free(cvxq_decoder *decoder)
+{
+    if (decoder == NULL) return;
+    for (int i = 0; i < decoder->held; i++) free(decoder->memory[i]);
+    free(decoder->memory);
+    free(decoder->keys);
+    free(decoder->values);
+    free(decoder->layers);
+    free(decoder->scratch);
+    free(decoder);
+}
+
+static int64_t block_floats(const cvxq_decoder *decoder)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    return (int64_t)s->layers * s->kv_heads * CVXQ_BLOCK * (s->head_dim + padded(s->head_dim));
+}
+
+/* Hold keys and values of all layers for the first `positions` positions. */
+static int hold(cvxq_decoder *decoder, int64_t positions)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const int key_floats = CVXQ_BLOCK * s->head_dim;
+    const int value_floats = CVXQ_BLOCK * padded(s->head_dim);
+    while ((int64_t)decoder->held * CVXQ_BLOCK < positions) {
+        const int block = decoder->held;
+        float *memory = calloc((size_t)block_floats(decoder) + 16, sizeof(float));
+        if (memory == NULL) return 1;
+        float *next = aligned(memory);
+        for (int i = 0; i < s->layers * s->kv_heads; i++) {
+            decoder->keys[(int64_t)i * decoder->blocks + block] = next;
+            decoder->values[(int64_t)i * decoder->blocks + block] = next + key_floats;
+            next += key_floats + value_floats;
+        }
+        decoder->memory[block] = memory;
+        decoder->held++;
+    }
+    return 0;
+}
+
+static void run(cvxq_decoder *decoder, void (*task)(void *, int, int), int alone)
+{
+    if (alone || decoder->threads == 1)
+        task(decoder, 0, 1);
+    else
+        cvxq_pool_run(decoder->pool, task, decoder);
+}
+
+static void multiply(cvxq_decoder *decoder, const cvxq_matrix *const *weights, int count,
+                     const float *x, int rows, float *const *y)
+{
+    const int64_t begin = now();
+    cvxq_matmul(decoder->pool, weights, count, x, rows, y, decoder->shape.exact);
+    decoder->products += now() - begin;
+}
+
+static void normalize(const cvxq_decoder *decoder, const cvxq_norm *norm, const float *x,
+                      float *out)
+{
+    const int n = decoder->shape.hidden;
+    if (norm->kind != CVXQ_NO_NORM)
+        decoder->math->normalize(norm, x, n, out);
+    else if (x != out)
+        memcpy(out, x, (size_t)n * sizeof *x);
+}
+
+/* A range of `count` rows for this part. */
+static int first_of(int count, int part, int parts) { return (int)((int64_t)count * part / parts); }
+
+/* Add the branch to the stream and prepare the input of the next one. */
+static void settle_rows(void *context, int part, int parts)
+{
+    cvxq_decoder *decoder = context;
+    const int hidden = decoder->shape.hidden, end = first_of(decoder->count, part + 1, parts);
+    for (int row = first_of(decoder->count, part, parts); row < end; row++) {
+        float *branch = decoder->branch + (int64_t)row * hidden;
+        float *stream = decoder->stream + (int64_t)row * hidden;
+        if (decoder->norms[0] != NULL) {
+            normalize(decoder, decoder->norms[0], branch, branch);
+            decoder->math->add(stream, branch, decoder->shape.residual_scale, hidden);
+            normalize(decoder, decoder->norms[1], stream, stream);
+        }
+        normalize(decoder, decoder->norms[2], stream, decoder->input + (int64_t)row * hidden);
+    }
+}
+
+static void settle(cvxq_decoder *decoder, const cvxq_norm *out, const cvxq_norm *sum,
+                   const cvxq_norm *in)
+{
+    decoder->norms[0] = out;
+    decoder->norms[1] = sum;
+    decoder->norms[2] = in;
+    run(decoder, settle_rows, decoder->count == 1);
+}
+
+static void prepare_head(cvxq_decoder *decoder, const cvxq_norm *norm, float *x, int row)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const int pairs = decoder->layers[decoder->layer].rotated ? s->rotary_pairs : 0;
+    if (norm->kind != CVXQ_NO_NORM) decoder->math->normalize(norm, x, s->head_dim, x);
+    if (pairs)
+        decoder->math->rotate(x, decoder->cosine + (int64_t)row * pairs,
+                              decoder->sine + (int64_t)row * pairs, pairs);
+}
+
+/* Norms and rotation of queries and keys; keys (width, 64) and values (64, width) to the cache. */
+static void prepare_rows(void *context, int part, int parts)
+{
+    cvxq_decoder *decoder = context;
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    const int width = s->head_dim, end = first_of(decoder->count, part + 1, parts);
+    for (int row = first_of(decoder->count, part, parts); row < end; row++) {
+        const int64_t position = decoder->start + row;
+        const int64_t block = position / CVXQ_BLOCK, place = position % CVXQ_BLOCK;
+        for (int head = 0; head < s->heads; head++) {
+            float *query = decoder->query + ((int64_t)row * s->heads + head) * width;
+            prepare_head(decoder, &layer->q_norm, query, row);
+            decoder->math->scale(query, s->attention_scale, width);
+        }
+        for (int head = 0; head < s->kv_heads; head++) {
+            const int64_t at = ((int64_t)row * s->kv_heads + head) * width;
+            const int64_t index =
+                ((int64_t)decoder->layer * s->kv_heads + head) * decoder->blocks + block;
+            float *key = decoder->key + at;
+            float *keys = (float *)decoder->keys[index];
+            float *values = (float *)decoder->values[index];
+            prepare_head(decoder, &layer->k_norm, key, row);
+            for (int i = 0; i < width; i++) keys[i * CVXQ_BLOCK + place] = key[i];
+            memcpy(values + place * padded(width), decoder->value + at,
+                   (size_t)width * sizeof(float));
+        }
+    }
+}
+
+/* Rows of one key head that a task takes: few enough that every thread has some. */
+static int attention_rows(const cvxq_decoder *decoder, int parts)
+{
+    const int all = decoder->count * decoder->shape.heads;
+    const int rows = (all + parts - 1) / parts;
+    return rows < ROWS ? rows : ROWS;
+}
+
+/* Attention of the chunk; the results replace the queries. */
+static void attend_rows(void *context, int part, int parts)
+{
+    cvxq_decoder *decoder = context;
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const int group = s->heads / s->kv_heads, width = s->head_dim;
+    const int rows_per_head = decoder->count * group, step = attention_rows(decoder, parts);
+    const int steps = (rows_per_head + step - 1) / step;
+    const int64_t window = decoder->layers[decoder->layer].window;
+    float *tile = decoder->parts + part * decoder->part_floats;
+    float *scratch = tile + span(ROWS, width);
+    float *out[ROWS];
+    int64_t first[ROWS], last[ROWS];
+    /* Later rows attend to more: dealing them out in turn gives every thread its share. */
+    for (int task = part; task < s->kv_heads * steps; task += parts) {
+        const int head = task % s->kv_heads, begin = task / s->kv_heads * step;
+        const int rows = rows_per_head - begin < step ? rows_per_head - begin : step;
+        for (int r = 0; r < rows; r++) {
+            const int row = (begin + r) / group, member = (begin + r) % group;
+            out[r] = decoder->query + ((int64_t)row * s->heads + head * group + member) * width;
+            memcpy(tile + r * width, out[r], (size_t)width * sizeof *tile);
+            last[r] = decoder->start + row;
+            first[r] = window > 0 && last[r] >= window ? last[r] - window + 1 : 0;
+        }
+        const int64_t index = ((int64_t)decoder->layer * s->kv_heads + head) * decoder->blocks;
+        decoder->math->attend(tile, rows, width, decoder->keys + index, decoder->values + index,
+                              first, last, s->attention_cap, out, scratch);
+    }
+}
+
+static void attention(cvxq_decoder *decoder)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    const cvxq_matrix *const weights[] = {layer->q, layer->k, layer->v};
+    float *const results[] = {decoder->query, decoder->key, decoder->value};
+    multiply(decoder, weights, 3, decoder->input, decoder->count, results);
+    run(decoder, prepare_rows, decoder->count == 1);
+    const int64_t seen = decoder->start + decoder->count;
+    const int64_t work = seen * decoder->count * s->heads * s->head_dim * 2;
+    run(decoder, attend_rows, work < SERIAL_PRODUCTS);
+    multiply(decoder, &layer->o, 1, decoder->query, decoder->count, &decoder->branch);
+}
+
+static void activate_part(void *context, int part, int parts)
+{
+    cvxq_decoder *decoder = context;
+    const int64_t lines = (span(decoder->count, decoder->shape.ffn)) / 16;
+    const int64_t all = (int64_t)decoder->count * decoder->shape.ffn;
+    const int64_t begin = lines * part / parts * 16, limit = lines * (part + 1) / parts * 16;
+    const int64_t end = limit < all ? limit : all;
+    const int gated = decoder->layers[decoder->layer].gate != NULL;
+    float *x = gated ? decoder->gate : decoder->up;
+    if (end > begin)
+        decoder->math->activate(x + begin, gated ? decoder->up + begin : NULL,
+                                decoder->shape.activation, (int)(end - begin));
+}
+
+static void feed_forward(cvxq_decoder *decoder)
+{
+    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    const cvxq_matrix *const weights[] = {layer->up, layer->gate};
+    float *const results[] = {decoder->up, decoder->gate};
+    const int gated = layer->gate != NULL;
+    multiply(decoder, weights, 1 + gated, decoder->input, decoder->count, results);
+    run(decoder, activate_part,
+        (int64_t)decoder->count * decoder->shape.ffn < SERIAL_ELEMENTS);
+    multiply(decoder, &layer->down, 1, gated ? decoder->gate : decoder->up, decoder->count,
+             &decoder->branch);
+}
+
+/* Angles in float32, position times frequency, as transformers computes them. */
+static void turn(cvxq_decoder *decoder)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    for (int row = 0; row < decoder->count; row++) {
+        for (int i = 0; i < s->rotary_pairs; i++) {
+            const float angle = (float)(decoder->start + row) * s->frequencies[i];
+            decoder->cosine[(int64_t)row * s->rotary_pairs + i] = cosf(angle) * s->rotary_scale;
+            decoder->sine[(int64_t)row * s->rotary_pairs + i] = sinf(angle) * s->rotary_scale;
+        }
+    }
+}
+
+static void embed(cvxq_decoder *decoder, const int64_t *ids)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const int64_t all = (int64_t)decoder->count * s->embedding;
+    float *target = s->project_in != NULL ? decoder->input : decoder->stream;
+    cvxq_rows(decoder->pool, s->embed, ids, decoder->count, target);
+    if (s->embedding_scale != 1.0f) decoder->math->scale(target, s->embedding_scale, (int)all);
+    if (s->project_in != NULL)
+        multiply(decoder, &s->project_in, 1, decoder->input, decoder->count, &decoder->stream);
+    for (int row = 0; s->positions != NULL && row < decoder->count; row++) {
+        const int64_t position = decoder->start + row + s->position_offset;
+        cvxq_rows(decoder->pool, s->positions, &position, 1, decoder->branch);
+        decoder->math->add(decoder->stream + (int64_t)row * s->hidden, decoder->branch, 1.0f,
+                           s->hidden);
+    }
+}
+
+static void cut_part(void *context, int part, int parts)
+{
+    cvxq_decoder *decoder = context;
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const int64_t begin = decoder->cut_count * part / parts;
+    const int n = (int)(decoder->cut_count * (part + 1) / parts - begin);
+    if (s->logit_scale != 1.0f) decoder->math->scale(decoder->cut + begin, s->logit_scale, n);
+    if (s->logit_cap > 0) decoder->math->soft_cap(decoder->cut + begin, s->logit_cap, n);
+}
+
+static void predict(cvxq_decoder *decoder, int wanted, float *logits)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const float *input = decoder->input + (int64_t)(decoder->count - wanted) * s->hidden;
+    if (s->project_out != NULL) {
+        multiply(decoder, &s->project_out, 1, input, wanted, &decoder->branch);
+        input = decoder->branch;
+    }
+    multiply(decoder, &s->head, 1, input, wanted, &logits);
+    decoder->cut = logits;
+    decoder->cut_count = (int64_t)wanted * s->vocabulary;
+    if (s->logit_scale != 1.0f || s->logit_cap > 0)
+        run(decoder, cut_part, decoder->cut_count < SERIAL_ELEMENTS);
+}
+
+static int in_range(const cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
+                    int wanted)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    if (count < 1 || count > s->chunk || wanted < 0 || wanted > count) return 0;
+    if (start < 0 || start + count > s->capacity) return 0;
+    for (int i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= s->vocabulary) return 0;
+    return 1;
+}
+
+int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
+                      int wanted, float *logits)
+{
+    const int layers = decoder->shape.layers;
+    if (!in_range(decoder, ids, count, start, wanted)) return 2;
+    if (hold(decoder, start + count)) return 1;
+    const int64_t begin = now();
+    decoder->count = count;
+    decoder->start = start;
+    cvxq_pool_begin(decoder->pool);
+    turn(decoder);
+    embed(decoder, ids);
+    settle(decoder, NULL, NULL, &decoder->layers[0].attention_in);
+    for (int i = 0; i < layers; i++) {
+        const cvxq_layer *layer = decoder->layers + i;
+        decoder->layer = i;
+        attention(decoder);
+        settle(decoder, &layer->attention_out, &layer->attention_sum, &layer->ffn_in);
+        feed_forward(decoder);
+        settle(decoder, &layer->ffn_out, &layer->ffn_sum,
+               i + 1 < layers ? &decoder->layers[i + 1].attention_in : &decoder->shape.final);
+    }
+    if (wanted) predict(decoder, wanted, logits);
+    cvxq_pool_end(decoder->pool);
+    decoder->total += now() - begin;
+    return 0;
+}
+
+void cvxq_decoder_clock(const cvxq_decoder *decoder, int64_t *products, int64_t *total)
+{
+    *products = decoder->products;
+    *total = decoder->total;
+}
+
+int64_t cvxq_decoder_bytes(const cvxq_decoder *decoder)
+{
+    return (decoder->held * block_floats(decoder) + decoder->scratch_floats) *
+           (int64_t)sizeof(float);
+}

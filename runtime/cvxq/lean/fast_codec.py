@@ -1,0 +1,66 @@
+"""tokenizer.json through the `tokenizers` library, which transformers' fast tokenizers wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+
+class FastCodec:
+    """A tokenizer.json; see `cvxq.lean.tokenizer.Codec`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Read whole texts: no cutting, no padding."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the tokens of `text`, special tokens written in it included."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Return the text of the tokens."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token, None if it is not one."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+
+def read_fast_codec(
+    blob: bytes, config: Mapping[str, Any], named: Mapping[str, str]
+) -> FastCodec | None:
+    """Read a tokenizer.json, or return None where the config has transformers change it."""
+    try:
+        tokenizer = Tokenizer.from_str(blob.decode("utf-8"))
+    except Exception:  # the library raises Exception itself; transformers will say what is wrong
+        return None
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    if any(token not in added or not added[token].special for token in named.values()):
+        return None
+    for entry in (config.get("added_tokens_decoder") or {}).values():
+        token = added.get(entry["content"])
+        if token is None or any(
+            getattr(token, flag) != entry.get(flag, getattr(token, flag))
+            for flag in ("lstrip", "rstrip", "normalized", "single_word", "special")
+        ):
+            return None
+    codec = FastCodec(tokenizer)
+    return codec if _ends_agree(codec, config, named) else None
+
+
+def _ends_agree(codec: FastCodec, config: Mapping[str, Any], named: Mapping[str, str]) -> bool:
+    """Whether the tokenizer adds what the flags say; without flags it does as it likes."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return config.get("add_prefix_space") is None
+    expected = []
+    for name in ("bos", "eos"):
+        if config.get(f"add_{name}_token") and f"{name}_token" in named:
+            expected.append(codec.token_id(named[f"{name}_token"]))
+    return codec.encode("", True) == expected

@@ -1,0 +1,202 @@
+"""A lean decoder on the CPU: the forward pass of `cvxq_kernels.cpu` over a file's weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from cvxq_format import CompandedTensor, Reader
+from cvxq_kernels import cpu
+
+from cvxq.lean import weights as names
+from cvxq.lean.errors import NotLeanError
+from cvxq.lean.spec import DecoderSpec
+from cvxq.lean.weights import DecoderWeights, LayerWeights, read_floats
+
+CHUNK_TOKENS = 256  # read per call of a prompt; Ctrl-C is felt between two calls
+
+Floats = npt.NDArray[np.float32]
+
+
+class NativeDecoder:
+    """The decoder of `spec`; see `cvxq.lean.decoder.Decoder`."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: DecoderWeights,
+        reader: Reader,
+        threads: int | None = None,
+        *,
+        chunk: int = CHUNK_TOKENS,
+        exact: bool = False,
+    ) -> None:
+        """Repack the weights of the open file.
+
+        threads: all cores if None; chunk: tokens per call of a prompt; exact: products in float32
+        throughout.  Raises NotLeanError where the native library is missing.
+        """
+        if not hasattr(cpu, "is_available"):
+            raise NotLeanError("the native library is not built yet")
+        if not cpu.is_available():
+            raise NotLeanError(f"the native library is missing: {cpu.why_not()}")
+        self.capacity = spec.context
+        self.vocabulary = spec.vocab
+        self.length = 0
+        self.layers = spec.layers
+        self.threads = threads or available_cores()
+        self.chunk = min(chunk, spec.context)
+        parts = _Parts(spec, reader)
+        layers = [parts.layer(layer, index) for index, layer in enumerate(weights.layers)]
+        shape = parts.shape(weights, self.chunk, exact)
+        self._native = cpu.Decoder(cpu.Pool(self.threads), shape, layers)
+        self.bytes_per_token = parts.bytes_per_token(shape)
+
+    def feed(self, ids: Sequence[int]) -> Floats:
+        """Read `ids` (at least one) after the text; return logits (V,) float32 after the last."""
+        array = np.array(ids, np.int64)
+        for start in range(0, len(array), self.chunk):
+            piece = array[start : start + self.chunk]
+            wanted = int(start + len(piece) == len(array))
+            logits = self._native.feed(piece, self.length, wanted)
+            self.length += len(piece)
+        return logits[0]
+
+    def logits(self, ids: Sequence[int]) -> Floats:
+        """Read `ids` as a text of its own; return the logits (L, V) float32 after each of them."""
+        self.rewind(0)
+        array = np.array(ids, np.int64)
+        result = np.empty((len(array), self.vocabulary), np.float32)
+        for start in range(0, len(array), self.chunk):
+            piece = array[start : start + self.chunk]
+            result[start : start + len(piece)] = self._native.feed(piece, start, len(piece))
+            self.length += len(piece)
+        return result
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = min(self.length, length)
+
+    def overhead_seconds(self) -> float:
+        """Seconds spent so far in the forward pass outside of matrix products."""
+        products, total = self._native.clock()
+        return total - products
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Parts:
+    """Builds native matrices and norms from a file's tensors; tied ones are made once."""
+
+    def __init__(self, spec: DecoderSpec, reader: Reader) -> None:
+        self._spec = spec
+        self._reader = reader
+        self._matrices: dict[tuple[str, str | None], cpu.Matrix] = {}
+
+    def matrix(self, place: names.Matrix | None) -> cpu.Matrix:
+        if place is None:
+            raise AssertionError("a matrix that this architecture has is missing")
+        return self._made(place.weight, place.bias)
+
+    def optional(self, place: names.Matrix | None) -> cpu.Matrix | None:
+        return None if place is None else self.matrix(place)
+
+    def _made(self, weight: str, bias: str | None) -> cpu.Matrix:
+        key = (weight, bias)
+        if key not in self._matrices:
+            value = self._reader.read(weight)
+            added = None if bias is None else read_floats(self._reader, bias)
+            if isinstance(value, CompandedTensor):
+                codebook = self._reader.codebook(value.codebook)
+                self._matrices[key] = cpu.Matrix.from_tensor(value, codebook, added)
+            else:
+                self._matrices[key] = cpu.Matrix.from_raw(value, added)
+        return self._matrices[key]
+
+    def norm(self, place: names.Norm | None) -> cpu.Norm:
+        """The norm at `place`, over rows of the stream."""
+        return cpu.Norm() if place is None else self._norm(place, self._spec.norm)
+
+    def _norm(self, place: names.Norm, kind: str) -> cpu.Norm:
+        weight = None if place.weight is None else read_floats(self._reader, place.weight)
+        if weight is not None and self._spec.norm_offset:
+            weight = weight + np.float32(self._spec.norm_offset)
+        bias = None if place.bias is None else read_floats(self._reader, place.bias)
+        return cpu.Norm(kind, weight, bias, self._spec.norm_eps)
+
+    def head_norm(self, place: names.Norm | None) -> cpu.Norm:
+        """The norm at `place`, over each head."""
+        return cpu.Norm() if place is None else self._norm(place, "rms")
+
+    def layer(self, layer: LayerWeights, index: int) -> cpu.Layer:
+        spec = self._spec
+        follows_sum = spec.norm_placement == "post"
+        attention, ffn = self.norm(layer.after_attention), self.norm(layer.after_ffn)
+        return cpu.Layer(
+            q=self.matrix(layer.q),
+            k=self.matrix(layer.k),
+            v=self.matrix(layer.v),
+            o=self.matrix(layer.o),
+            gate=self.optional(layer.gate),
+            up=self.matrix(layer.up),
+            down=self.matrix(layer.down),
+            q_norm=self.head_norm(layer.q_norm),
+            k_norm=self.head_norm(layer.k_norm),
+            attention_in=self.norm(layer.before_attention),
+            attention_out=cpu.Norm() if follows_sum else attention,
+            attention_sum=attention if follows_sum else cpu.Norm(),
+            ffn_in=self.norm(layer.before_ffn),
+            ffn_out=cpu.Norm() if follows_sum else ffn,
+            ffn_sum=ffn if follows_sum else cpu.Norm(),
+            window=spec.windows[index] or 0,
+            rotated=spec.rope_layers[index],
+        )
+
+    def shape(self, weights: DecoderWeights, chunk: int, exact: bool) -> cpu.Shape:
+        spec = self._spec
+        none = np.empty(0, np.float32)
+        head, tied = self.matrix(weights.head), weights.head.weight == weights.embedding
+        embed = head if tied else self._made(weights.embedding, None)
+        positions = self._made(weights.positions, None) if weights.positions else None
+        return cpu.Shape(
+            hidden=spec.hidden,
+            embedding=spec.embedding_width,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            ffn=spec.ffn,
+            vocabulary=spec.vocab,
+            capacity=spec.context,
+            chunk=chunk,
+            activation=spec.activation,
+            frequencies=none if spec.rope is None else spec.rope.inverse_frequencies,
+            rotary_scale=1.0 if spec.rope is None else spec.rope.attention_factor,
+            embed=embed,
+            head=head,
+            final=self.norm(weights.final_norm),
+            positions=positions,
+            project_in=self.optional(weights.project_in),
+            project_out=self.optional(weights.project_out),
+            position_offset=spec.position_offset or 0,
+            attention_scale=spec.attention_scale,
+            attention_cap=spec.attention_softcap or 0.0,
+            logit_cap=spec.logit_softcap or 0.0,
+            embedding_scale=spec.embedding_scale,
+            residual_scale=spec.residual_scale,
+            logit_scale=spec.logit_scale,
+            exact=exact,
+        )
+
+    def bytes_per_token(self, shape: cpu.Shape) -> int:
+        """Bytes of the matrices that predicting one token reads: one row of those looked up."""
+        rows = {id(shape.embed): shape.vocabulary, id(shape.head): 1}
+        if shape.positions is not None:
+            rows[id(shape.positions)] = shape.capacity + shape.position_offset
+        return sum(matrix.nbytes // rows.get(id(matrix), 1) for matrix in self._matrices.values())

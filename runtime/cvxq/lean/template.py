@@ -1,0 +1,126 @@
+"""Chat templates, rendered as transformers renders them.
+
+A template is a jinja2 program of the model's author, run in the same immutable sandbox, with the
+same extensions, filters and globals.  `{% generation %}` marks the assistant's tokens for training;
+here its body is rendered as if the tag were not there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, nodes
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    special_tokens: Mapping[str, str],
+    add_generation_prompt: bool,
+) -> str:
+    """Return the text of `messages`, each with "role" and "content".
+
+    special_tokens: what the template may know as `bos_token` and so on.  Raises what the template
+    raises, which may be anything.
+    """
+    return _compile(template).render(
+        messages=[dict(message) for message in messages],
+        tools=None,
+        documents=None,
+        add_generation_prompt=add_generation_prompt,
+        **special_tokens,
+    )
+
+
+@lru_cache(maxsize=4)
+def _compile(template: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment.from_string(template)
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}` renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own convention
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Return the body in a scope of its own, as transformers' call block has."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return JSON without jinja2's escapes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+class _Dict:
+    """`dict` as templates may use it: calls only."""
+
+    def __call__(self, *pairs: Any, **items: Any) -> dict[Any, Any]:
+        return dict(*pairs, **items)
+
+    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
+        """Return a dict of the given keys."""
+        return dict.fromkeys(*arguments)
+
+
+class _Namespace(Namespace):
+    """`namespace` without names that begin with an underscore."""
+
+    def __init__(*arguments: Any, **items: Any) -> None:
+        # As jinja2's own, so that an attribute may be called self.
+        self, values = arguments[0], dict(*arguments[1:], **items)
+        for name in values:
+            _check(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check(name)
+        super().__setitem__(name, value)
+
+
+def _check(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a chat template may not store {name!r} in a namespace")

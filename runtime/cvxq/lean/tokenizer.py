@@ -1,0 +1,140 @@
+"""Tokenizers without transformers: tokenizer.json, or a Llama's tokenizer.model.
+
+`read_tokenizer` takes a tokenizer only if its files say everything that transformers would add by
+itself: special tokens that are in the vocabulary, one chat template, a beginning and end that agree
+with the flags of tokenizer_config.json.  It returns None for any other, which transformers reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from cvxq_format import Reader
+
+from cvxq.lean.template import render_chat
+from cvxq.parts import json_part
+
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_TEMPLATE = "chat_template.jinja"
+# Files besides which a tokenizer.json or tokenizer.model is not the whole truth.
+_STRANGERS = ("tekken.json", "tiktoken.model", "added_tokens.json")
+
+
+class Codec(Protocol):
+    """Text to tokens and back."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the tokens of `text`, special tokens written in it included."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Return the text of the tokens."""
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a special token, None if it is not one."""
+
+
+class LeanTokenizer:
+    """A codec, special tokens and a chat template, called as transformers' tokenizers are."""
+
+    def __init__(
+        self, codec: Codec, special_tokens: Mapping[str, str], chat_template: str | None
+    ) -> None:
+        """Join the parts; special_tokens: what templates may know as `bos_token` and so on."""
+        self.codec = codec
+        self.special_tokens = dict(special_tokens)
+        self.chat_template = chat_template
+        self.bos_token_id = self._id("bos_token")
+        self.eos_token_id = self._id("eos_token")
+
+    def _id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.codec.token_id(token)
+
+    def __call__(
+        self, text: str, *, add_special_tokens: bool = True, verbose: bool = True
+    ) -> dict[str, list[int]]:
+        """Return {"input_ids": the tokens of `text`}; there is nothing to be verbose about."""
+        return {"input_ids": self.codec.encode(text, add_special_tokens)}
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> str:
+        """Return the text of the tokens; spaces are never cleaned up."""
+        if clean_up_tokenization_spaces:
+            raise NotImplementedError("spaces are not cleaned up")
+        return self.codec.decode(token_ids, skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, str]],
+        *,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Return the text of messages."""
+        if tokenize or self.chat_template is None:
+            raise NotImplementedError("only texts, and with a chat template")
+        return render_chat(
+            self.chat_template, conversation, self.special_tokens, add_generation_prompt
+        )
+
+
+def read_tokenizer(reader: Reader) -> LeanTokenizer | None:
+    """Build the tokenizer of an open file, or return None where only transformers can."""
+    config = json_part(reader, "tokenizer_config.json")
+    named = _special_tokens({**json_part(reader, "special_tokens_map.json"), **config})
+    template = _chat_template(reader, config)
+    if named is None or isinstance(template, list) or "auto_map" in config:
+        return None
+    if any(name in reader.files for name in _STRANGERS):
+        return None
+    codec: Codec | None = None
+    if "tokenizer.json" in reader.files:
+        from cvxq.lean.fast_codec import read_fast_codec
+
+        codec = read_fast_codec(reader.file("tokenizer.json"), config, named)
+    elif "tokenizer.model" in reader.files:
+        from cvxq.lean.piece_codec import read_piece_codec
+
+        kind = json_part(reader, "config.json").get("model_type")
+        codec = read_piece_codec(reader.file("tokenizer.model"), config, named, kind)
+    return None if codec is None else LeanTokenizer(codec, named, template)
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return the named special tokens, or None where there are others that a template may know."""
+    if config.get("additional_special_tokens") or config.get("extra_special_tokens"):
+        return None
+    named = {}
+    for name in _NAMED:
+        value = config.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if isinstance(value, str):
+            named[name] = value
+        elif value is not None:
+            return None
+    return named
+
+
+def _chat_template(reader: Reader, config: Mapping[str, Any]) -> str | list[Any] | None:
+    """Return the template, None without one, a list where there are several to choose from."""
+    names = [name for name in reader.files if name.endswith(".jinja")]
+    if any(name != _TEMPLATE for name in names) or "chat_template.json" in reader.files:
+        return names
+    if names:
+        return reader.file(_TEMPLATE).decode("utf-8")
+    template = config.get("chat_template")
+    return template if template is None or isinstance(template, str) else [template]

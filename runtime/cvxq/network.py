@@ -1,0 +1,198 @@
+"""The transformers network of a `.cvxq` file: built empty from its config, then filled.
+
+One tensor at a time; packed matrices stay in the file's mapping, and the pages that are read are
+the memory they take, or each is expanded once.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+from cvxq_format import CompandedTensor, RawTensor, Reader
+from cvxq_kernels import PackedWeight
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from cvxq.architecture import build_network, read_config
+from cvxq.errors import ArgumentError, InconsistentFileError
+from cvxq.modules import can_pack, pack_module
+from cvxq.names import match_names, resolve_alias, tied_groups
+from cvxq.parts import needed_part
+
+
+def load_network(
+    reader: Reader,
+    keep_packed: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+) -> PreTrainedModel:
+    """Build the network of the open file, every parameter from the file.
+
+    keep_packed: keep matrices packed instead of expanding all of them now.  dtype: floating type
+    to compute in, float32 if None.  threads: torch's from now on, as they are if None.
+    Raises UnsupportedModelError when transformers lacks the architecture, InconsistentFileError
+    when tensors and architecture do not fit each other.
+    """
+    dtype = dtype or torch.float32
+    if not dtype.is_floating_point:
+        raise ArgumentError(f"dtype is {dtype}, allowed: a floating type such as torch.float32")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    config = read_config(needed_part(reader, "config.json"))
+    network = build_network(config, dtype)
+    fill_network(network, reader, keep_packed, torch.device(device), dtype)
+    network.generation_config = _generation_config(reader, config)
+    return network
+
+
+def weight_bytes_per_token(network: PreTrainedModel) -> int:
+    """Bytes of weights that one decoded token reads: everything, but one row of embeddings."""
+    total = 0
+    counted: set[int] = set()
+    for module in network.modules():
+        packed = getattr(module, "packed", None)
+        rows = module.num_embeddings if isinstance(module, nn.Embedding) else None
+        if packed is not None:
+            total += packed.nbytes // rows if rows else packed.nbytes
+        for parameter in module.parameters(recurse=False):
+            if rows:
+                total += parameter.nbytes // rows
+            elif id(parameter) not in counted:
+                counted.add(id(parameter))
+                total += parameter.nbytes
+    return total
+
+
+def fill_network(
+    network: PreTrainedModel,
+    reader: Reader,
+    keep_packed: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Give every parameter of the empty network its tensor of the file."""
+    named = list(network.named_parameters(remove_duplicate=False))
+    parameters = [name for name, _ in named]
+    aliases = reader.aliases
+    supplied = match_names(
+        [*reader.names, *aliases],
+        parameters,
+        tied_groups(named),
+        prefix=network.base_model_prefix,
+        added_biases=reader.added_biases,
+        optional=_persistent_buffers(network),
+        network=f"{type(network).__name__} of transformers {transformers.__version__}",
+    )
+    places: dict[str, list[str]] = {}
+    for place, tensor in supplied.items():
+        places.setdefault(resolve_alias(tensor, aliases), []).append(place)
+    for tensor, names in places.items():
+        value = reader.read(tensor)
+        if isinstance(value, CompandedTensor):
+            codebook = reader.codebook(value.codebook)
+            packed = PackedWeight.from_tensor(value, codebook).to(device)
+            _place_packed(network, tensor, packed, names, keep_packed, dtype)
+        else:
+            _place_dense(network, tensor, _raw(value, device, dtype), names)
+    for buffer_name, buffer in network.named_buffers():
+        _set(network, buffer_name, buffer.to(device))
+    network.requires_grad_(False)
+
+
+def _place_packed(
+    network: PreTrainedModel,
+    tensor: str,
+    packed: PackedWeight,
+    names: list[str],
+    keep_packed: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Put a packed matrix where it belongs: as it is in modules that can, else expanded."""
+    dense: torch.Tensor | None = None
+    flipped: list[str] = []
+    expanded: list[str] = []
+    for name in names:
+        module, attribute = _owner(network, name)
+        flips = isinstance(module, Conv1D)
+        found = packed.shape[::-1] if flips else packed.shape
+        _check_shape(tensor, found, getattr(module, attribute), name)
+        if keep_packed and attribute == "weight" and can_pack(module):
+            pack_module(module, packed, dtype)
+        else:
+            (flipped if flips else expanded).append(name)
+    if flipped or expanded:
+        dense = packed.dense(dtype)
+        if expanded:
+            _place_dense(network, tensor, dense, expanded)
+        if flipped:
+            _place_dense(network, tensor, dense.t().contiguous(), flipped)
+
+
+def _place_dense(
+    network: PreTrainedModel, tensor: str, value: torch.Tensor, names: Iterable[str]
+) -> None:
+    """Make one parameter of `value` and put it at all of `names` (tied weights share it)."""
+    parameter = nn.Parameter(value, requires_grad=False) if value.is_floating_point() else value
+    for name in names:
+        module, attribute = _owner(network, name)
+        expected = getattr(module, attribute)
+        if expected is None:  # a bias that the source did not have
+            expected = torch.empty(module.weight.shape[1 if isinstance(module, Conv1D) else 0])
+        _check_shape(tensor, tuple(value.shape), expected, name)
+        _set(network, name, parameter)
+
+
+def _check_shape(tensor: str, found: tuple[int, ...], expected: torch.Tensor, name: str) -> None:
+    if found != tuple(expected.shape):
+        raise InconsistentFileError(
+            f"tensor {tensor!r} has shape {found}, but {name!r} of the config's architecture "
+            f"needs {tuple(expected.shape)}"
+        )
+
+
+def _raw(value: RawTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Copy an unquantized tensor out of the file; floating ones become `dtype`."""
+    data = value.data.copy()
+    if value.dtype == "bf16":
+        tensor = torch.from_numpy(data.view("int16")).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(data)
+    tensor = tensor.reshape(value.shape)
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _owner(network: nn.Module, name: str) -> tuple[Any, str]:
+    """Return the module that holds parameter `name`, and the parameter's name in it."""
+    path, _, attribute = name.rpartition(".")
+    return network.get_submodule(path), attribute
+
+
+def _set(network: nn.Module, name: str, value: torch.Tensor) -> None:
+    module, attribute = _owner(network, name)
+    setattr(module, attribute, value)
+
+
+def _persistent_buffers(network: nn.Module) -> list[str]:
+    """Names of buffers that a checkpoint may carry, and that have a computed value otherwise."""
+    saved = network.state_dict().keys()
+    return [name for name, _ in network.named_buffers() if name in saved]
+
+
+def _generation_config(reader: Reader, config: Any) -> GenerationConfig:
+    """Return the file's generation config, or the one that follows from the model's config."""
+    if "generation_config.json" not in reader.files:
+        return GenerationConfig.from_model_config(config)
+    try:
+        settings = json.loads(reader.file("generation_config.json"))
+        with warnings.catch_warnings():  # about the author's choices, which nobody here can change
+            warnings.simplefilter("ignore", UserWarning)
+            return GenerationConfig.from_dict(settings)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InconsistentFileError(f"generation_config.json of the file: {error}") from error

@@ -1,0 +1,47 @@
+"""The JSON files that a `.cvxq` file carries, without transformers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from cvxq_format import Reader
+
+from cvxq.errors import InconsistentFileError, MissingPartError
+
+
+def needed_part(reader: Reader, name: str) -> bytes:
+    """Return the carried file `name`; MissingPartError when there is none."""
+    if name not in reader.files:
+        raise MissingPartError(f"the file has no {name}, without which it cannot be run")
+    return reader.file(name)
+
+
+def json_part(reader: Reader, name: str) -> dict[str, Any]:
+    """Return the carried JSON object `name`, empty when the file has none.
+
+    Raises InconsistentFileError when it is not a JSON object.
+    """
+    if name not in reader.files:
+        return {}
+    try:
+        value = json.loads(reader.file(name))
+    except ValueError as error:
+        raise InconsistentFileError(f"{name} of the file is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InconsistentFileError(f"{name} of the file is not a JSON object")
+    return value
+
+
+def end_ids(reader: Reader) -> frozenset[int] | None:
+    """Tokens that end a text: those of the generation config, else of the config.
+
+    None when neither says, and the defaults of the architecture hold.
+    """
+    for name in ("generation_config.json", "config.json"):
+        ids = json_part(reader, name).get("eos_token_id")
+        if isinstance(ids, int):
+            return frozenset([ids])
+        if isinstance(ids, list):
+            return frozenset(ids)
+    return frozenset() if "eos_token_id" in json_part(reader, "config.json") else None

@@ -1,0 +1,66 @@
+"""The tokens a model has read, and what of them the next text can reuse.
+
+A `Session` outlives one answer: the next prompt of a chat usually begins with everything read so
+far, and only what differs is computed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from cvxq.errors import ArgumentError, ContextError
+
+Logits = npt.NDArray[np.float32]
+
+
+class Session(ABC):
+    """A model in the middle of a text: `ids` are the tokens read so far."""
+
+    def __init__(self, context_length: int | None) -> None:
+        """Start with an empty text; `context_length` None means that there is no limit."""
+        self.context_length = context_length
+        self.ids: list[int] = []
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens may still be read, or None when there is no limit."""
+        return None if self.context_length is None else self.context_length - len(self.ids)
+
+    def resume(self, ids: Sequence[int]) -> Logits:
+        """Read the text `ids` from its beginning, computing only what differs from before.
+
+        Returns the logits (V,) float32 after its last token.  Raises ContextError when it is
+        longer than the context.
+        """
+        if not ids:
+            raise ArgumentError("the prompt has no tokens; give at least one")
+        if self.context_length is not None and len(ids) > self.context_length:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens, but the model's context holds "
+                f"{self.context_length}; shorten it"
+            )
+        shared = 0
+        for ours, theirs in zip(self.ids, ids[:-1], strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        self.rewind(shared)
+        return self.feed(ids[len(self.ids) :])
+
+    def feed(self, ids: Sequence[int]) -> Logits:
+        """Read `ids` (at least one) after the text so far; return logits (V,) float32."""
+        if self.room is not None and len(ids) > self.room:
+            raise ContextError(f"the model's context of {self.context_length} tokens is full")
+        return self._read(ids)
+
+    @abstractmethod
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens, or even more where nothing can be kept."""
+
+    @abstractmethod
+    def _read(self, ids: Sequence[int]) -> Logits:
+        """Read `ids`, which fit the context, and append them to `self.ids`."""
