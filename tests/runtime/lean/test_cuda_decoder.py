@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from cvxq.lean.cuda import WORKING_BYTES, open_cuda_decoder
 from cvxq.lean.spec import read_spec
 from cvxq.lean.torch_decoder import TorchDecoder
+from cvxq.lean.torch_opening import WORKING_BYTES, open_torch_decoder
 from cvxq.lean.weights import find_weights
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader
@@ -29,7 +29,7 @@ def decoder_of(made: Any) -> TorchDecoder:
     with Reader(made.path) as reader:
         config = json.loads(reader.file("config.json"))
         spec = read_spec(config)
-        return open_cuda_decoder(spec, find_weights(spec, reader), reader, "cuda", config)
+        return open_torch_decoder(spec, find_weights(spec, reader), reader, "cuda", config)
 
 
 def drawn(decoder: TorchDecoder, count: int = 20, **settings: Any) -> list[int]:

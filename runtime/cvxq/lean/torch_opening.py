@@ -1,8 +1,8 @@
-"""The lean decoder on a CUDA device, with its matrices packed.
+"""Open a lean decoder in torch: on a CUDA device with its matrices packed.
 
-Memory at its peak: packed weights, keys and values, and a tenth of both, plus WORKING_BYTES for
-activations, the kernels' scratch and what repacking one matrix takes (a test on a device holds it
-to that).  The CUDA context itself, which no tensor shares, comes on top.
+Memory of the device at its peak: packed weights, keys and values, and a tenth of both, plus
+WORKING_BYTES for activations, the kernels' scratch and what repacking one matrix takes (a test on
+a device holds it to that).  The CUDA context itself, which no tensor shares, comes on top.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cvxq.lean.weights import DecoderWeights
 WORKING_BYTES = 1 << 29
 
 
-def open_cuda_decoder(
+def open_torch_decoder(
     spec: DecoderSpec,
     found: DecoderWeights,
     reader: Reader,
@@ -34,10 +34,14 @@ def open_cuda_decoder(
     """Load the weights `found` of an open file to `device` and make a decoder of them.
 
     config: the file's config.json, for the type to compute in; keep_packed: False expands all
-    matrices, for comparisons.
+    matrices, as happens anyway on a device that is not CUDA.
     """
-    torch.cuda.set_device(device)
-    target, dtype = torch.device(device), compute_dtype(config)
+    target = torch.device(device)
+    if target.type != "cuda":
+        weights = load_weights(spec, found, reader, target, torch.float32)
+        return TorchDecoder(TorchNetwork(spec, weights, target, torch.float32))
+    torch.cuda.set_device(target)
+    dtype = compute_dtype(config)
 
     def pack(weights: Sequence[PackedWeight]) -> Weight:
         from cvxq_kernels.gpu import GpuWeight
