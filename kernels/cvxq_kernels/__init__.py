@@ -1,10 +1,23 @@
 """Operations on weights that stay packed in memory.
 
-`PackedWeight` holds one quantized matrix as its file stores it; each folder is one operation:
-`dequantize` expands codes to weights.  Triton is imported by the launchers that use it, never
-by this package, so that a machine without it can load the CPU paths.
+`PackedWeight` holds one quantized matrix as its file stores it, in PyTorch; each folder is one
+operation on it: `dequantize` expands codes to weights.  `cpu` is a world of its own, native code
+that needs numpy but not PyTorch.  Nothing heavy is imported before it is used: neither PyTorch,
+for `cpu` alone, nor Triton, for a machine without it.
 """
 
-from cvxq_kernels.packed import PackedWeight
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cvxq_kernels.packed import PackedWeight
 
 __all__ = ["PackedWeight"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `PackedWeight`, and PyTorch with it, when it is first asked for."""
+    if name == "PackedWeight":
+        from cvxq_kernels.packed import PackedWeight
+
+        return PackedWeight
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

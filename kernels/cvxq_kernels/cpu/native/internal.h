@@ -1,0 +1,218 @@
+/* What the files of this library share: the packed layout and the table of one instruction set.
+ *
+ * Layout.  Columns of a cluster are visited in an order in which depths never fall, so that each
+ * depth is one run.  Rows of a cluster are cut into tiles of 4, 2 or 1 strips; a strip is 16 rows,
+ * one 32-bit lane each.  A code vector is 64 bytes: 16 rows × 4 consecutive columns (a quad), which
+ * is what 8-bit dot products take.  Eight code vectors form a unit, stored in exactly 64·B bytes at
+ * depth B (pack_unit in unit.c).  With S strips a unit spans 8/S quads, vector q·S + s holding
+ * quad q of strip s.  A run is padded to whole units; its inputs there are zero.
+ *
+ * Arithmetic.  Inputs, times the group's scale, are rounded per block of 64 columns: to 8 bits for
+ * depths 1–4, to 16 bits in two planes (256·high + low) for depths 5–8.  Levels are rounded alike,
+ * stored with 128 added to the (high) byte because dot products want one unsigned side; `start`
+ * takes that out again.  Sums inside a block are exact integers, so every instruction set and any
+ * number of threads gives the same result up to the order of a few float32 operations.
+ */
+#ifndef CVXQ_INTERNAL_H
+#define CVXQ_INTERNAL_H
+
+#include <stdatomic.h>
+#include <string.h>
+
+#include "cvxq.h"
+
+enum {
+    STRIP = 16,        /* rows of a strip */
+    VECTOR = 64,       /* bytes of a code vector, codes in it */
+    UNIT = 8,          /* code vectors of a unit */
+    BLOCK = 64,        /* columns that share one rounding of the input */
+    TILE = 64,         /* most rows of a tile */
+    BATCH = 4,         /* inputs that one pass over a tile serves */
+    NARROW = 4,        /* deepest depth whose levels and inputs have 8 bits */
+    NATIVE = 16,       /* largest M that goes through the integer path */
+    ITEM_TILES = 4,    /* most tiles of one item of work */
+};
+
+/* Columns that a unit spans, for tiles of `strips` strips. */
+static inline int64_t unit_columns(int strips) { return 4 * UNIT / strips; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Row of a tile that lane `lane` of strip `strip` holds: four rows in turn go to each strip, which
+ * is the order that interleaving bytes of columns gives. */
+static inline int lane_row(int strips, int strip, int lane) {
+    return 4 * (lane / 4 * strips + strip) + lane % 4;
+}
+
+typedef struct {
+    int32_t depth;        /* 0 only where the matrix has means */
+    int32_t first, count; /* columns, as places in the cluster's order */
+} cvxq_run;
+
+typedef struct {
+    int64_t codes;  /* first byte of its units */
+    int32_t strips; /* 4, 2 or 1 */
+} cvxq_tile;
+
+typedef struct {
+    const int32_t *order; /* its own order of columns, or NULL for the matrix's */
+    int32_t first_run, runs;
+    int32_t blocks; /* over all runs of depth 1–8 */
+} cvxq_cluster;
+
+typedef struct {
+    int64_t cost; /* bytes of all items before */
+    int32_t cluster, first_tile, tiles;
+} cvxq_item;
+
+/* Rounded level tables, as every instruction set wants them. A table with a shift in its name
+ * answers for the code that starts at that bit of the index, whatever the other bits are. */
+typedef struct {
+    _Alignas(64) uint8_t narrow1[6][64]; /* [shift] */
+    uint8_t narrow2[3][64];              /* [shift / 2] */
+    uint8_t narrow3[2][64];              /* [shift / 3] */
+    uint8_t narrow4[64];
+    uint8_t high[4][256], low[4][256]; /* [depth − 5][code], periodic */
+    float unit[9];                     /* value of one step of the rounded levels */
+    float level[512];                  /* unrounded: depth B's table at [2^B, 2^(B+1)) */
+} cvxq_tables;
+
+/* An input row as one cluster wants it. */
+typedef struct {
+    int8_t *high;    /* (blocks, 64) */
+    int8_t *low;     /* (blocks, 64), written for depths 5–8 */
+    float *scale;    /* (blocks,) value of one step of the integer sum */
+    int32_t *start;  /* (blocks,) what the sum with `high` starts from */
+    int32_t *start2; /* (blocks,) what the sum of second order starts from */
+    float *exact;    /* (blocks, 64) input times scale, in the exact mode only */
+    float mean;      /* what the groups' means add to every row */
+} cvxq_input;
+
+/* Element k of a dense row, as float32. */
+static inline float cvxq_widen(const void *row, int dtype, int64_t k) {
+    uint32_t bits;
+    float value;
+    if (dtype == CVXQ_F32) return ((const float *)row)[k];
+    const uint16_t half = ((const uint16_t *)row)[k];
+    if (dtype == CVXQ_BF16) {
+        bits = (uint32_t)half << 16;
+    } else {
+        /* Put exponent and mantissa where float32 has them; the product mends the exponent's bias,
+         * subnormals included. Infinity and NaN keep all exponent bits. */
+        bits = (uint32_t)(half & 0x7fff) << 13;
+        memcpy(&value, &bits, 4);
+        value *= 0x1p112f;
+        memcpy(&bits, &value, 4);
+        if ((half & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+        bits |= (uint32_t)(half & 0x8000) << 16;
+    }
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+typedef enum { KIND_PACKED, KIND_DENSE, KIND_TRANSPOSED } cvxq_kind;
+
+struct cvxq_matrix {
+    cvxq_kind kind;
+    int64_t outputs, inputs, bytes;
+    float *bias; /* (N,), or NULL */
+    cvxq_item *items;
+    int64_t item_count;
+    uint8_t *codes; /* units, or dense weights, or bit planes */
+    int64_t code_bytes;
+    /* packed and transposed */
+    cvxq_tables *tables;
+    float scales[256];
+    int few_scales;  /* no scale code above 63 */
+    float mean_step; /* 0 without means */
+    uint8_t *scale_codes;
+    int8_t *mean_codes;
+    int32_t *order; /* (K,), or NULL for the natural one; transposed: row at each position */
+    /* packed */
+    cvxq_cluster *clusters;
+    cvxq_run *runs;
+    cvxq_tile *tiles;
+    int32_t *targets;        /* (tiles, 64): output of each lane, −1 for none */
+    int32_t *places;         /* (N,): tile · 64 + lane of each output */
+    int32_t *tile_cluster;   /* (tiles,) */
+    int32_t *cluster_orders; /* what `order` of clusters points into, or NULL */
+    int64_t cluster_count, tile_count, most_blocks;
+    /* dense */
+    int dtype;
+    /* transposed */
+    int64_t group_size;
+    uint8_t *depths;       /* (clusters, N) */
+    int64_t *chunk_starts; /* (clusters, items): first byte of the item's columns */
+};
+
+/* One instruction set. */
+typedef struct {
+    const char *name;
+    /* Round input `x`, already in the cluster's order, for one cluster. */
+    void (*prepare)(const cvxq_matrix *w, const cvxq_cluster *cluster, int64_t groups,
+                    const float *x, cvxq_input *out);
+    /* sums (batch, 64) float32 = products of one tile's rows with 1, 2 or 4 inputs. */
+    void (*tile)(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,
+                 const cvxq_input *inputs, int batch, float *sums);
+    /* sums (batch,) = one dense row of K weights times 1, 2 or 4 inputs that lie `stride` apart. */
+    void (*dense)(const void *row, int dtype, int64_t inputs, const float *x, int64_t stride,
+                  int batch, float *sums);
+} cvxq_ops;
+
+extern const cvxq_ops cvxq_ops_scalar;
+#if defined(__x86_64__)
+extern const cvxq_ops cvxq_ops_avx2, cvxq_ops_avx512;
+#elif defined(__aarch64__)
+extern const cvxq_ops cvxq_ops_neon;
+#endif
+const cvxq_ops *cvxq_ops_in_use(void);
+
+/* pool.c: memory of one part, or shared by all (part −1), 64-byte aligned; grows between tasks
+ * only, and what it held is then lost. Never NULL: without memory the process ends. */
+void *cvxq_pool_scratch(cvxq_pool *pool, int part, size_t bytes);
+
+/* arena.c: large read-only memory on huge pages where the system has them. */
+void *cvxq_arena_new(size_t bytes);
+void cvxq_arena_free(void *memory, size_t bytes);
+
+/* unit.c: eight code vectors to 64·depth bytes and back, and one code of them. */
+void cvxq_pack_unit(int depth, const uint8_t codes[UNIT][VECTOR], uint8_t *out);
+void cvxq_unpack_unit(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]);
+int cvxq_unit_code(int depth, const uint8_t *unit, int vector, int byte);
+
+/* prepare.c: `prepare` for any processor (with out->exact set it only scales), and the end of a
+ * block for the others: `most` is the largest magnitude, NaN if an input was not finite. */
+void cvxq_prepare_portable(const cvxq_matrix *w, const cvxq_cluster *cluster, int64_t groups,
+                           const float *x, cvxq_input *out);
+void cvxq_finish_block(cvxq_input *out, int64_t block, int depth, float unit, float most,
+                       int32_t sum, int32_t low_sum);
+
+/* tables.c */
+void cvxq_tables_fill(cvxq_tables *tables, const float *levels);
+
+/* spread.c: codes of rows [8·first_byte, 8·(first_byte + bytes)) of one group, a byte each. */
+void cvxq_spread(const uint8_t *planes, int depth, int64_t plane_bytes, int64_t first_byte,
+                 int64_t bytes, uint8_t *codes);
+
+/* The kinds of matrices: what one item of work adds to the result. x is in order where the kind
+ * has one: (M, K) for packed matrices that share an order, (M, K) as given otherwise. */
+typedef struct {
+    const cvxq_matrix *weight;
+    const float *x; /* (M, K), in the matrix's order */
+    float *y;       /* (M, N) */
+    int64_t m;
+    int exact;
+} cvxq_job;
+void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, void *scratch);
+size_t cvxq_packed_scratch(const cvxq_matrix *w, int exact);
+void cvxq_packed_row(const cvxq_matrix *w, int64_t row, float *out);
+void cvxq_dense_item(const cvxq_job *job, const cvxq_item *item);
+void cvxq_dense_row(const cvxq_matrix *w, int64_t row, float *out);
+void cvxq_transposed_item(const cvxq_job *job, const cvxq_item *item, void *scratch);
+size_t cvxq_transposed_scratch(const cvxq_matrix *w);
+void cvxq_transposed_row(const cvxq_matrix *w, int64_t row, float *out);
+void cvxq_exact_tile(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,
+                     const cvxq_input *inputs, int batch, float *sums);
+
+#endif

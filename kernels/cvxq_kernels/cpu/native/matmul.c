@@ -1,0 +1,211 @@
+/* Products and rows of any kind of matrix, cut into items of work for the pool's threads.
+ *
+ * Every part starts with its own stretch of items, of equal cost, and then helps the others: memory
+ * is read in long runs, and a thread that the system put aside holds nobody up. An item computes
+ * its outputs alone, in one order of operations, so who does it changes nothing.
+ */
+#include <stdlib.h>
+
+#include "internal.h"
+
+enum { MOST_WEIGHTS = 8 };
+
+typedef struct {
+    _Alignas(64) atomic_llong next;
+    int64_t end;
+} stretch;
+
+typedef struct {
+    cvxq_pool *pool;
+    cvxq_job jobs[MOST_WEIGHTS];
+    const float *x;
+    float *ordered[MOST_WEIGHTS]; /* (M, K) to fill, or NULL */
+    int count;
+    int64_t m, inputs;
+    stretch *stretches;
+} product;
+
+/* Inputs in the order of each matrix; the parts share the columns. */
+static void put_in_order(product *p, int part, int parts) {
+    const int64_t from = p->inputs * part / parts, to = p->inputs * (part + 1) / parts;
+    for (int i = 0; i < p->count; i++) {
+        if (!p->ordered[i]) continue;
+        const int32_t *order = p->jobs[i].weight->order;
+        for (int64_t m = 0; m < p->m; m++) {
+            const float *x = p->x + m * p->inputs;
+            float *out = p->ordered[i] + m * p->inputs;
+            for (int64_t k = from; k < to; k++) out[k] = x[order[k]];
+        }
+    }
+}
+
+static void do_item(const product *p, int64_t index, void *scratch) {
+    const cvxq_job *job = p->jobs;
+    while (index >= job->weight->item_count) index -= job++->weight->item_count;
+    const cvxq_item *item = &job->weight->items[index];
+    if (job->weight->kind == KIND_PACKED) {
+        cvxq_packed_item(job, item, scratch);
+    } else if (job->weight->kind == KIND_DENSE) {
+        cvxq_dense_item(job, item);
+    } else {
+        cvxq_transposed_item(job, item, scratch);
+    }
+}
+
+static void multiply(void *context, int part, int parts) {
+    product *p = context;
+    int is_ordered = 0;
+    for (int i = 0; i < p->count; i++) is_ordered |= p->ordered[i] != NULL;
+    if (is_ordered) {
+        put_in_order(p, part, parts);
+        cvxq_pool_barrier(p->pool);
+    }
+    void *scratch = cvxq_pool_scratch(p->pool, part, 0);
+    for (int i = 0; i < parts; i++) {
+        stretch *s = &p->stretches[(part + i) % parts];
+        for (;;) {
+            if (atomic_load_explicit(&s->next, memory_order_relaxed) >= s->end) break;
+            const int64_t item = atomic_fetch_add_explicit(&s->next, 1, memory_order_relaxed);
+            if (item >= s->end) break;
+            do_item(p, item, scratch);
+        }
+    }
+}
+
+/* Number of items whose work begins before `cost`, all matrices in turn. */
+static int64_t items_before(const product *p, int64_t cost) {
+    int64_t before = 0;
+    for (int i = 0; i < p->count; i++) {
+        const cvxq_matrix *w = p->jobs[i].weight;
+        if (cost < w->code_bytes) {
+            int64_t low = 0, high = w->item_count;
+            while (low < high) {
+                const int64_t middle = (low + high) / 2;
+                if (w->items[middle].cost < cost) {
+                    low = middle + 1;
+                } else {
+                    high = middle;
+                }
+            }
+            return before + low;
+        }
+        cost -= w->code_bytes;
+        before += w->item_count;
+    }
+    return before;
+}
+
+static void cut_work(product *p, int parts) {
+    int64_t total = 0, last = 0;
+    for (int i = 0; i < p->count; i++) total += p->jobs[i].weight->code_bytes;
+    for (int part = 0; part < parts; part++) {
+        /* In steps that cannot overflow; the last stretch takes all that is left. */
+        const int64_t end =
+            part + 1 < parts ? items_before(p, total / parts * (part + 1)) : INT64_MAX;
+        atomic_store(&p->stretches[part].next, last);
+        last = p->stretches[part].end = max_of(end, last);
+    }
+    int64_t items = 0;
+    for (int i = 0; i < p->count; i++) items += p->jobs[i].weight->item_count;
+    for (int part = 0; part < parts; part++)
+        p->stretches[part].end = min_of(p->stretches[part].end, items);
+}
+
+static size_t scratch_of(const cvxq_matrix *w, int exact) {
+    if (w->kind == KIND_PACKED) return cvxq_packed_scratch(w, exact);
+    return w->kind == KIND_TRANSPOSED ? cvxq_transposed_scratch(w) : 0;
+}
+
+/* One product of at most MOST_WEIGHTS matrices with at most NATIVE inputs. */
+static void multiply_some(cvxq_pool *pool, const cvxq_matrix *const *weights, int count,
+                          const float *x, int64_t m, float *const *y, int exact) {
+    const int parts = cvxq_pool_threads(pool);
+    const int64_t inputs = weights[0]->inputs;
+    const size_t ordered = ((size_t)(m * inputs) * sizeof(float) + 63) & ~(size_t)63;
+    size_t scratch = 64;
+    for (int i = 0; i < count; i++)
+        scratch = (size_t)max_of((int64_t)scratch, (int64_t)scratch_of(weights[i], exact));
+    for (int part = 0; part < parts; part++) cvxq_pool_scratch(pool, part, scratch);
+    char *shared =
+        cvxq_pool_scratch(pool, -1, sizeof(stretch) * (size_t)parts + ordered * (size_t)count);
+    product p = {.pool = pool, .x = x, .count = count, .m = m, .inputs = inputs};
+    p.stretches = (stretch *)shared;
+    shared += sizeof(stretch) * (size_t)parts;
+    for (int i = 0; i < count; i++, shared += ordered) {
+        p.ordered[i] = weights[i]->order ? (float *)shared : NULL;
+        p.jobs[i] = (cvxq_job){weights[i], p.ordered[i] ? p.ordered[i] : x, y[i], m, exact};
+    }
+    cut_work(&p, parts);
+    cvxq_pool_run(pool, multiply, &p);
+}
+
+void cvxq_matmul(cvxq_pool *pool, const cvxq_matrix *const *weights, int count, const float *x,
+                 int64_t m, float *const *y, int exact) {
+    for (int first = 0; first < count; first += MOST_WEIGHTS) {
+        const int some = (int)min_of(MOST_WEIGHTS, count - first);
+        for (int64_t at = 0; at < m; at += NATIVE) {
+            float *part[MOST_WEIGHTS];
+            for (int i = 0; i < some; i++)
+                part[i] = y[first + i] + at * weights[first + i]->outputs;
+            multiply_some(pool, weights + first, some, x + at * weights[0]->inputs,
+                          min_of(NATIVE, m - at), part, exact);
+        }
+    }
+}
+
+typedef struct {
+    const cvxq_matrix *matrix;
+    const int64_t *ids;
+    int64_t count;
+    float *out;
+} rows_job;
+
+static void expand_rows(void *context, int part, int parts) {
+    const rows_job *job = context;
+    const cvxq_matrix *w = job->matrix;
+    for (int64_t i = part; i < job->count; i += parts) {
+        float *out = job->out + i * w->inputs;
+        if (w->kind == KIND_PACKED) {
+            cvxq_packed_row(w, job->ids[i], out);
+        } else if (w->kind == KIND_DENSE) {
+            cvxq_dense_row(w, job->ids[i], out);
+        } else {
+            cvxq_transposed_row(w, job->ids[i], out);
+        }
+    }
+}
+
+void cvxq_rows(cvxq_pool *pool, const cvxq_matrix *matrix, const int64_t *ids, int64_t count,
+               float *out) {
+    rows_job job = {matrix, ids, count, out};
+    if (count == 1) { /* one token: not worth waking anyone */
+        expand_rows(&job, 0, 1);
+    } else {
+        cvxq_pool_run(pool, expand_rows, &job);
+    }
+}
+
+typedef struct {
+    const uint64_t *words;
+    int64_t count;
+    atomic_ullong sum;
+} reading;
+
+static void read_part(void *context, int part, int parts) {
+    reading *job = context;
+    const int64_t from = job->count / parts * part;
+    const int64_t to = part + 1 < parts ? job->count / parts * (part + 1) : job->count;
+    uint64_t sums[64] = {0};
+    int64_t i = from;
+    for (; i + 64 <= to; i += 64)
+        for (int j = 0; j < 64; j++) sums[j] ^= job->words[i + j];
+    for (; i < to; i++) sums[0] ^= job->words[i];
+    for (int j = 1; j < 64; j++) sums[0] ^= sums[j];
+    atomic_fetch_xor(&job->sum, sums[0]);
+}
+
+uint64_t cvxq_read_through(cvxq_pool *pool, const void *memory, int64_t bytes) {
+    reading job = {memory, bytes / 8, 0};
+    cvxq_pool_run(pool, read_part, &job);
+    return job.sum;
+}

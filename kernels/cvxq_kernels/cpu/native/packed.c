@@ -1,0 +1,151 @@
+/* Products with, and rows of, a packed matrix. */
+#include <string.h>
+
+#include "internal.h"
+
+/* Scratch of one part: the inputs of a batch as a cluster wants them, and a tile's sums. */
+typedef struct {
+    cvxq_input inputs[BATCH];
+    float *sums;     /* (BATCH, 64) */
+    float *gathered; /* (K,) for clusters with an order of their own */
+} workspace;
+
+static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+
+/* Lay out the scratch at `memory` (NULL only to measure it); returns its bytes. */
+static size_t lay_out(const cvxq_matrix *w, int exact, char *memory, workspace *space) {
+    const size_t blocks = (size_t)w->most_blocks;
+    size_t used = 0;
+#define TAKE(field, size) \
+    do {                  \
+        if (memory) field = (void *)(memory + used); \
+        used += aligned(size); \
+    } while (0)
+    TAKE(space->sums, sizeof(float) * BATCH * TILE);
+    TAKE(space->gathered, sizeof(float) * (size_t)w->inputs);
+    for (int m = 0; m < BATCH; m++) {
+        cvxq_input *input = &space->inputs[m];
+        *input = (cvxq_input){0};
+        if (exact) {
+            TAKE(input->exact, sizeof(float) * BLOCK * blocks);
+            continue;
+        }
+        TAKE(input->high, BLOCK * blocks);
+        TAKE(input->low, BLOCK * blocks);
+        TAKE(input->scale, sizeof(float) * blocks);
+        TAKE(input->start, sizeof(int32_t) * blocks);
+        TAKE(input->start2, sizeof(int32_t) * blocks);
+    }
+#undef TAKE
+    return used;
+}
+
+size_t cvxq_packed_scratch(const cvxq_matrix *w, int exact) {
+    workspace space;
+    return lay_out(w, exact, NULL, &space);
+}
+
+static void store(const cvxq_job *job, int64_t tile, int64_t m, const float *sums, float mean) {
+    const cvxq_matrix *w = job->weight;
+    const int32_t *targets = w->targets + tile * TILE;
+    float *y = job->y + m * w->outputs;
+    for (int lane = 0; lane < w->tiles[tile].strips * STRIP; lane++) {
+        const int32_t target = targets[lane];
+        if (target < 0) continue;
+        y[target] = sums[lane] + mean + (w->bias ? w->bias[target] : 0);
+    }
+}
+
+void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, void *scratch) {
+    const cvxq_matrix *w = job->weight;
+    const cvxq_ops *ops = cvxq_ops_in_use();
+    const cvxq_cluster *cluster = &w->clusters[item->cluster];
+    const int64_t groups = item->cluster * w->inputs;
+    workspace space;
+    lay_out(w, job->exact, scratch, &space);
+    int batch;
+    for (int64_t m = 0; m < job->m; m += batch) {
+        batch = job->m - m >= 4 ? 4 : job->m - m >= 2 ? 2 : 1;
+        for (int b = 0; b < batch; b++) {
+            const float *x = job->x + (m + b) * w->inputs;
+            if (cluster->order) {
+                for (int64_t k = 0; k < w->inputs; k++) space.gathered[k] = x[cluster->order[k]];
+                x = space.gathered;
+            }
+            if (job->exact) {
+                cvxq_prepare_portable(w, cluster, groups, x, &space.inputs[b]);
+            } else {
+                ops->prepare(w, cluster, groups, x, &space.inputs[b]);
+            }
+        }
+        for (int64_t t = item->first_tile; t < item->first_tile + item->tiles; t++) {
+            if (job->exact) {
+                cvxq_exact_tile(w, cluster, &w->tiles[t], space.inputs, batch, space.sums);
+            } else {
+                ops->tile(w, cluster, &w->tiles[t], space.inputs, batch, space.sums);
+            }
+            for (int b = 0; b < batch; b++)
+                store(job, t, m + b, space.sums + b * TILE, space.inputs[b].mean);
+        }
+    }
+}
+
+/* sums[row] += level · input for one unit, in float32. */
+static void exact_unit(const cvxq_matrix *w, int depth, const uint8_t *unit, int strips,
+                       const float *x, float *sums) {
+    uint8_t codes[UNIT][VECTOR];
+    const float *levels = w->tables->level + (1 << depth);
+    cvxq_unpack_unit(depth, unit, codes);
+    for (int v = 0; v < UNIT; v++) {
+        float *strip = sums + v % strips * STRIP;
+        const float *quad = x + v / strips * 4;
+        for (int i = 0; i < STRIP; i++)
+            for (int j = 0; j < 4; j++) strip[i] += levels[codes[v][4 * i + j]] * quad[j];
+    }
+}
+
+void cvxq_exact_tile(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,
+                     const cvxq_input *inputs, int batch, float *sums) {
+    const int64_t per_unit = unit_columns(tile->strips);
+    memset(sums, 0, sizeof(float) * TILE * (size_t)batch);
+    for (int b = 0; b < batch; b++) {
+        const uint8_t *unit = w->codes + tile->codes;
+        int64_t block = 0;
+        for (int32_t r = 0; r < cluster->runs; r++) {
+            const cvxq_run *run = &w->runs[cluster->first_run + r];
+            if (!run->depth) continue;
+            for (int64_t at = 0; at < run->count; at += per_unit, unit += VECTOR * run->depth)
+                exact_unit(w, run->depth, unit, tile->strips, inputs[b].exact + block * BLOCK + at,
+                           sums + b * TILE);
+            block += ceil_div(run->count, BLOCK);
+        }
+    }
+}
+
+void cvxq_packed_row(const cvxq_matrix *w, int64_t row, float *out) {
+    const int64_t index = w->places[row] / TILE;
+    const int strip = w->places[row] % TILE / STRIP, lane = w->places[row] % STRIP;
+    const int64_t number = w->tile_cluster[index], groups = number * w->inputs;
+    const cvxq_tile *tile = &w->tiles[index];
+    const cvxq_cluster *cluster = &w->clusters[number];
+    const int32_t *order = cluster->order ? cluster->order : w->order;
+    const int per_unit = (int)unit_columns(tile->strips);
+    const uint8_t *units = w->codes + tile->codes;
+    memset(out, 0, sizeof(float) * (size_t)w->inputs);
+    for (int32_t r = 0; r < cluster->runs; r++) {
+        const cvxq_run *run = &w->runs[cluster->first_run + r];
+        const float *levels = w->tables->level + (1 << run->depth);
+        for (int32_t i = 0; i < run->count; i++) {
+            const int64_t at = run->first + i;
+            float value = 0;
+            if (run->depth) {
+                const uint8_t *unit = units + i / per_unit * VECTOR * run->depth;
+                const int vector = i % per_unit / 4 * tile->strips + strip;
+                value = levels[cvxq_unit_code(run->depth, unit, vector, 4 * lane + i % 4)];
+            }
+            if (w->mean_codes) value += (float)w->mean_codes[groups + at] * w->mean_step;
+            out[order ? order[at] : at] = w->scales[w->scale_codes[groups + at]] * value;
+        }
+        units += ceil_div(run->count, per_unit) * VECTOR * run->depth;
+    }
+}

@@ -1,0 +1,236 @@
+/* From the file's bit planes to units of code vectors, cluster by cluster on all threads. */
+#include "repack.h"
+
+#include <stdlib.h>
+
+typedef struct {
+    cvxq_matrix *w;
+    const cvxq_companded *source;
+    const int64_t *code_start; /* (clusters,): first byte in the file */
+    const int64_t *first_row;  /* (clusters + 1,): first stored position */
+    int64_t *starts;           /* (parts, K): scratch, first byte of each column's planes */
+    atomic_llong next;
+} repack_job;
+
+/* Depths along `order`, or the natural order: do they never fall? */
+static int is_sorted(const uint8_t *depths, const int32_t *order, int64_t columns) {
+    int last = 0;
+    for (int64_t k = 0; k < columns; k++) {
+        const int depth = depths[order ? order[k] : k];
+        if (depth < last) return 0;
+        last = depth;
+    }
+    return 1;
+}
+
+/* Columns by depth, equal ones in their natural order. */
+static void sort_columns(const uint8_t *depths, int64_t columns, int32_t *order) {
+    int64_t at[10] = {0};
+    for (int64_t k = 0; k < columns; k++) at[depths[k] + 1]++;
+    for (int depth = 1; depth < 10; depth++) at[depth] += at[depth - 1];
+    for (int64_t k = 0; k < columns; k++) order[at[depths[k]]++] = (int32_t)k;
+}
+
+/* Find runs and, where the shared order does not sort a cluster, an order of its own. */
+static int plan_clusters(cvxq_matrix *w, const cvxq_companded *source) {
+    const int64_t columns = w->inputs, count = w->cluster_count;
+    uint8_t *is_own = calloc((size_t)count, 1);
+    w->runs = calloc((size_t)count * 9, sizeof *w->runs);
+    w->clusters = calloc((size_t)count, sizeof *w->clusters);
+    if (!is_own || !w->runs || !w->clusters) {
+        free(is_own);
+        return 0;
+    }
+    int64_t own = 0;
+    for (int64_t c = 0; c < count; c++)
+        own += is_own[c] = !is_sorted(source->depths + c * columns, source->order, columns);
+    if (own) w->cluster_orders = malloc((size_t)(own * columns) * sizeof *w->cluster_orders);
+    int is_whole = !own || w->cluster_orders;
+    int32_t runs = 0;
+    own = 0;
+    for (int64_t c = 0; is_whole && c < count; c++) {
+        const uint8_t *depths = source->depths + c * columns;
+        cvxq_cluster *cluster = &w->clusters[c];
+        int32_t have[9] = {0};
+        for (int64_t k = 0; k < columns; k++) have[depths[k]]++;
+        if (is_own[c]) {
+            int32_t *order = w->cluster_orders + own++ * columns;
+            sort_columns(depths, columns, order);
+            cluster->order = order;
+        }
+        cluster->first_run = runs;
+        for (int32_t depth = 0, first = 0; depth <= 8; first += have[depth++]) {
+            if (!have[depth] || (!depth && !source->mean_codes)) continue;
+            w->runs[runs++] = (cvxq_run){depth, first, have[depth]};
+            if (depth) cluster->blocks += (int32_t)ceil_div(have[depth], BLOCK);
+        }
+        cluster->runs = runs - cluster->first_run;
+        w->most_blocks = max_of(w->most_blocks, cluster->blocks);
+    }
+    w->bytes += own * columns * 4 + runs * (int64_t)sizeof *w->runs +
+                count * (int64_t)sizeof *w->clusters;
+    free(is_own);
+    return is_whole;
+}
+
+static int64_t tile_bytes(const cvxq_matrix *w, const cvxq_cluster *cluster, int strips) {
+    int64_t bytes = 0;
+    for (int32_t r = 0; r < cluster->runs; r++) {
+        const cvxq_run *run = &w->runs[cluster->first_run + r];
+        bytes += ceil_div(run->count, unit_columns(strips)) * VECTOR * run->depth;
+    }
+    return bytes;
+}
+
+/* Cut clusters into tiles and tiles into items of work, and say where every row goes. */
+static int plan_tiles(cvxq_matrix *w, const cvxq_companded *source, const int64_t *first_row) {
+    int64_t most = 0;
+    for (int64_t c = 0; c < w->cluster_count; c++)
+        most += (first_row[c + 1] - first_row[c]) / TILE + 2;
+    w->tiles = calloc((size_t)most, sizeof *w->tiles);
+    w->items = calloc((size_t)most, sizeof *w->items);
+    w->tile_cluster = calloc((size_t)most, sizeof *w->tile_cluster);
+    w->targets = malloc((size_t)(most * TILE) * sizeof *w->targets);
+    w->places = calloc((size_t)w->outputs, sizeof *w->places);
+    if (!w->tiles || !w->items || !w->tile_cluster || !w->targets || !w->places) return 0;
+    int64_t tile = 0, item = 0, bytes = 0;
+    for (int64_t c = 0; c < w->cluster_count; c++) {
+        int64_t in_cluster = 0;
+        for (int64_t row = first_row[c]; row < first_row[c + 1]; tile++, in_cluster++) {
+            const int64_t strips_left = ceil_div(first_row[c + 1] - row, STRIP);
+            const int strips = strips_left >= 4 ? 4 : strips_left >= 2 ? 2 : 1;
+            if (in_cluster % ITEM_TILES == 0)
+                w->items[item++] = (cvxq_item){bytes, (int32_t)c, (int32_t)tile, 0};
+            w->items[item - 1].tiles++;
+            w->tiles[tile] = (cvxq_tile){bytes, strips};
+            w->tile_cluster[tile] = (int32_t)c;
+            for (int lane = 0; lane < TILE; lane++) {
+                int32_t *target = &w->targets[tile * TILE + lane];
+                *target = -1;
+                if (lane >= strips * STRIP) continue;
+                const int64_t at = row + lane_row(strips, lane / STRIP, lane % STRIP);
+                if (at >= first_row[c + 1]) continue;
+                *target = (int32_t)(source->permutation ? source->permutation[at] : at);
+                w->places[*target] = (int32_t)(tile * TILE + lane);
+            }
+            bytes += tile_bytes(w, &w->clusters[c], strips);
+            row += strips * STRIP;
+        }
+    }
+    w->tile_count = tile;
+    w->item_count = item;
+    w->code_bytes = bytes;
+    w->bytes += tile * (int64_t)(sizeof *w->tiles + 4 + 4 * TILE) + 4 * w->outputs +
+                item * (int64_t)sizeof *w->items + bytes;
+    return 1;
+}
+
+/* Codes of one tile. `first` is its first row in the cluster, `height` the cluster's rows. */
+static void repack_tile(const repack_job *job, const cvxq_cluster *cluster, const cvxq_tile *tile,
+                        const int64_t *starts, int64_t first, int64_t height) {
+    const cvxq_matrix *w = job->w;
+    const int32_t *order = cluster->order ? cluster->order : w->order;
+    const int64_t plane = (height + 7) / 8, rows = tile->strips * STRIP;
+    const int64_t bytes = min_of(rows / 8, plane - first / 8);
+    const int per_unit = (int)unit_columns(tile->strips);
+    uint8_t *out = w->codes + tile->codes;
+    for (int32_t r = 0; r < cluster->runs; r++) {
+        const cvxq_run *run = &w->runs[cluster->first_run + r];
+        if (!run->depth) continue;
+        for (int64_t i = 0; i < run->count; i += per_unit, out += VECTOR * run->depth) {
+            _Alignas(64) uint8_t columns[UNIT * VECTOR] = {0};
+            _Alignas(64) uint8_t codes[UNIT][VECTOR];
+            for (int64_t j = 0; j < min_of(per_unit, run->count - i); j++) {
+                const int64_t at = run->first + i + j;
+                cvxq_spread(job->source->codes + starts[order ? order[at] : at], run->depth,
+                            plane, first / 8, bytes, columns + j * rows);
+            }
+            cvxq_interleave(columns, tile->strips, codes);
+            cvxq_pack_unit(run->depth, codes, out);
+        }
+    }
+}
+
+static void repack_cluster(const repack_job *job, int64_t c, int64_t *starts) {
+    cvxq_matrix *w = job->w;
+    const cvxq_companded *source = job->source;
+    const cvxq_cluster *cluster = &w->clusters[c];
+    const int32_t *order = cluster->order ? cluster->order : w->order;
+    const int64_t columns = w->inputs, groups = c * columns;
+    const int64_t height = job->first_row[c + 1] - job->first_row[c];
+    int64_t at = job->code_start[c];
+    for (int64_t k = 0; k < columns; k++) {
+        starts[k] = at;
+        at += source->depths[groups + k] * ((height + 7) / 8);
+    }
+    for (int64_t k = 0; k < columns; k++) {
+        const int64_t from = groups + (order ? order[k] : k);
+        w->scale_codes[groups + k] = source->scale_codes[from];
+        if (w->mean_codes) w->mean_codes[groups + k] = source->mean_codes[from];
+    }
+    /* Tiles of a cluster follow each other; the first one is found from its first row's place. */
+    const int64_t row = job->first_row[c];
+    int64_t tile = w->places[source->permutation ? source->permutation[row] : row] / TILE;
+    for (int64_t first = 0; first < height; tile++) {
+        repack_tile(job, cluster, &w->tiles[tile], starts, first, height);
+        first += w->tiles[tile].strips * STRIP;
+    }
+}
+
+static void repack_task(void *context, int part, int parts) {
+    repack_job *job = context;
+    (void)parts;
+    for (;;) {
+        const int64_t c = atomic_fetch_add(&job->next, 1);
+        if (c >= job->w->cluster_count) return;
+        repack_cluster(job, c, job->starts + part * job->w->inputs);
+    }
+}
+
+/* First stored position and first code byte of each cluster; the bytes of all codes. */
+static int64_t find_clusters(const cvxq_companded *source, int64_t *first_row,
+                             int64_t *code_start) {
+    const int64_t part = source->rows / source->partitions;
+    int64_t c = 0, at = 0;
+    for (int64_t p = 0; p < source->partitions; p++)
+        for (int64_t i = 0; i < part; i += source->group_size, c++) {
+            const int64_t height = min_of(source->group_size, part - i);
+            int64_t planes = 0;
+            for (int64_t k = 0; k < source->columns; k++)
+                planes += source->depths[c * source->columns + k];
+            first_row[c] = p * part + i;
+            code_start[c] = at;
+            at += planes * ((height + 7) / 8);
+        }
+    first_row[c] = source->rows;
+    return at;
+}
+
+int cvxq_repack(cvxq_pool *pool, cvxq_matrix *w, const cvxq_companded *source) {
+    const int64_t columns = w->inputs;
+    const int64_t count =
+        source->partitions * ceil_div(source->rows / source->partitions, source->group_size);
+    const size_t groups = (size_t)(count * columns);
+    int64_t *first_row = malloc(sizeof(int64_t) * (size_t)(2 * count + 1));
+    int64_t *starts = malloc(sizeof(int64_t) * (size_t)(cvxq_pool_threads(pool) * columns));
+    w->cluster_count = count;
+    w->scale_codes = malloc(groups);
+    if (source->mean_codes) w->mean_codes = malloc(groups);
+    if (source->order) w->order = malloc(sizeof *w->order * (size_t)columns);
+    int is_whole = first_row && starts && w->scale_codes && (w->mean_codes || !source->mean_codes) &&
+                   (w->order || !source->order);
+    if (is_whole && source->order)
+        memcpy(w->order, source->order, sizeof *w->order * (size_t)columns);
+    is_whole = is_whole &&
+               find_clusters(source, first_row, first_row + count + 1) == source->code_bytes &&
+               plan_clusters(w, source) && plan_tiles(w, source, first_row) &&
+               (w->codes = cvxq_arena_new((size_t)w->code_bytes));
+    if (is_whole) {
+        repack_job job = {w, source, first_row + count + 1, first_row, starts, 0};
+        cvxq_pool_run(pool, repack_task, &job);
+        w->bytes += (int64_t)groups * (1 + !!source->mean_codes) + (w->order ? 4 * columns : 0);
+    }
+    free(first_row);
+    free(starts);
+    return is_whole;
+}
