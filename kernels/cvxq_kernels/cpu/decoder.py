@@ -7,15 +7,15 @@ the ctypes classes below mirror field by field.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from cvxq_kernels.cpu.library import library
-from cvxq_kernels.cpu.matrix import Matrix
-from cvxq_kernels.cpu.pool import Pool
+from cvxq_kernels.cpu.library import native
+from cvxq_kernels.cpu.matrix import Matrix, Pool
 
 Floats = npt.NDArray[np.float32]
 
@@ -163,19 +163,17 @@ class Decoder:
         """Reserve scratch for `shape.chunk` tokens; raises MemoryError when there is none."""
         self.shape = shape
         self._kept: list[object] = [pool, shape, *layers]  # the library keeps pointers to these
-        self._library = library()
-        native = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
-        self._handle = self._library.cvxq_decoder_new(
-            pool.handle, ctypes.byref(self._shape(shape, len(layers))), native
+        self._library = _declared(native())
+        described = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
+        handle = self._library.cvxq_decoder_new(
+            pool.handle, ctypes.byref(self._shape(shape, len(layers))), described
         )
-        if not self._handle:
+        if not handle:
             raise MemoryError("no memory for the decoder's scratch")
+        self._handle = ctypes.c_void_p(handle)
         self._feed = self._library.cvxq_decoder_feed
-        self._one = np.empty(shape.vocabulary, np.float32)
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._library.cvxq_decoder_free(self._handle)
+        # The pool must live longer; `_kept` belongs to self, which is gone by then.
+        weakref.finalize(self, _free, self._library, handle, pool)
 
     def feed(self, ids: npt.NDArray[np.int64], start: int, wanted: int) -> Floats:
         """Read up to `shape.chunk` tokens (n,) at positions from `start` on.
@@ -246,6 +244,34 @@ class Decoder:
         values = np.ascontiguousarray(values, np.float32)
         self._kept.append(values)
         return values.ctypes.data_as(_FLOATS)
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the functions of `decoder.h` declared."""
+    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
+    library.cvxq_decoder_new.restype = pointer
+    library.cvxq_decoder_new.argtypes = [pointer, ctypes.POINTER(_Shape), ctypes.POINTER(_Layer)]
+    library.cvxq_decoder_free.restype = None
+    library.cvxq_decoder_free.argtypes = [pointer]
+    library.cvxq_decoder_feed.argtypes = [
+        pointer,
+        pointer,
+        ctypes.c_int,
+        int64,
+        ctypes.c_int,
+        pointer,
+    ]
+    clock = ctypes.POINTER(int64)
+    library.cvxq_decoder_clock.restype = None
+    library.cvxq_decoder_clock.argtypes = [pointer, clock, clock]
+    library.cvxq_decoder_bytes.restype = int64
+    library.cvxq_decoder_bytes.argtypes = [pointer]
+    return library
+
+
+def _free(library: ctypes.CDLL, handle: int, pool: Pool) -> None:
+    """Free the native decoder; `pool` is named so that it lives until then."""
+    library.cvxq_decoder_free(handle)
 
 
 def _handle(matrix: Matrix | None) -> ctypes.c_void_p | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from cvxq_format import CompandedTensor, Reader
+from cvxq_format import CompandedTensor, RawTensor, Reader
 from cvxq_kernels import cpu
+from cvxq_kernels.cpu.decoder import Decoder, Layer, Norm, Shape
 
 from cvxq.lean import weights as names
 from cvxq.lean.errors import NotLeanError
@@ -38,8 +40,6 @@ class NativeDecoder:
         threads: all cores if None; chunk: tokens per call of a prompt; exact: products in float32
         throughout.  Raises NotLeanError where the native library is missing.
         """
-        if not hasattr(cpu, "is_available"):
-            raise NotLeanError("the native library is not built yet")
         if not cpu.is_available():
             raise NotLeanError(f"the native library is missing: {cpu.why_not()}")
         self.capacity = spec.context
@@ -48,10 +48,11 @@ class NativeDecoder:
         self.layers = spec.layers
         self.threads = threads or available_cores()
         self.chunk = min(chunk, spec.context)
-        parts = _Parts(spec, reader)
+        pool = cpu.Pool(self.threads)
+        parts = _Parts(spec, reader, pool)
         layers = [parts.layer(layer, index) for index, layer in enumerate(weights.layers)]
         shape = parts.shape(weights, self.chunk, exact)
-        self._native = cpu.Decoder(cpu.Pool(self.threads), shape, layers)
+        self._native = Decoder(pool, shape, layers)
         self.bytes_per_token = parts.bytes_per_token(shape)
 
     def feed(self, ids: Sequence[int]) -> Floats:
@@ -85,6 +86,13 @@ class NativeDecoder:
         return total - products
 
 
+def _dense(value: RawTensor) -> npt.NDArray[Any]:
+    """Return a raw matrix in its own type, bfloat16 as uint16; other types become float32."""
+    if value.dtype in ("bf16", "f16", "f32"):
+        return value.data.reshape(value.shape)
+    return value.to_float32().reshape(value.shape)
+
+
 def available_cores() -> int:
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -95,8 +103,9 @@ def available_cores() -> int:
 class _Parts:
     """Builds native matrices and norms from a file's tensors; tied ones are made once."""
 
-    def __init__(self, spec: DecoderSpec, reader: Reader) -> None:
+    def __init__(self, spec: DecoderSpec, reader: Reader, pool: cpu.Pool) -> None:
         self._spec = spec
+        self._pool = pool
         self._reader = reader
         self._matrices: dict[tuple[str, str | None], cpu.Matrix] = {}
 
@@ -115,31 +124,31 @@ class _Parts:
             added = None if bias is None else read_floats(self._reader, bias)
             if isinstance(value, CompandedTensor):
                 codebook = self._reader.codebook(value.codebook)
-                self._matrices[key] = cpu.Matrix.from_tensor(value, codebook, added)
+                self._matrices[key] = cpu.Matrix.from_tensor(value, codebook, added, self._pool)
             else:
-                self._matrices[key] = cpu.Matrix.from_raw(value, added)
+                self._matrices[key] = cpu.Matrix.from_dense(_dense(value), added, self._pool)
         return self._matrices[key]
 
-    def norm(self, place: names.Norm | None) -> cpu.Norm:
+    def norm(self, place: names.Norm | None) -> Norm:
         """The norm at `place`, over rows of the stream."""
-        return cpu.Norm() if place is None else self._norm(place, self._spec.norm)
+        return Norm() if place is None else self._norm(place, self._spec.norm)
 
-    def _norm(self, place: names.Norm, kind: str) -> cpu.Norm:
+    def _norm(self, place: names.Norm, kind: str) -> Norm:
         weight = None if place.weight is None else read_floats(self._reader, place.weight)
         if weight is not None and self._spec.norm_offset:
             weight = weight + np.float32(self._spec.norm_offset)
         bias = None if place.bias is None else read_floats(self._reader, place.bias)
-        return cpu.Norm(kind, weight, bias, self._spec.norm_eps)
+        return Norm(kind, weight, bias, self._spec.norm_eps)
 
-    def head_norm(self, place: names.Norm | None) -> cpu.Norm:
+    def head_norm(self, place: names.Norm | None) -> Norm:
         """The norm at `place`, over each head."""
-        return cpu.Norm() if place is None else self._norm(place, "rms")
+        return Norm() if place is None else self._norm(place, "rms")
 
-    def layer(self, layer: LayerWeights, index: int) -> cpu.Layer:
+    def layer(self, layer: LayerWeights, index: int) -> Layer:
         spec = self._spec
         follows_sum = spec.norm_placement == "post"
         attention, ffn = self.norm(layer.after_attention), self.norm(layer.after_ffn)
-        return cpu.Layer(
+        return Layer(
             q=self.matrix(layer.q),
             k=self.matrix(layer.k),
             v=self.matrix(layer.v),
@@ -150,22 +159,22 @@ class _Parts:
             q_norm=self.head_norm(layer.q_norm),
             k_norm=self.head_norm(layer.k_norm),
             attention_in=self.norm(layer.before_attention),
-            attention_out=cpu.Norm() if follows_sum else attention,
-            attention_sum=attention if follows_sum else cpu.Norm(),
+            attention_out=Norm() if follows_sum else attention,
+            attention_sum=attention if follows_sum else Norm(),
             ffn_in=self.norm(layer.before_ffn),
-            ffn_out=cpu.Norm() if follows_sum else ffn,
-            ffn_sum=ffn if follows_sum else cpu.Norm(),
+            ffn_out=Norm() if follows_sum else ffn,
+            ffn_sum=ffn if follows_sum else Norm(),
             window=spec.windows[index] or 0,
             rotated=spec.rope_layers[index],
         )
 
-    def shape(self, weights: DecoderWeights, chunk: int, exact: bool) -> cpu.Shape:
+    def shape(self, weights: DecoderWeights, chunk: int, exact: bool) -> Shape:
         spec = self._spec
         none = np.empty(0, np.float32)
         head, tied = self.matrix(weights.head), weights.head.weight == weights.embedding
         embed = head if tied else self._made(weights.embedding, None)
         positions = self._made(weights.positions, None) if weights.positions else None
-        return cpu.Shape(
+        return Shape(
             hidden=spec.hidden,
             embedding=spec.embedding_width,
             heads=spec.heads,
@@ -194,7 +203,7 @@ class _Parts:
             exact=exact,
         )
 
-    def bytes_per_token(self, shape: cpu.Shape) -> int:
+    def bytes_per_token(self, shape: Shape) -> int:
         """Bytes of the matrices that predicting one token reads: one row of those looked up."""
         rows = {id(shape.embed): shape.vocabulary, id(shape.head): 1}
         if shape.positions is not None:

@@ -62,13 +62,14 @@ INLINE float largest(vf x)
     return part[0];
 }
 
-/* e^x, relative error below 2e-7; below −87 it is e^−87, above 88 it is e^88.
+/* e^x, relative error below 2e-7; below −87 it is e^−87, above 88 it is e^88,
+ * of NaN it is NaN.
  * x = n ln 2 + r, |r| ≤ ln 2 / 2, and the Taylor polynomial of degree 7 in r. */
 INLINE vf exponential(vf x)
 {
     const vf magic = splat(12582912.0f); /* 1.5 · 2^23: adding it rounds to an integer */
-    x = choose(x < splat(88.0f), x, splat(88.0f));
-    x = choose(x > splat(-87.0f), x, splat(-87.0f));
+    x = choose(x > splat(88.0f), splat(88.0f), x);
+    x = choose(x < splat(-87.0f), splat(-87.0f), x);
     const vf shifted = x * splat(1.44269504f) + magic;
     const vf n = shifted - magic;
     const vf r = (x - n * splat(0.693145752f)) - n * splat(1.42860677e-6f);
