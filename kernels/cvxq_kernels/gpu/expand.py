@@ -1,0 +1,103 @@
+"""Weights from the packed form: the whole matrix for a vendor's GEMM, or rows for an embedding.
+
+Exact: w = S · (level + t) in float32, each operation rounded, as FORMAT.md has it, then rounded
+once to the type asked for.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cvxq_kernels.gpu.codes import chunk_codes
+
+
+@triton.jit
+def expand_kernel(
+    words, tiles, runs, chunks, order, scale_codes, mean_codes, scales, mean_steps, levels, row_of,
+    slot_tiles, out, out_stride,
+    ROWS: tl.constexpr, DEPTHS: tl.constexpr, HAS_MEANS: tl.constexpr, NATURAL: tl.constexpr,
+):  # fmt: skip
+    """Write one chunk of one tile to out[row_of, column], columns in sorted order if not NATURAL.
+
+    Grid: slots. slot_tiles: (slots,) int32, the tile of every slot. levels: `LevelTables.exact`.
+    """
+    slot = tl.program_id(0)
+    tile = tl.load(slot_tiles + slot)
+    info = tiles + tile * 8
+    ends = runs + tl.load(info) * 10
+    number = slot - tl.load(info + 3)
+    chunk = tl.load(info + 2) + number
+    entry = tl.load(chunks + chunk)
+    lane = tl.arange(0, 32)
+    row = tl.arange(0, ROWS)
+    inside = lane < (entry & 63)
+    column = (entry >> 10) + lane
+    if NATURAL:
+        column = tl.load(order + tl.load(info + 4) + column, mask=inside, other=0)
+    matrix = tl.load(info + 5)
+    scale = tl.load(scales + matrix * 256 + tl.load(scale_codes + chunk * 32 + lane).to(tl.int32))
+    value = tl.zeros([ROWS, 32], tl.float32)
+    base = tl.load(info + 1).to(tl.int64) * ROWS
+    for depth in tl.static_range(1, 9):
+        low = tl.load(ends + depth)
+        high = tl.load(ends + depth + 1)
+        if (DEPTHS >> depth) & 1:  # noqa: SIM102 (this one is decided when compiling)
+            if ((entry >> 6) & 15) == depth:
+                start = words + base + (number - low) * (depth * ROWS) + row
+                value = tl.load(levels + (1 << depth) + chunk_codes(start, ROWS, depth))
+        base += (high - low).to(tl.int64) * (depth * ROWS)
+    if HAS_MEANS:
+        code = tl.load(mean_codes + chunk * 32 + lane).to(tl.float32)
+        value += (code * tl.load(mean_steps + matrix))[None, :]
+    target = tl.load(row_of + tile * ROWS + row)
+    pointers = out + target.to(tl.int64)[:, None] * out_stride + column[None, :]
+    tl.store(pointers, scale[None, :] * value, mask=(target >= 0)[:, None] & inside[None, :])
+
+
+@triton.jit
+def rows_kernel(
+    words, tiles, runs, chunks, order, scale_codes, mean_codes, scales, mean_steps, levels,
+    places, place_of_row, ids, out, columns,
+    ROWS: tl.constexpr, HAS_MEANS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write row ids[i] of W to out[i]; grid (ids, blocks of WIDTH chunks).
+
+    place_of_row: (N,) int32, tile · ROWS + row of the tile. places: `place_table`. Bits are read
+    one by one: a row is a handful of kilobytes. Ids must be in 0 … N − 1.
+    """
+    place = tl.load(place_of_row + tl.load(ids + tl.program_id(0)))
+    info = tiles + place // ROWS * 8
+    ends = runs + tl.load(info) * 10
+    chunk_base = tl.load(info + 2)
+    number = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    here = number < tl.load(ends + 9)
+    entry = tl.load(chunks + chunk_base + number, mask=here, other=0)
+    depth = (entry >> 6) & 15
+    # Words before a chunk: those of the shallower runs, then of its own.
+    before = tl.zeros([WIDTH], tl.int32)
+    for shallow in tl.static_range(1, 9):
+        low = tl.load(ends + shallow)
+        high = tl.load(ends + shallow + 1)
+        before += shallow * tl.maximum(tl.minimum(number, high) - low, 0)
+    start = words + (tl.load(info + 1) + before).to(tl.int64) * ROWS + place % ROWS
+    lane = tl.arange(0, 32)[None, :]
+    inside = lane < (entry & 63)[:, None]
+    code = tl.zeros([WIDTH, 32], tl.int32)
+    for bit in tl.static_range(8):
+        wanted = inside & (bit < depth)[:, None]
+        at = tl.load(places + (depth[:, None] * 32 + lane) * 8 + bit)
+        word = tl.load(start[:, None] + (at >> 5) * ROWS, mask=wanted, other=0)
+        code |= ((word >> (at & 31)) & 1) << bit
+    # The table is in the order of operands, in which depth 4 has its lowest bit on top.
+    code = tl.where(depth[:, None] == 4, (code >> 1) | ((code & 1) << 3), code)
+    value = tl.load(levels + (1 << depth)[:, None] + code)
+    side = (chunk_base + number)[:, None] * 32 + lane
+    matrix = tl.load(info + 5)
+    if HAS_MEANS:
+        mean = tl.load(mean_codes + side, mask=inside, other=0).to(tl.float32)
+        value += mean * tl.load(mean_steps + matrix)
+    scale = tl.load(scale_codes + side, mask=inside, other=0).to(tl.int32)
+    column = tl.load(order + tl.load(info + 4) + (entry >> 10)[:, None] + lane, inside, 0)
+    target = out + tl.program_id(0).to(tl.int64) * columns + column
+    tl.store(target, tl.load(scales + matrix * 256 + scale) * value, mask=inside)

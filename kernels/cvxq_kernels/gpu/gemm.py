@@ -1,0 +1,175 @@
+"""y = x · Wᵀ for some dozens of rows of x: tiles decoded into float16 operands of tensor cores.
+
+A program owns a tile of ROWS stored rows, MT rows of x and a share of the cluster's chunks
+(split-K).  A chunk is decoded into a (ROWS, 32) float16 operand; the other operand is gathered from
+the transposed input and multiplied by the group scales; products accumulate in float32.  This is
+also the exact path for few rows of x: nothing is rounded to less than float16.
+
+Ranges.  The input is divided by the largest magnitude of each of its rows (`transpose_kernel`), the
+scales by the cluster's largest, the levels by the depth's unit; all operands are within ±1 and the
+factors return in float32 at the end.  What float16 then loses is below 2^−24 of the largest
+operand, far under the error of 8-bit codes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cvxq_kernels.gpu.codes import chunk_codes, in_order, load_nibbles
+from cvxq_kernels.gpu.snippets import permute
+
+
+@triton.jit
+def transpose_kernel(
+    x, x_stride, batch, columns, out, largest, BATCH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out[k, m] = x[m, k] / largest[m], 0 for m ≥ batch; grid (BATCH, blocks of columns).
+
+    x: (batch, columns); out: (columns, BATCH) float16; largest: (BATCH,) float32, 1 where x is 0.
+    Every program finds the row's largest magnitude itself: cheaper than waiting for another.
+    """
+    m = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    found = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, columns, BLOCK):
+        wanted = (start + lane < columns) & (m < batch)
+        value = tl.load(x + m * x_stride + start + lane, mask=wanted, other=0).to(tl.float32)
+        found = tl.maximum(found, tl.abs(value))
+    top = tl.max(found, axis=0)
+    top = tl.where(top > 1e-36, top, 1.0)
+    column = tl.program_id(1) * BLOCK + lane
+    wanted = (column < columns) & (m < batch)
+    value = tl.load(x + m * x_stride + column, mask=wanted, other=0).to(tl.float32) / top
+    tl.store(out + column * BATCH + m, value, mask=column < columns)
+    tl.store(largest + m, top)
+
+
+@triton.jit
+def _half_words(nibbles, table, DEPTH: tl.constexpr, PTX: tl.constexpr):
+    """Float16 levels of eight codes as four int32 of two halves, columns in order.
+
+    table: (8,) int32, the low bytes of the levels by nibble, then their high bytes.
+    """
+    low = _half_bytes(nibbles, table, DEPTH, PTX)
+    high = _half_bytes(nibbles, table + 4, DEPTH, PTX)
+    return (
+        permute(low[0], high[0], 0x5140, PTX),
+        permute(low[0], high[0], 0x7362, PTX),
+        permute(low[1], high[1], 0x5140, PTX),
+        permute(low[1], high[1], 0x7362, PTX),
+    )
+
+
+@triton.jit
+def _half_bytes(nibbles, table, DEPTH: tl.constexpr, PTX: tl.constexpr):
+    """One byte of each of eight levels: two words of four bytes."""
+    t0 = tl.load(table)
+    t1 = tl.load(table + 1)
+    if DEPTH <= 3:
+        return permute(t0, t1, nibbles, PTX), permute(t0, t1, nibbles >> 16, PTX)
+    else:
+        # Two tables of eight; the nibble's highest bit selects between them, byte by byte.
+        t2 = tl.load(table + 2)
+        t3 = tl.load(table + 3)
+        selector = nibbles & 0x77777777
+        choice = ((nibbles >> 1) & 0x44444444) | 0x32103210
+        low = permute(permute(t0, t1, selector, PTX), permute(t2, t3, selector, PTX), choice, PTX)
+        selector = selector >> 16
+        first = permute(t0, t1, selector, PTX)
+        second = permute(t2, t3, selector, PTX)
+        return low, permute(first, second, choice >> 16, PTX)
+
+
+@triton.jit
+def _operand(
+    pointers, halves, table, ROWS: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """Levels of a chunk of a tile as (ROWS, 32) float16."""
+    if DEPTH <= 4:
+        n0, n1, n2, n3 = load_nibbles(pointers, ROWS, DEPTH)
+        a0, a1, a2, a3 = _half_words(n0, table, DEPTH, PTX)
+        b0, b1, b2, b3 = _half_words(n1, table, DEPTH, PTX)
+        c0, c1, c2, c3 = _half_words(n2, table, DEPTH, PTX)
+        d0, d1, d2, d3 = _half_words(n3, table, DEPTH, PTX)
+        a = in_order(a0, a1, a2, a3)
+        b = in_order(b0, b1, b2, b3)
+        c = in_order(c0, c1, c2, c3)
+        d = in_order(d0, d1, d2, d3)
+        pairs = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, 4, 4).permute(0, 2, 1)
+        pairs = pairs.reshape(ROWS, 16)
+        left = (pairs & 0xFFFF).to(tl.uint16)
+        right = ((pairs >> 16) & 0xFFFF).to(tl.uint16)
+        return tl.join(left, right).reshape(ROWS, 32).to(tl.float16, bitcast=True)
+    else:
+        return tl.load(halves + (1 << DEPTH) + chunk_codes(pointers, ROWS, DEPTH))
+
+
+@triton.jit
+def gemm_kernel(
+    words, tiles, runs, chunks, order, scale_codes, scales, half_words, halves, units, top, row_of,
+    x, largest, batch, means, clusters, bias, out, out_stride, partial, arrived, splits,
+    MT: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_MEANS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """out[m, row_of[i]] for m < batch; grid (tiles, splits, BATCH // MT).
+
+    x: (K, BATCH) float16 and largest: (BATCH,) from `transpose_kernel`; the rest as in `matvec`.
+    """
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    info = tiles + tile * 8
+    cluster = tl.load(info)
+    base = tl.load(info + 1).to(tl.int64) * ROWS
+    chunk_base = tl.load(info + 2)
+    order += tl.load(info + 4)
+    scales += tl.load(info + 5) * 256
+    ends = runs + cluster * 10
+    begin = tl.load(ends + 1)
+    count = tl.load(ends + 9) - begin
+    first = begin + count * split // splits
+    last = begin + count * (split + 1) // splits
+    row = tl.arange(0, ROWS)
+    target = tl.load(row_of + tile * ROWS + row)
+    zero = tl.minimum(target, -1) + 1  # keeps tables out of uniform registers, as in `matvec`
+    lane = tl.arange(0, 32)
+    m = tl.program_id(2) * MT + tl.arange(0, MT)
+    peak = tl.load(top + cluster)
+    peak = tl.where(peak > 1e-36, peak, 1.0)
+    total = tl.zeros([MT, ROWS], tl.float32)
+    for depth in tl.static_range(1, 9):
+        low = tl.load(ends + depth)
+        high = tl.load(ends + depth + 1)
+        if (DEPTHS >> depth) & 1:
+            run = words + base - low * (depth * ROWS)
+            unit = tl.load(units + 9 + depth) / tl.load(units + 9 + 8) / peak
+            for chunk in range(tl.maximum(first, low), tl.minimum(last, high)):
+                entry = tl.load(chunks + chunk_base + chunk)
+                inside = lane < (entry & 63)
+                column = tl.load(order + (entry >> 10) + lane, mask=inside, other=0)
+                code = tl.load(scale_codes + (chunk_base + chunk) * 32 + lane).to(tl.int32)
+                scale = (tl.load(scales + code, mask=inside, other=0) * unit).to(tl.float16)
+                acts = tl.load(x + column[:, None] * BATCH + m[None, :]) * scale[:, None]
+                pointers = run + chunk * (depth * ROWS) + row
+                levels = _operand(pointers, halves, half_words + 8 * depth + zero, ROWS, depth, PTX)
+                total = tl.dot(tl.trans(acts), tl.trans(levels), total)
+        base += (high - low).to(tl.int64) * (depth * ROWS)
+    total *= (tl.load(largest + m) * (tl.load(units + 9 + 8) * peak))[:, None]
+    padded = tl.num_programs(0) * ROWS
+    place = m[:, None] * padded + (tile * ROWS + row)[None, :]
+    if SPLIT:
+        tl.store(partial + split * (BATCH * padded) + place, total)
+        tl.debug_barrier()
+        counter = arrived + tl.program_id(2) * tl.num_programs(0) + tile
+        if tl.atomic_add(counter, 1) != splits - 1:
+            return
+        tl.store(counter, 0)
+        total = tl.load(partial + place, cache_modifier=".cg")
+        for other in range(1, splits):
+            total += tl.load(partial + other * (BATCH * padded) + place, cache_modifier=".cg")
+    if HAS_MEANS:
+        total += tl.load(means + m * clusters + cluster, mask=m < batch, other=0)[:, None]
+    if HAS_BIAS:
+        total += tl.load(bias + target, mask=target >= 0, other=0).to(tl.float32)[None, :]
+    keep = (target >= 0)[None, :] & (m < batch)[:, None]
+    tl.store(out + m[:, None] * out_stride + target[None, :], total, mask=keep)

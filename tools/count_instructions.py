@@ -1,0 +1,266 @@
+"""Count the instructions that the GPU kernels spend per weight; needs no GPU.
+
+    python tools/count_instructions.py [--arch 90 …] [--rows 64 …] [--depth 3 …] [--json]
+
+Every kernel is compiled for each architecture with the Triton that is installed, disassembled with
+the `nvdisasm` of Triton's wheel, and the loop over packed words is found in the machine code. What
+is printed per weight is what one lane issues: instructions of the loop divided by the weights that
+a lane works on in one turn, and the matvec's prologue (scaling and rounding the inputs) divided by
+the weights that share it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+from cvxq_kernels.gpu.expand import expand_kernel, rows_kernel
+from cvxq_kernels.gpu.gemm import gemm_kernel, transpose_kernel
+from cvxq_kernels.gpu.matvec import WIDTH, matvec_kernel, means_kernel
+from cvxq_kernels.gpu.repack import repack_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 90, 100)
+TILE_BATCH = 16
+
+# Types of the kernels' parameters: one name, one type, in all of them.
+POINTERS = {
+    "i32": "words tiles runs chunks order byte_words half_words row_of arrived slot_tiles places "
+    "place_of_row first_tiles tile_of first_rows",
+    "i64": "acts8 acts32 ids group_starts planes",
+    "u8": "scale_codes codes",
+    "i8": "mean_codes",
+    "fp16": "halves x out bias",
+    "fp32": "scales units means steps partial top largest mean_steps levels",
+}
+TYPES = {name: f"*{kind}" for kind, names in POINTERS.items() for name in names.split()}
+ALIGNED = {"x_stride", "out_stride", "slots", "columns"}
+
+ALU = ("LOP3", "SHF", "PRMT")
+FMA = ("IDP", "IMAD", "FFMA", "FMUL", "FADD", "HFMA2", "HMUL2", "HADD2")
+LOADS = ("LDG", "LDS", "LDSM", "LDC", "LDGSTS")
+
+
+@dataclass(frozen=True)
+class Count:
+    """Instructions of one compiled kernel; per weight unless a name says otherwise."""
+
+    kernel: str
+    depth: int
+    arch: int
+    rows: int
+    total: float
+    alu: float
+    fma: float
+    loads: float
+    other: float
+    prologue: float
+    prologue_alu: float
+    registers: int
+    spills: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its constants."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int = 1
+    stages: int = 1
+
+
+def matvec_variant(depths: int, rows: int, batch: int = 1) -> Variant:
+    """The matvec for the depths whose bits are set."""
+    constants = {
+        "M": batch, "ROWS": rows, "DEPTHS": depths, "SPLIT": True, "HAS_MEANS": False,
+        "HAS_BIAS": False, "UNROLL": 2, "WIDTH": WIDTH, "PTX": True,
+    }  # fmt: skip
+    return Variant(matvec_kernel, constants)
+
+
+def gemm_variant(depths: int, rows: int, tile_batch: int = TILE_BATCH) -> Variant:
+    """The GEMM for `tile_batch` rows of input and the depths whose bits are set."""
+    constants = {
+        "MT": tile_batch, "BATCH": tile_batch, "ROWS": rows, "DEPTHS": depths, "SPLIT": True,
+        "HAS_MEANS": False, "HAS_BIAS": False, "PTX": True,
+    }  # fmt: skip
+    return Variant(gemm_kernel, constants)
+
+
+def other_variants(rows: int) -> dict[str, Variant]:
+    """The kernels that do not stream weights against an input."""
+    tile = {"ROWS": rows, "HAS_MEANS": True}
+    return {
+        "repack": Variant(repack_kernel, {"ROWS": rows}, 4),
+        "expand": Variant(expand_kernel, tile | {"DEPTHS": 0b111111110, "NATURAL": True}, 4),
+        "rows": Variant(rows_kernel, tile | {"WIDTH": 16}, 4),
+        "means": Variant(means_kernel, {"WIDTH": WIDTH}, 4),
+        "transpose": Variant(transpose_kernel, {"BATCH": TILE_BATCH, "BLOCK": 1024}, 4),
+    }
+
+
+def compile_for(variant: Variant, arch: int) -> Any:
+    """Compile for compute capability `arch` (90 for 9.0), no device needed."""
+    names = variant.kernel.arg_names
+    signature = {
+        name: "constexpr" if name in variant.constants else TYPES.get(name, "i32") for name in names
+    }
+    hint = [["tt.divisibility", 16]]
+    aligned = [n for n in names if signature[n].startswith("*") or n in ALIGNED]
+    source = ASTSource(
+        variant.kernel, signature, variant.constants, {(names.index(n),): hint for n in aligned}
+    )
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def run_tool(name: str, cubin: bytes, *flags: str) -> str:
+    """Output of one of the binary tools in Triton's wheel for a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / name), *flags, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def loops(sass: str) -> list[list[str]]:
+    """Bodies of the innermost loops, in order: instructions between a label and a jump back."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    bodies: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(re.sub(r"^@!?U?P[T\d]\s+", "", found[1]))
+            jump = re.search(r"BRA.*`\((\.L_\w+)\)", found[1])
+            if jump and labels.get(jump[1], len(code)) < len(code) - 1:
+                bodies.append((labels[jump[1]], len(code)))
+    inner = [
+        (a, b)
+        for a, b in bodies
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in bodies)
+    ]
+    return [code[a:b] for a, b in sorted(inner)]
+
+
+def opcodes(body: Sequence[str]) -> Counter[str]:
+    """Instructions by name without suffixes."""
+    return Counter(line.split()[0].split(".")[0] for line in body)
+
+
+def share(count: Counter[str], names: Sequence[str]) -> int:
+    """How many of the instructions have one of the names."""
+    return sum(count[name] for name in names)
+
+
+def weights_per_turn(kernel: str, depth: int, count: Counter[str]) -> float:
+    """Weights that a lane works on in one turn of a loop, told from its multiplications."""
+    if kernel == "gemm":
+        return count["HMMA"] * 4 * 16 / TILE_BATCH  # 8 rows · 16 columns by 32 lanes
+    if depth <= 4:
+        return count["IDP"] * (2 if depth == 4 else 4)
+    return count["FFMA"]
+
+
+def measure(kernel: str, depth: int, arch: int, rows: int) -> Count:
+    """Compile `kernel` ("matvec" or "gemm") for one depth and count."""
+    make = matvec_variant if kernel == "matvec" else gemm_variant
+    compiled = compile_for(make(1 << depth, rows), arch)
+    cubin = compiled.asm["cubin"]
+    sass = run_tool("nvdisasm", cubin, "-c")
+    bodies = loops(sass)
+    main = max(bodies, key=lambda body: weights_per_turn(kernel, depth, opcodes(body)))
+    count = opcodes(main)
+    weights = weights_per_turn(kernel, depth, count)
+    prologue: Counter[str] = Counter()
+    if kernel == "matvec":
+        prologue = opcodes(next(body for body in bodies if opcodes(body)["STG"]))
+    shared_by = WIDTH * rows
+    usage = run_tool("cuobjdump", cubin, "--dump-resource-usage")
+    registers = re.search(r"REG:(\d+)", usage)
+    everything = opcodes(re.findall(r"\*/\s+(?:@!?U?P[T\d]\s+)?(.*?);", sass))
+    known = (*ALU, *FMA, *LOADS)
+    return Count(
+        kernel=kernel,
+        depth=depth,
+        arch=arch,
+        rows=rows,
+        total=count.total() / weights,
+        alu=share(count, ALU) / weights,
+        fma=share(count, FMA) / weights,
+        loads=share(count, LOADS) / weights,
+        other=(count.total() - share(count, known)) / weights,
+        prologue=prologue.total() / shared_by,
+        prologue_alu=share(prologue, ALU) / shared_by,
+        registers=int(registers[1]) if registers else 0,
+        spills=share(everything, ("STL", "LDL")),
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def table(counts: Sequence[Count]) -> Iterator[str]:
+    """Rows of a Markdown table."""
+    yield (
+        "| kernel | sm | bits | rows | all in | loop | prologue | ALU | FMA/IDP | loads | other "
+        "| registers | spills | shared |"
+    )
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    for c in counts:
+        yield (
+            f"| {c.kernel} | {c.arch} | {c.depth} | {c.rows} | **{c.total + c.prologue:.2f}** "
+            f"| {c.total:.2f} | {c.prologue:.2f} | {c.alu + c.prologue_alu:.2f} | {c.fma:.2f} "
+            f"| {c.loads:.2f} | {c.other:.2f} | {c.registers} | {c.spills} | {c.shared_bytes} |"
+        )
+
+
+@cache
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    result.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    result.add_argument("--rows", type=int, nargs="+", default=(64, 128), help="rows of a tile")
+    result.add_argument("--depth", type=int, nargs="+", default=tuple(range(1, 9)))
+    result.add_argument("--kernel", nargs="+", default=("matvec", "gemm"))
+    result.add_argument("--json", action="store_true", help="one JSON line instead of a table")
+    result.add_argument("--all", action="store_true", help="also compile the other kernels")
+    return result
+
+
+def main() -> None:
+    options = parser().parse_args()
+    counts = [
+        measure(kernel, depth, arch, rows)
+        for kernel in options.kernel
+        for arch in options.arch
+        for rows in options.rows
+        for depth in options.depth
+    ]
+    if options.all:
+        for arch in options.arch:
+            for name, variant in other_variants(64).items():
+                size = len(compile_for(variant, arch).asm["cubin"])
+                print(f"{name} compiles for sm_{arch}: {size} bytes", file=sys.stderr)
+    if options.json:
+        print(json.dumps([asdict(count) for count in counts]))
+    else:
+        print(f"Triton {triton.__version__}", *table(counts), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
