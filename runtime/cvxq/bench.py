@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cvxq.sample import SamplingSettings
 from cvxq.session import Session
 
 if TYPE_CHECKING:
     from cvxq.lean.native_decoder import NativeDecoder
 
 COPY_BYTES = 1 << 28  # 256 MiB, beyond the caches of current CPUs
+DEVICE_COPY_BYTES = 1 << 30  # 1 GiB, beyond those of current GPUs
 COPY_REPEATS = 5
 
 Progress = Callable[[str, int, int], None]
@@ -77,12 +79,13 @@ def measure_speed(
 
 
 def _round(session: Session, prompt: list[int], tokens: int) -> tuple[float, float]:
-    """Return the seconds of prefill and of decoding `tokens` tokens."""
+    """Return the seconds until the first token comes, and those of `tokens` tokens more."""
     begin = time.perf_counter()
-    logits = session.feed(prompt)
+    drawn = session.draw(prompt, SamplingSettings(temperature=0))
+    next(drawn)
     middle = time.perf_counter()
     for _ in range(tokens):
-        logits = session.feed([int(logits.argmax())])
+        next(drawn)
     return middle - begin, time.perf_counter() - middle
 
 
@@ -110,6 +113,29 @@ def copy_bandwidth(threads: int) -> float:
             list(pool.map(lambda part: np.copyto(*part), parts))  # without Python's lock
             seconds.append(time.perf_counter() - begin)
     return 2 * COPY_BYTES / min(seconds)
+
+
+def device_copy_bandwidth(device: str) -> float:
+    """Bytes per second, read plus written, of the fastest of a few large copies on a GPU."""
+    import torch
+
+    source = torch.zeros(DEVICE_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    seconds = []
+    for _ in range(COPY_REPEATS):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * DEVICE_COPY_BYTES / min(seconds)
+
+
+def device_peak_memory_bytes(device: str) -> int:
+    """Most memory that tensors have held on a GPU so far."""
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)
 
 
 def peak_memory_bytes() -> int | None:

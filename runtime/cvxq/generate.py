@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cvxq.sample import Sampler, SamplingSettings
+from cvxq.sample import SamplingSettings
 from cvxq.session import Session
 from cvxq.stream import Decoder, StopStrings, TextStream
 
@@ -41,16 +40,10 @@ def generate_tokens(
     `settings.max_tokens`, or when the context is full.  Raises ContextError when the prompt
     alone does not fit.
     """
-    sampler = Sampler(settings)
-    logits = session.resume(prompt_ids)
-    text = list(prompt_ids)
-    for count in itertools.count(1):
-        token = sampler.choose(logits, text)
-        text.append(token)
+    for count, token in enumerate(session.draw(prompt_ids, settings), start=1):
         yield token
-        if token in end_ids or count == settings.max_tokens or session.room == 0:
+        if token in end_ids or count == settings.max_tokens:
             return
-        logits = session.feed([token])
 
 
 def generate_text(

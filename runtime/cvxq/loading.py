@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cvxq_format import Reader
 
+from cvxq.device import check_device
 from cvxq.errors import ArgumentError
 from cvxq.lean import NotLeanError, open_decoder
 from cvxq.model import Model, NetworkOptions
@@ -35,14 +36,15 @@ def load(
 
     weights: "packed" keeps matrices packed; "dense" expands all of them while loading and runs
     them through transformers, as does a dtype, the floating type to compute in (None: float32).
-    threads: of the CPU, all cores if None.  check: compare every tensor with its checksum as it
-    is read (the header always is).
+    device: "cpu", "cuda" or "cuda:N".  threads: of the CPU, all cores if None.  check: compare
+    every tensor with its checksum as it is read (the header always is).
     Raises OSError when the file cannot be read, `cvxq_format.FormatError` when it is not a sound
     container, UnsupportedModelError when transformers lacks the architecture, and
     InconsistentFileError when tensors and architecture do not fit each other.
     """
     if weights not in ("packed", "dense"):
         raise ArgumentError(f"weights is {weights!r}, allowed: 'packed', 'dense'")
+    check_device(str(device))
     options = NetworkOptions(weights == "packed", device, dtype, threads)
     reader = Reader(path, check=check)
     decoder, reason = None, None

@@ -63,6 +63,11 @@ class Model:
         return load_network(self.reader, keep_packed, device, dtype, threads)
 
     @property
+    def device(self) -> str:
+        """Where the model computes: "cpu", "cuda" or "cuda:N"."""
+        return str(self._options.device)
+
+    @property
     def config(self) -> Any:
         """The transformers config of the network."""
         return self.network.config

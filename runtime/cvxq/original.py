@@ -35,6 +35,7 @@ def load_subject(
     *,
     weights: Weights = "dense",
     threads: int | None = None,
+    device: str = "cpu",
     with_tokenizer: bool = True,
 ) -> Subject:
     """Load the `.cvxq` file, the model folder or the hub id `source`; never remote code.
@@ -44,7 +45,7 @@ def load_subject(
     """
     path = Path(source)
     if path.is_file():
-        model = load(path, weights=weights, threads=threads)
+        model = load(path, weights=weights, device=device, threads=threads)
         tokenizer = model.tokenizer if with_tokenizer else None
         network = model.decoder or model.network
         return Subject(network, tokenizer, model.context_length, model.transformers_reason)

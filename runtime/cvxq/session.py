@@ -7,12 +7,13 @@ far, and only what differs is computed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from cvxq.errors import ArgumentError, ContextError
+from cvxq.sample import Sampler, SamplingSettings
 
 Logits = npt.NDArray[np.float32]
 
@@ -56,6 +57,23 @@ class Session(ABC):
         if self.room is not None and len(ids) > self.room:
             raise ContextError(f"the model's context of {self.context_length} tokens is full")
         return self._read(ids)
+
+    def draw(self, ids: Sequence[int], settings: SamplingSettings) -> Iterator[int]:
+        """Yield the tokens that follow the text `ids`, which is resumed, until the context is full.
+
+        How many, and which of them end the text, is for the caller to judge.  A token may have
+        been read when it is yielded, or be read when the next one is asked for.
+        """
+        sampler = Sampler(settings)
+        logits = self.resume(ids)
+        text = list(ids)
+        while True:
+            token = sampler.choose(logits, text)
+            text.append(token)
+            yield token
+            if self.room == 0:
+                return
+            logits = self.feed([token])
 
     @abstractmethod
     def rewind(self, length: int) -> None:

@@ -39,6 +39,7 @@ def command(
     tokens: int | None,
     repeats: int,
     weights: str,
+    device: str,
     threads: int | None,
 ) -> None:
     """Measure how fast FILE loads, reads a prompt and generates, and what memory it takes.
@@ -55,7 +56,7 @@ def command(
     import cvxq.loading  # noqa: F401 - importing is not loading
 
     begin = time.perf_counter()
-    with load_model(file, weights, threads) as model:
+    with load_model(file, weights, device, threads) as model:
         load_seconds = time.perf_counter() - begin
         prompt_tokens, tokens = fit(model.context_length, prompt_tokens, tokens)
         record = measure(model, prompt_tokens, tokens, repeats)
@@ -85,9 +86,14 @@ def measure(model: Model, prompt_tokens: int, tokens: int, repeats: int) -> dict
     speed = bench.measure_speed(
         model.session, model.vocabulary, prompt_tokens, tokens, repeats, Progress()
     )
-    peak = bench.peak_memory_bytes()  # before the copy's own buffers
     path = describe_path(model, tokens)
-    copied = bench.copy_bandwidth(path["threads"])
+    device, threads = path["device"], path["threads"]
+    if device == "cpu":
+        peak = bench.peak_memory_bytes()  # before the copy's own buffers
+        copied = bench.copy_bandwidth(threads)
+    else:
+        peak = bench.device_peak_memory_bytes(device)
+        copied = bench.device_copy_bandwidth(device)
     per_token = path["weight_bytes_per_token"]
     read = per_token * speed.decode.mean
     return {
@@ -105,25 +111,31 @@ def measure(model: Model, prompt_tokens: int, tokens: int, repeats: int) -> dict
 
 
 def describe_path(model: Model, tokens: int) -> dict[str, Any]:
-    """Return what runs the model, on how many threads, and what a token costs it."""
+    """Return what runs the model, where, on how many threads, and what a token costs it."""
     from cvxq import bench
     from cvxq.lean.native_decoder import NativeDecoder
 
     if isinstance(model.decoder, NativeDecoder):
         return {
             "path": "lean",
+            "device": model.device,
             "threads": model.decoder.threads,
             "weight_bytes_per_token": model.decoder.bytes_per_token,
             "overhead_seconds_per_layer": bench.overhead_seconds_per_layer(model.decoder, tokens),
         }
     import torch
 
-    from cvxq.network import weight_bytes_per_token
+    if model.decoder is not None:
+        read = model.decoder.bytes_per_token
+    else:
+        from cvxq.network import weight_bytes_per_token
 
+        read = weight_bytes_per_token(model.network)
     return {
-        "path": "transformers",
+        "path": "transformers" if model.decoder is None else "lean",
+        "device": model.device,
         "threads": torch.get_num_threads(),
-        "weight_bytes_per_token": weight_bytes_per_token(model.network),
+        "weight_bytes_per_token": read,
         "overhead_seconds_per_layer": None,
     }
 
@@ -131,12 +143,11 @@ def describe_path(model: Model, tokens: int) -> dict[str, Any]:
 def describe(record: dict[str, Any]) -> list[str]:
     """Return the figures as lines for a reader."""
     peak, overhead = record["peak_memory_bytes"], record["overhead_seconds_per_layer"]
-    outside = (
-        [] if overhead is None else [f"layers   {1e6 * overhead:.1f} µs each beside products"]
-    )
+    outside = [] if overhead is None else [f"layers   {1e6 * overhead:.1f} µs each beside products"]
     return [
         f"load     {record['load_seconds']:.3f} s, {bytes_text(record['file_bytes'])} bytes, "
-        f"weights {record['weights']}, {record['path']} path, {record['threads']} threads",
+        f"weights {record['weights']}, {record['path']} path on {record['device']}, "
+        f"{record['threads']} threads",
         f"prefill  {_spread(record['prefill_tokens_per_second'])} tokens/s "
         f"({record['prompt_tokens']} tokens, {record['repeats']} repeats)",
         f"decode   {_spread(record['decode_tokens_per_second'])} tokens/s "

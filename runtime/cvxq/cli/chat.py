@@ -39,6 +39,7 @@ def command(
     system: str | None,
     max_tokens: int,
     weights: str,
+    device: str,
     threads: int | None,
     **sampling: Any,
 ) -> None:
@@ -54,7 +55,7 @@ def command(
     """
     existing_file(file, "a .cvxq file")
     settings = sampling_settings(sampling, max_tokens)
-    with load_model(file, weights, threads) as model:
+    with load_model(file, weights, device, threads) as model:
         Chat(model, settings, system).run()
 
 

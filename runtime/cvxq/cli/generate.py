@@ -31,6 +31,7 @@ def command(
     prompt_file: Path | None,
     max_tokens: int,
     weights: str,
+    device: str,
     threads: int | None,
     **sampling: Any,
 ) -> None:
@@ -46,7 +47,7 @@ def command(
     existing_file(file, "a .cvxq file")
     text = read_prompt(prompt, prompt_file)
     settings = sampling_settings(sampling, max_tokens)
-    with load_model(file, weights, threads) as model:
+    with load_model(file, weights, device, threads) as model:
         clock = Clock()
         result = model.generate(text, settings, on_text=clock.write)
     click.echo()

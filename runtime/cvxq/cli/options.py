@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -35,6 +35,7 @@ _SAMPLING = (
 _RUNNING = (
     click.option("--weights", type=click.Choice(["packed", "dense"]), default="packed",
                  show_default=True, help="Keep matrices packed in memory, or expand them once."),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
 )  # fmt: skip
 
@@ -45,7 +46,7 @@ def sampling_options(function: Function) -> Function:
 
 
 def running_options(function: Function) -> Function:
-    """Add how weights are held and how many threads compute."""
+    """Add how weights are held, where they compute and how many threads do."""
     return _apply(_RUNNING, function)
 
 
@@ -62,8 +63,8 @@ def sampling_settings(options: dict[str, Any], max_tokens: int | None) -> Sampli
     return SamplingSettings(max_tokens=max_tokens, **options)
 
 
-def load_model(file: Path, weights: str, threads: int | None) -> Model:
-    """Load a `.cvxq` file for use on the CPU; a path that is no file fails before anything loads.
+def load_model(file: Path, weights: str, device: str, threads: int | None) -> Model:
+    """Load a `.cvxq` file; a path that is no file fails before anything loads.
 
     Says in one line on stderr when transformers has to run the model, and why.
     """
@@ -71,7 +72,8 @@ def load_model(file: Path, weights: str, threads: int | None) -> Model:
     quiet_transformers()
     from cvxq.loading import load
 
-    model = load(file, weights="packed" if weights == "packed" else "dense", threads=threads)
+    held: Literal["packed", "dense"] = "packed" if weights == "packed" else "dense"
+    model = load(file, weights=held, device=device, threads=threads)
     say_path(file, model.transformers_reason)
     return model
 

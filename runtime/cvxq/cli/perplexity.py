@@ -38,6 +38,7 @@ def command(
     against: str | None,
     as_json: bool,
     weights: str,
+    device: str,
     threads: int | None,
 ) -> None:
     """Measure the perplexity of FILE, a .cvxq file or a model folder, on a text.
@@ -64,7 +65,7 @@ def command(
     if threads is not None:
         torch.set_num_threads(threads)
     subject = load_subject(
-        file, weights="packed" if weights == "packed" else "dense", threads=threads
+        file, weights="packed" if weights == "packed" else "dense", device=device, threads=threads
     )
     say_path(path, subject.transformers_reason)
     context = context or min(subject.context_length or LONGEST_CONTEXT, LONGEST_CONTEXT)

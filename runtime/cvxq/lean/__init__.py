@@ -16,14 +16,17 @@ __all__ = ["Decoder", "NotLeanError", "open_decoder"]
 def open_decoder(reader: Reader, device: str = "cpu", threads: int | None = None) -> Decoder:
     """Make the decoder of an open file; the file may be closed afterwards.
 
-    device: as torch names it; threads: of the CPU, all cores if None.
+    device: "cpu", "cuda" or "cuda:N", already checked; threads: of the CPU, all cores if None.
     Raises NotLeanError, with the reason in one line, where transformers has to run the model.
     """
     needed_part(reader, "config.json")
-    spec = read_spec(json_part(reader, "config.json"))
+    config = json_part(reader, "config.json")
+    spec = read_spec(config)
     weights = find_weights(spec, reader)
     if device != "cpu":
-        raise NotLeanError(f"there is no lean decoder for the device {device!r}")
+        from cvxq.lean.torch_opening import open_torch_decoder
+
+        return open_torch_decoder(spec, weights, reader, device, config)
     from cvxq.lean.native_decoder import NativeDecoder
 
     return NativeDecoder(spec, weights, reader, threads)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+from cvxq.sample import SamplingSettings
 
 if TYPE_CHECKING:
     import torch
@@ -34,3 +36,14 @@ class Decoder(Hashable, Protocol):
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
+
+
+@runtime_checkable
+class DrawingDecoder(Decoder, Protocol):
+    """A decoder that also chooses tokens, where the logits are."""
+
+    def draw(self, settings: SamplingSettings, ids: Sequence[int]) -> Iterator[int]:
+        """Yield the tokens that follow the text just read (`ids`: all of it), until it is full.
+
+        Each has been read when it is yielded, except one that no longer fits.
+        """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
-from cvxq.lean.decoder import Decoder
+from cvxq.lean.decoder import Decoder, DrawingDecoder
+from cvxq.sample import SamplingSettings
 from cvxq.session import Logits, Session
 
 # Whose text a decoder holds: sessions that find another's there read their own anew.
@@ -26,10 +28,33 @@ class LeanSession(Session):
         """Forget all but the first `length` tokens."""
         del self.ids[length:]
 
+    def draw(self, ids: Sequence[int], settings: SamplingSettings) -> Iterator[int]:
+        """Yield the tokens that follow the text `ids`, drawn by the decoder if it can."""
+        decoder = self.decoder
+        if not isinstance(decoder, DrawingDecoder):
+            yield from super().draw(ids, settings)
+            return
+        self.resume(ids)
+        text = list(ids)
+        for token in decoder.draw(settings, ids):
+            text.append(token)
+            if decoder.length > len(self.ids):
+                self.ids.append(token)
+            yield token
+            if not self._is_owner():  # another text was read meanwhile: begin anew from here
+                if self.room:
+                    seed = None if settings.seed is None else settings.seed + len(text)
+                    yield from self.draw(text, replace(settings, seed=seed))
+                return
+
+    def _is_owner(self) -> bool:
+        """Tell whether what the decoder holds is of this text."""
+        owner = _owner.get(self.decoder)
+        return owner is not None and owner() is self
+
     def _read(self, ids: Sequence[int]) -> Logits:
         decoder = self.decoder
-        owner = _owner.get(decoder)
-        if owner is None or owner() is not self:
+        if not self._is_owner():
             _owner[decoder] = ref(self)
             decoder.rewind(0)
         held = min(decoder.length, len(self.ids))
