@@ -31,6 +31,7 @@ enum {
     NARROW = 4,        /* deepest depth whose levels and inputs have 8 bits */
     NATIVE = 16,       /* largest M that goes through the integer path */
     ITEM_TILES = 4,    /* most tiles of one item of work */
+    AHEAD_BLOCK = 512, /* bytes fetched ahead per block of inputs that is rounded */
 };
 
 /* Columns that a unit spans, for tiles of `strips` strips. */
@@ -149,9 +150,10 @@ struct cvxq_matrix {
 /* One instruction set. */
 typedef struct {
     const char *name;
-    /* Round input `x`, already in the cluster's order, for one cluster. */
+    /* Round input `x`, already in the cluster's order, for one cluster. Meanwhile memory would idle:
+     * `soon` are the codes that come next, to be fetched AHEAD_BLOCK bytes per block. */
     void (*prepare)(const cvxq_matrix *w, const cvxq_cluster *cluster, int64_t groups,
-                    const float *x, cvxq_input *out);
+                    const float *x, const uint8_t *soon, cvxq_input *out);
     /* sums (batch, 64) float32 = products of one tile's rows with 1, 2 or 4 inputs. */
     void (*tile)(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,
                  const cvxq_input *inputs, int batch, float *sums);
@@ -184,9 +186,20 @@ int cvxq_unit_code(int depth, const uint8_t *unit, int vector, int byte);
 /* prepare.c: `prepare` for any processor (with out->exact set it only scales), and the end of a
  * block for the others: `most` is the largest magnitude, NaN if an input was not finite. */
 void cvxq_prepare_portable(const cvxq_matrix *w, const cvxq_cluster *cluster, int64_t groups,
-                           const float *x, cvxq_input *out);
-void cvxq_finish_block(cvxq_input *out, int64_t block, int depth, float unit, float most,
-                       int32_t sum, int32_t low_sum);
+                           const float *x, const uint8_t *soon, cvxq_input *out);
+
+static inline void cvxq_finish_block(cvxq_input *out, int64_t block, int depth, float unit,
+                                     float most, int32_t sum, int32_t low_sum) {
+    out->start[block] = -128 * sum;
+    if (depth <= NARROW) {
+        out->scale[block] = most * (1 / 127.0f) * unit;
+    } else {
+        /* Levels are 256 · (high − 128) + low, low being 127.5 on average: that average times the
+         * low inputs is all that is kept of the product of both low parts. */
+        out->start2[block] = -128 * low_sum + low_sum / 2;
+        out->scale[block] = most * (1 / 32639.0f) * unit * 256.0f;
+    }
+}
 
 /* tables.c */
 void cvxq_tables_fill(cvxq_tables *tables, const float *levels);

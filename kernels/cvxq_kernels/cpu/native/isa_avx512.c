@@ -152,22 +152,23 @@ INLINE __m512 scales_of(const float *scales, const __m512 table[4], int is_small
 
 /* Round four vectors of scaled inputs, one block. */
 INLINE void round_block(const __m512 y[4], int depth, float unit, int64_t block, cvxq_input *out) {
-    __m512 size = _mm512_max_ps(_mm512_max_ps(_mm512_abs_ps(y[0]), _mm512_abs_ps(y[1])),
-                                _mm512_max_ps(_mm512_abs_ps(y[2]), _mm512_abs_ps(y[3])));
-    /* A maximum may lose a NaN; x · 0 keeps one, and finds infinities. */
-    const __m512 zero = _mm512_setzero_ps();
-    const __m512 odd = _mm512_add_ps(
-        _mm512_add_ps(_mm512_mul_ps(y[0], zero), _mm512_mul_ps(y[1], zero)),
-        _mm512_add_ps(_mm512_mul_ps(y[2], zero), _mm512_mul_ps(y[3], zero)));
-    const int is_finite = !_mm512_cmp_ps_mask(odd, zero, _CMP_NEQ_UQ);
-    const float most = is_finite ? _mm512_reduce_max_ps(size) : NAN;
+    /* Magnitudes compare like integers, with infinity and then NaN above all numbers. */
+    const __m512i size = _mm512_max_epu32(
+        _mm512_max_epu32(_mm512_castps_si512(_mm512_abs_ps(y[0])),
+                         _mm512_castps_si512(_mm512_abs_ps(y[1]))),
+        _mm512_max_epu32(_mm512_castps_si512(_mm512_abs_ps(y[2])),
+                         _mm512_castps_si512(_mm512_abs_ps(y[3]))));
+    const uint32_t bits = _mm512_reduce_max_epu32(size);
+    const int is_finite = bits < 0x7f800000;
+    float most = NAN;
+    if (is_finite) memcpy(&most, &bits, 4);
     const float top = depth <= NARROW ? 127.0f : 32639.0f;
     const float inverse = is_finite && most > 0 ? fminf(top / most, FLT_MAX) : 0;
     const __m512 factor = _mm512_set1_ps(inverse);
+    const __mmask16 mask = is_finite ? 0xFFFF : 0; /* NaN · 0 would not be 0 */
     __m512i sum = _mm512_setzero_si512(), low_sum = sum;
     for (int i = 0; i < 4; i++) {
-        const __m512i value =
-            is_finite ? _mm512_cvtps_epi32(_mm512_mul_ps(y[i], factor)) : _mm512_setzero_si512();
+        const __m512i value = _mm512_maskz_cvtps_epi32(mask, _mm512_mul_ps(y[i], factor));
         __m512i upper = value;
         if (depth > NARROW) {
             upper = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(128)), 8);
@@ -184,33 +185,49 @@ INLINE void round_block(const __m512 y[4], int depth, float unit, int64_t block,
                       depth > NARROW ? _mm512_reduce_add_epi32(low_sum) : 0);
 }
 
+/* Scale one block, all 64 columns of it or the first `left`; returns what the means add. */
+INLINE __m512 scale_block(const cvxq_matrix *w, const __m512 table[4], const float *x,
+                          const uint8_t *scale_codes, const int8_t *mean_codes, int64_t left,
+                          __m512 mean, __m512 y[4]) {
+    for (int j = 0; j < 4; j++, left -= 16) {
+        const __mmask16 mask = left >= 16 ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0;
+        const __m128i codes = _mm_maskz_loadu_epi8(mask, scale_codes + 16 * j);
+        y[j] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + 16 * j),
+                             scales_of(w->scales, table, w->few_scales, codes));
+        if (!mean_codes) continue;
+        const __m512i means =
+            _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, mean_codes + 16 * j));
+        const __m512 shift = _mm512_mul_ps(_mm512_cvtepi32_ps(means), _mm512_set1_ps(w->mean_step));
+        mean = _mm512_fmadd_ps(y[j], shift, mean);
+    }
+    return mean;
+}
+
 TARGET static void prepare(const cvxq_matrix *w, const cvxq_cluster *cluster, int64_t groups,
-                           const float *x, cvxq_input *out) {
+                           const float *x, const uint8_t *soon, cvxq_input *out) {
     const uint8_t *scale_codes = w->scale_codes + groups;
     const int8_t *mean_codes = w->mean_codes ? w->mean_codes + groups : NULL;
-    const int is_small = w->few_scales;
     __m512 table[4], mean = _mm512_setzero_ps();
     for (int i = 0; i < 4; i++) table[i] = _mm512_loadu_ps(w->scales + 16 * i);
     int64_t block = 0;
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
-        for (int64_t i = 0; i < run->count; i += BLOCK) {
+        const float unit = w->tables->unit[run->depth];
+        for (int64_t i = 0; i < run->count; i += BLOCK, soon += AHEAD_BLOCK) {
+            const int64_t at = run->first + i, left = run->count - i;
+            const int8_t *means = mean_codes ? mean_codes + at : NULL;
             __m512 y[4];
-            for (int j = 0; j < 4; j++) {
-                const int64_t left = run->count - i - 16 * j, at = run->first + i + 16 * j;
-                const __mmask16 mask = left >= 16 ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0;
-                const __m128i codes = _mm_maskz_loadu_epi8(mask, scale_codes + at);
-                y[j] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + at),
-                                     scales_of(w->scales, table, is_small, codes));
-                if (!mean_codes) continue;
-                const __m512i means =
-                    _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, mean_codes + at));
-                const __m512 shift =
-                    _mm512_mul_ps(_mm512_cvtepi32_ps(means), _mm512_set1_ps(w->mean_step));
-                mean = _mm512_fmadd_ps(y[j], shift, mean);
+            for (int j = 0; j < AHEAD_BLOCK; j += 64)
+                _mm_prefetch((const char *)soon + j, _MM_HINT_T1);
+            mean = left >= BLOCK
+                       ? scale_block(w, table, x + at, scale_codes + at, means, BLOCK, mean, y)
+                       : scale_block(w, table, x + at, scale_codes + at, means, left, mean, y);
+            if (!run->depth) continue;
+            if (run->depth <= NARROW) {
+                round_block(y, 1, unit, block++, out);
+            } else {
+                round_block(y, 8, unit, block++, out);
             }
-            if (run->depth)
-                round_block(y, run->depth, w->tables->unit[run->depth], block++, out);
         }
     }
     out->mean = _mm512_reduce_add_ps(mean);

@@ -184,28 +184,3 @@ void cvxq_rows(cvxq_pool *pool, const cvxq_matrix *matrix, const int64_t *ids, i
         cvxq_pool_run(pool, expand_rows, &job);
     }
 }
-
-typedef struct {
-    const uint64_t *words;
-    int64_t count;
-    atomic_ullong sum;
-} reading;
-
-static void read_part(void *context, int part, int parts) {
-    reading *job = context;
-    const int64_t from = job->count / parts * part;
-    const int64_t to = part + 1 < parts ? job->count / parts * (part + 1) : job->count;
-    uint64_t sums[64] = {0};
-    int64_t i = from;
-    for (; i + 64 <= to; i += 64)
-        for (int j = 0; j < 64; j++) sums[j] ^= job->words[i + j];
-    for (; i < to; i++) sums[0] ^= job->words[i];
-    for (int j = 1; j < 64; j++) sums[0] ^= sums[j];
-    atomic_fetch_xor(&job->sum, sums[0]);
-}
-
-uint64_t cvxq_read_through(cvxq_pool *pool, const void *memory, int64_t bytes) {
-    reading job = {memory, bytes / 8, 0};
-    cvxq_pool_run(pool, read_part, &job);
-    return job.sum;
-}

@@ -61,6 +61,7 @@ void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, void *scratch)
     const cvxq_ops *ops = cvxq_ops_in_use();
     const cvxq_cluster *cluster = &w->clusters[item->cluster];
     const int64_t groups = item->cluster * w->inputs;
+    const uint8_t *soon = w->codes + w->tiles[item->first_tile].codes;
     workspace space;
     lay_out(w, job->exact, scratch, &space);
     int batch;
@@ -73,9 +74,9 @@ void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, void *scratch)
                 x = space.gathered;
             }
             if (job->exact) {
-                cvxq_prepare_portable(w, cluster, groups, x, &space.inputs[b]);
+                cvxq_prepare_portable(w, cluster, groups, x, soon, &space.inputs[b]);
             } else {
-                ops->prepare(w, cluster, groups, x, &space.inputs[b]);
+                ops->prepare(w, cluster, groups, x, soon, &space.inputs[b]);
             }
         }
         for (int64_t t = item->first_tile; t < item->first_tile + item->tiles; t++) {

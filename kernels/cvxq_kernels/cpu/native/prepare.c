@@ -31,26 +31,14 @@ static void round_block(const float *y, int count, int depth, float unit, int64_
     cvxq_finish_block(out, block, depth, unit, is_finite ? most : NAN, sum, low_sum);
 }
 
-void cvxq_finish_block(cvxq_input *out, int64_t block, int depth, float unit, float most,
-                       int32_t sum, int32_t low_sum) {
-    out->start[block] = -128 * sum;
-    if (depth <= NARROW) {
-        out->scale[block] = most / 127.0f * unit;
-    } else {
-        /* Levels are 256 · (high − 128) + low, low being 127.5 on average: that average times the
-         * low inputs is all that is kept of the product of both low parts. */
-        out->start2[block] = -128 * low_sum + low_sum / 2;
-        out->scale[block] = most / 32639.0f * unit * 256.0f;
-    }
-}
-
 void cvxq_prepare_portable(const cvxq_matrix *w, const cvxq_cluster *cluster, int64_t groups,
-                           const float *x, cvxq_input *out) {
+                           const float *x, const uint8_t *soon, cvxq_input *out) {
     int64_t block = 0;
     float mean = 0;
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
-        for (int64_t i = 0; i < run->count; i += BLOCK) {
+        for (int64_t i = 0; i < run->count; i += BLOCK, soon += AHEAD_BLOCK) {
+            for (int j = 0; j < AHEAD_BLOCK; j += 64) __builtin_prefetch(soon + j, 0, 2);
             const int count = (int)min_of(BLOCK, run->count - i);
             float y[BLOCK], part = 0;
             for (int j = 0; j < count; j++) {
