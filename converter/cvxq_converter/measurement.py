@@ -1,9 +1,8 @@
 """What was measured on a model, kept in a file, so that many conversions can share it.
 
 The file holds the calibration tokens (`sequences`, (S, L) int32) and, as `MATRIX/FIELD`, the
-arrays of every matrix's statistics that `FIELDS` lists. Arrays that several matrices share, being
-fed the same inputs, are stored once. Loading is strict: whatever is missing, unexpected, of
-another shape or not finite is refused.
+arrays of every matrix's statistics that `FIELDS` lists; equal arrays are stored once. Loading is
+strict: whatever is missing, unexpected, of another shape or not finite is refused.
 """
 
 from __future__ import annotations
@@ -111,12 +110,17 @@ def matrices_of(statistics: Mapping[str, MatrixStatistics]) -> dict[str, Measure
 
 
 def shared_arrays(statistics: Mapping[str, MatrixStatistics]) -> dict[str, str]:
-    """Tensor name → the earlier one that is the same array, for those that need no storing."""
-    first: dict[int, str] = {}
+    """Tensor name → the earlier one that holds the same values, for those that need no storing.
+
+    Layers that are fed the same inputs have their moments in common.
+    """
+    first: dict[tuple[str, tuple[int, ...], bytes], str] = {}
     shared = {}
     for name, array in _arrays(statistics).items():
-        if first.setdefault(id(array), name) != name:
-            shared[name] = first[id(array)]
+        content = hashlib.sha256(np.ascontiguousarray(array)).digest()
+        origin = first.setdefault((array.dtype.str, array.shape, content), name)
+        if origin != name:
+            shared[name] = origin
     return shared
 
 

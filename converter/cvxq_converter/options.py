@@ -94,6 +94,7 @@ class ConversionOptions:
         """All options as JSON values, without paths: a calibration file gives its name only."""
         values = asdict(self)
         values["dtype"] = str(self.dtype).removeprefix("torch.")
+        values["keep"] = list(self.keep)
         values["calibration"] = Path(self.calibration).name
         del values["device"]
         return values

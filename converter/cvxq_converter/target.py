@@ -16,7 +16,7 @@ from cvxq_converter.errors import RateError
 
 TOLERANCE = 0.05  # a result may be better than asked for by this share
 AIM = 1 - TOLERANCE / 2
-RESOLUTION = 1 / 4096  # bits per weight; a closer bracket decides nothing any more
+RESOLUTION = 1 / 1024  # bits per weight; a closer bracket decides nothing any more
 LEAST_MOVE = 1 / 64  # bits per weight, beyond a rate whose side of the target is known
 PATIENCE = 4  # trials on one side of the target before the other end is approached by halves
 

@@ -88,12 +88,12 @@ def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             if parameter.ndim == 2:  # large enough for the text to depend on everything
                 parameter.add_(torch.randn_like(parameter) * 0.15)
     network.save_pretrained(folder)
-    path, report = folder.parent / "toy.cvxq", folder.parent / "report.json"
+    path, report = folder.parent / "toy.cvxq", folder.parent / "report"
     cvxq_command(
         *("convert", folder, "-o", path, "--bits", 4, "--sequences", 6, "--length", 32),
         *("--group-size", 32, "--threads", 1, "--report", report),
     )
-    return Toy(folder, path, json.loads(report.read_text("utf-8")), network)
+    return Toy(folder, path, json.loads((report / "report.json").read_text("utf-8")), network)
 
 
 def dequantized(toy: Toy) -> LlamaForCausalLM:
