@@ -18,7 +18,7 @@ from cvxq_kernels.cpu.library import Companded, native
 
 Floats = npt.NDArray[np.float32]
 
-_DENSE_TYPES = {"bf16": 0, "f16": 1, "f32": 2}
+_DENSE_TYPES = {"uint16": 0, "float16": 1, "float32": 2}  # numpy's name: the C enumeration
 
 
 class Pool:
@@ -97,10 +97,8 @@ class Matrix:
         pool: Pool | None = None,
     ) -> Matrix:
         """Copy a matrix (N, K) that a file keeps raw: float16, float32, or uint16 for bfloat16."""
-        names = {np.dtype(np.uint16): "bf16", np.dtype(np.float16): "f16"}
-        names[np.dtype(np.float32)] = "f32"
-        name = names.get(array.dtype)
-        if name is None or array.ndim != 2:
+        kind = _DENSE_TYPES.get(array.dtype.name)
+        if kind is None or array.ndim != 2:
             raise ValueError(
                 f"a dense weight {array.shape} of {array.dtype}, "
                 "allowed (N, K) of float16, float32, or uint16 for bfloat16"
@@ -109,7 +107,7 @@ class Matrix:
         dense = np.ascontiguousarray(array)
         held = _bias(bias, array.shape[0])
         handle = native().cvxq_matrix_dense(
-            pool.handle, dense.ctypes.data, _DENSE_TYPES[name], *array.shape, _address(held)
+            pool.handle, dense.ctypes.data, kind, *array.shape, _address(held)
         )
         if not handle:
             raise MemoryError(f"no memory for a weight {array.shape}")

@@ -1,0 +1,236 @@
+"""Every instruction set against products in float64, over shapes that no kernel likes."""
+
+import mmap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cvxq_format import Codebook, CompandedTensor, dequantize
+from cvxq_kernels import cpu
+from cvxq_kernels.cpu.matrix import matmul_many, release_pages
+
+CODEBOOK = Codebook.default()
+Maker = Callable[..., CompandedTensor]
+
+SHAPES: list[tuple[tuple[int, int], dict[str, Any]]] = [
+    ((1, 1), {}),
+    ((12, 5), {}),
+    ((64, 200), {"group_size": 64}),
+    ((130, 37), {"group_size": 64, "partitions": 1}),  # the last cluster has 2 rows
+    ((200, 129), {"group_size": 100, "partitions": 2}),  # tiles of 4, 2 and 1 strips
+    ((48, 300), {"group_size": 48, "partitions": 1}),
+    ((600, 70), {"group_size": 600, "partitions": 1}),  # one cluster, three items of work
+    ((128, 64), {"group_size": 64, "means": False}),
+    ((128, 64), {"group_size": 64, "permuted": False}),
+    ((96, 50), {"group_size": 1}),
+    ((64, 80), {"transposed": True}),
+    ((300, 33), {"transposed": True, "group_size": 64}),
+]
+
+
+def inputs(m: int, k: int) -> np.ndarray:
+    return np.random.default_rng(m).standard_normal((m, k)).astype(np.float32)
+
+
+def separable(tensor: CompandedTensor) -> CompandedTensor:
+    """The tensor with one depth per column and column terms that say so."""
+    rng = np.random.default_rng(5)
+    columns = rng.integers(0, 9, tensor.columns, dtype=np.uint8)
+    depths = np.broadcast_to(columns, tensor.depths.shape).copy()
+    height = np.asarray(tensor.cluster_rows())
+    size = int((depths.sum(axis=(0, 2), dtype=np.int64) * ((height + 7) // 8)).sum())
+    codes = np.zeros(size, np.uint8)
+    if not np.any(height % 8):
+        codes = rng.integers(0, 256, size, dtype=np.uint8)
+    terms = columns[None].copy()
+    cluster_terms = np.zeros((1, tensor.clusters), np.int16)
+    return replace(
+        tensor,
+        depths=depths,
+        packed_codes=codes,
+        column_terms=terms,
+        cluster_terms=cluster_terms,
+        column_bits=4,
+    )
+
+
+def poisoned(m: int, n: int) -> np.ndarray:
+    return np.full((m, n), np.nan, np.float32)
+
+
+def check(isa: str, tensor: CompandedTensor, x: np.ndarray, reference: Any) -> None:
+    bias = np.linspace(-1, 1, tensor.shape[0]).astype(np.float32)
+    truth = reference(tensor, CODEBOOK)
+    weight = cpu.Matrix.from_tensor(tensor, CODEBOOK, bias=bias)
+    expected = truth.product(x, bias)
+    for exact, bound in ((True, truth.exact_bound(x, bias)), (False, truth.fast_bound(x, bias))):
+        out = poisoned(len(x), tensor.shape[0])
+        matmul_many([weight], x, exact=exact, out=[out])
+        worst = np.abs(out - expected) - bound
+        assert worst.max() <= 0, f"{isa}, exact={exact}: off by {worst.max():.3g} too much"
+
+
+@pytest.mark.parametrize(("shape", "changes"), SHAPES)
+def test_products(
+    isa: str,
+    shape: tuple[int, int],
+    changes: dict[str, Any],
+    random_companded: Maker,
+    reference: Any,
+) -> None:
+    tensor = random_companded(shape, seed=3, **changes)
+    for m in (1, 3, 40):
+        check(isa, tensor, inputs(m, shape[1]), reference)
+
+
+@pytest.mark.parametrize("m", range(1, 41))
+def test_batches(isa: str, m: int, random_companded: Maker, reference: Any) -> None:
+    tensor = random_companded((80, 90), seed=m, group_size=32, partitions=1)
+    check(isa, tensor, inputs(m, 90), reference)
+
+
+@pytest.mark.parametrize("depth", range(9))
+@pytest.mark.parametrize("rows", [16, 32, 64])  # tiles of one, two and four strips
+def test_single_depth(
+    isa: str, depth: int, rows: int, random_companded: Maker, reference: Any
+) -> None:
+    """Every depth alone, all-pruned clusters included, with more columns than two blocks."""
+    tensor = random_companded((rows, 141), seed=1, group_size=rows, partitions=1, means=depth == 4)
+    rng = np.random.default_rng(depth)
+    tensor = replace(
+        tensor,
+        depths=np.full_like(tensor.depths, depth),
+        packed_codes=rng.integers(0, 256, 141 * depth * rows // 8, dtype=np.uint8),
+    )
+    check(isa, tensor, inputs(2, 141), reference)
+
+
+def test_shared_order(isa: str, random_companded: Maker, reference: Any) -> None:
+    """Separable depths: one order of columns serves all clusters."""
+    tensor = separable(random_companded((256, 777), seed=2, group_size=64))
+    check(isa, tensor, inputs(5, 777), reference)
+
+
+@pytest.mark.parametrize("exponent", [-120, -60, 60, 110])
+def test_extreme_scales(isa: str, exponent: int, random_companded: Maker, reference: Any) -> None:
+    tensor = random_companded((64, 100), seed=4, group_size=64)
+    tensor = replace(tensor, scale_unit=np.float32(2.0**exponent))
+    check(isa, tensor, inputs(1, 100) * np.float32(2.0**4), reference)
+
+
+def test_one_huge_input(isa: str, random_companded: Maker, reference: Any) -> None:
+    tensor = random_companded((64, 300), seed=4, group_size=64)
+    x = inputs(1, 300)
+    x[0, 7] = 3000
+    check(isa, tensor, x, reference)
+
+
+def test_all_pruned(isa: str, random_companded: Maker, reference: Any) -> None:
+    tensor = random_companded((40, 60), seed=4, means=False)
+    tensor = replace(
+        tensor, depths=np.zeros_like(tensor.depths), packed_codes=np.zeros(0, np.uint8)
+    )
+    check(isa, tensor, inputs(2, 60), reference)
+
+
+def test_nan_and_infinity_show(isa: str, random_companded: Maker) -> None:
+    """An input that is no number must not turn into one, in any depth."""
+    weight = cpu.Matrix.from_tensor(random_companded((64, 90), seed=1), CODEBOOK)
+    for bad in (np.nan, np.inf, -np.inf):
+        x = inputs(1, 90)
+        x[0] = bad
+        assert np.isnan(weight.matmul(x)).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"transposed": True}, {"means": False, "group_size": 48}])
+def test_rows_equal_the_file(changes: dict[str, Any], random_companded: Maker) -> None:
+    tensor = random_companded((96, 75), seed=6, **changes)
+    weight = cpu.Matrix.from_tensor(tensor, CODEBOOK, bias=np.ones(96))
+    ids = np.array([95, 0, 31, 31])
+    np.testing.assert_array_equal(weight.rows(ids), dequantize(tensor, CODEBOOK)[ids])
+    with pytest.raises(IndexError, match=r"row ids span -1\.\.3, allowed 0\.\.95"):
+        weight.rows([3, -1])
+
+
+def test_products_share_an_input(isa: str, random_companded: Maker) -> None:
+    """Fused products equal single ones, whatever order their columns have."""
+    tensors = [random_companded((n, 70), seed=n, group_size=16) for n in (64, 32, 50)]
+    tensors.append(separable(random_companded((64, 70), seed=9, group_size=64)))
+    weights = [cpu.Matrix.from_tensor(tensor, CODEBOOK) for tensor in tensors]
+    weights.append(cpu.Matrix.from_dense(inputs(20, 70)))
+    x = inputs(3, 70)
+    for weight, together in zip(weights, matmul_many(weights, x), strict=True):
+        np.testing.assert_array_equal(together, weight.matmul(x))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float16", "float32"])
+@pytest.mark.parametrize("k", [1, 63, 200])
+def test_dense(isa: str, dtype: str, k: int) -> None:
+    values = np.random.default_rng(k).standard_normal((70, k)).astype(np.float32)
+    if dtype == "uint16":
+        stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+        values = (stored.astype(np.uint32) << 16).view(np.float32)
+    else:
+        stored = values.astype(dtype)
+        values = stored.astype(np.float32)
+    bias = np.arange(70, dtype=np.float32)
+    weight = cpu.Matrix.from_dense(stored, bias=bias)
+    np.testing.assert_array_equal(weight.rows([5, 69]), values[[5, 69]])
+    for m in (1, 7):
+        x = inputs(m, k)
+        size = np.abs(x).astype(np.float64) @ np.abs(values.astype(np.float64)).T + bias
+        expected = x.astype(np.float64) @ values.astype(np.float64).T + bias
+        assert (np.abs(weight.matmul(x) - expected) <= (k + 3) * 2.0**-24 * size).all()
+
+
+def test_small_half_precision_numbers() -> None:
+    """Subnormal, zero, largest and infinite float16 values widen exactly."""
+    bits = np.array([[0, 1, 0x03FF, 0x0400, 0x7BFF, 0x7C00, 0x8001, 0xFBFF]], np.uint16)
+    weight = cpu.Matrix.from_dense(bits.view(np.float16))
+    np.testing.assert_array_equal(weight.rows([0]), bits.view(np.float16).astype(np.float32))
+
+
+def test_number_of_threads_changes_nothing(random_companded: Maker) -> None:
+    tensor = random_companded((600, 130), seed=8, group_size=64, partitions=1)
+    x = inputs(7, 130)
+    results = []
+    for threads in (1, 2, 5):
+        pool = cpu.Pool(threads)
+        weight = cpu.Matrix.from_tensor(tensor, CODEBOOK, pool=pool)
+        results += [weight.matmul(x) for _ in range(3)]
+        del weight
+        pool.close()
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_refusals(random_companded: Maker) -> None:
+    with pytest.raises(ValueError, match="stacked weight"):
+        cpu.Matrix.from_tensor(random_companded((2, 24, 5), seed=1), CODEBOOK)
+    tensor = random_companded((24, 5), seed=1)
+    with pytest.raises(ValueError, match=r"a bias \(5,\), allowed \(24,\)"):
+        cpu.Matrix.from_tensor(tensor, CODEBOOK, bias=np.zeros(5))
+    with pytest.raises(ValueError, match=r"allowed \(M, 5\)"):
+        cpu.Matrix.from_tensor(tensor, CODEBOOK).matmul(np.zeros((2, 6)))
+    with pytest.raises(ValueError, match="of float64"):
+        cpu.Matrix.from_dense(np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="a pool of 0 threads"):
+        cpu.Pool(0)
+
+
+def test_pages_of_a_mapping_are_released(tmp_path: Path) -> None:
+    """Read-only mappings lose their pages and keep their contents; other memory is untouched."""
+    path = tmp_path / "codes"
+    path.write_bytes(bytes(range(256)) * 256)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    view = np.frombuffer(memoryview(mapped)[5000:60000], np.uint8)
+    before = view.copy()
+    release_pages(view)
+    np.testing.assert_array_equal(view, before)
+    ours = before.copy()
+    release_pages(ours)
+    np.testing.assert_array_equal(ours, before)
