@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -200,7 +200,7 @@ def _logits(network: Predictor, window: Window) -> torch.Tensor:
     if not isinstance(network, nn.Module):
         every = torch.as_tensor(network.logits(window.ids.tolist()))
         return every[window.first_scored - 1 : -1]
-    ids = window.ids[None].to(next(network.parameters()).device)
+    ids = window.ids[None].to(cast(torch.device, network.device))
     output = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     logits: torch.Tensor = output.logits[0, window.first_scored - 1 : -1]
     return logits

@@ -94,7 +94,6 @@ class Shape:
     attention_cap: float = 0.0
     logit_cap: float = 0.0
     rotary_scale: float = 1.0
-    exact: bool = False
 
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
@@ -145,7 +144,6 @@ class _Shape(ctypes.Structure):
         ("rotary_pairs", ctypes.c_int32),
         ("position_offset", ctypes.c_int32),
         ("activation", ctypes.c_int32),
-        ("exact", ctypes.c_int32),
         *((name, ctypes.c_float) for name in _FACTORS),
         ("attention_cap", ctypes.c_float),
         ("logit_cap", ctypes.c_float),
@@ -175,15 +173,17 @@ class Decoder:
         # The pool must live longer; `_kept` belongs to self, which is gone by then.
         weakref.finalize(self, _free, self._library, handle, pool)
 
-    def feed(self, ids: npt.NDArray[np.int64], start: int, wanted: int) -> Floats:
+    def feed(
+        self, ids: npt.NDArray[np.int64], start: int, wanted: int, exact: bool = False
+    ) -> Floats:
         """Read up to `shape.chunk` tokens (n,) at positions from `start` on.
 
         The tokens before `start` must have been read.  Returns the logits (wanted, V) after the
-        last `wanted` of them.  Raises ValueError for tokens or positions out of their range.
+        last `wanted` of them; exact: from float32 products throughout.  Raises ValueError for tokens or positions out of their range.
         """
         logits = np.empty((wanted, self.shape.vocabulary), np.float32)
         status = self._feed(
-            self._handle, ids.ctypes.data, len(ids), start, wanted, logits.ctypes.data
+            self._handle, ids.ctypes.data, len(ids), start, wanted, exact, logits.ctypes.data
         )
         if status == 1:
             raise MemoryError("no memory for more keys and values")
@@ -224,7 +224,6 @@ class Decoder:
             len(shape.frequencies),
             shape.position_offset,
             ACTIVATIONS[shape.activation],
-            shape.exact,
             *(getattr(shape, name) for name in _FACTORS),
             shape.attention_cap,
             shape.logit_cap,
@@ -253,13 +252,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.cvxq_decoder_new.argtypes = [pointer, ctypes.POINTER(_Shape), ctypes.POINTER(_Layer)]
     library.cvxq_decoder_free.restype = None
     library.cvxq_decoder_free.argtypes = [pointer]
+    integer = ctypes.c_int
     library.cvxq_decoder_feed.argtypes = [
-        pointer,
-        pointer,
-        ctypes.c_int,
-        int64,
-        ctypes.c_int,
-        pointer,
+        *(pointer, pointer, integer, int64),
+        *(integer, integer, pointer),
     ]
     clock = ctypes.POINTER(int64)
     library.cvxq_decoder_clock.restype = None

@@ -37,8 +37,9 @@ class NativeDecoder:
     ) -> None:
         """Repack the weights of the open file.
 
-        threads: all cores if None; chunk: tokens per call of a prompt; exact: products in float32
-        throughout.  Raises NotLeanError where the native library is missing.
+        threads: all cores if None; chunk: tokens per call of a prompt; exact: `feed` multiplies in
+        float32 throughout, as `logits` does.  Raises NotLeanError where the native library is
+        missing.
         """
         if not cpu.is_available():
             raise NotLeanError(f"the native library is missing: {cpu.why_not()}")
@@ -48,10 +49,11 @@ class NativeDecoder:
         self.layers = spec.layers
         self.threads = threads or available_cores()
         self.chunk = min(chunk, spec.context)
+        self.exact = exact
         pool = cpu.Pool(self.threads)
         parts = _Parts(spec, reader, pool)
         layers = [parts.layer(layer, index) for index, layer in enumerate(weights.layers)]
-        shape = parts.shape(weights, self.chunk, exact)
+        shape = parts.shape(weights, self.chunk)
         self._native = Decoder(pool, shape, layers)
         self.bytes_per_token = parts.bytes_per_token(shape)
 
@@ -61,18 +63,23 @@ class NativeDecoder:
         for start in range(0, len(array), self.chunk):
             piece = array[start : start + self.chunk]
             wanted = int(start + len(piece) == len(array))
-            logits = self._native.feed(piece, self.length, wanted)
+            logits = self._native.feed(piece, self.length, wanted, self.exact)
             self.length += len(piece)
         return logits[0]
 
     def logits(self, ids: Sequence[int]) -> Floats:
-        """Read `ids` as a text of its own; return the logits (L, V) float32 after each of them."""
+        """Read `ids` as a text of its own; return the logits (L, V) float32 after each of them.
+
+        Products are in float32, so that what is measured does not depend on the machine.
+        """
         self.rewind(0)
         array = np.array(ids, np.int64)
         result = np.empty((len(array), self.vocabulary), np.float32)
         for start in range(0, len(array), self.chunk):
             piece = array[start : start + self.chunk]
-            result[start : start + len(piece)] = self._native.feed(piece, start, len(piece))
+            result[start : start + len(piece)] = self._native.feed(
+                piece, start, len(piece), exact=True
+            )
             self.length += len(piece)
         return result
 
@@ -168,7 +175,7 @@ class _Parts:
             rotated=spec.rope_layers[index],
         )
 
-    def shape(self, weights: DecoderWeights, chunk: int, exact: bool) -> Shape:
+    def shape(self, weights: DecoderWeights, chunk: int) -> Shape:
         spec = self._spec
         none = np.empty(0, np.float32)
         head, tied = self.matrix(weights.head), weights.head.weight == weights.embedding
@@ -200,7 +207,6 @@ class _Parts:
             embedding_scale=spec.embedding_scale,
             residual_scale=spec.residual_scale,
             logit_scale=spec.logit_scale,
-            exact=exact,
         )
 
     def bytes_per_token(self, shape: Shape) -> int:

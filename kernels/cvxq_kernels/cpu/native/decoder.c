@@ -29,7 +29,7 @@ struct cvxq_decoder {
     float *stream, *input, *query, *key, *value, *branch, *gate, *up, *cosine, *sine, *parts;
     int64_t products, total;
     /* what the tasks of this call work on */
-    int count, layer;
+    int count, layer, exact;
     int64_t start;
     const cvxq_norm *norms[3]; /* of the branch, of branch + stream, of the next input */
     float *cut;                /* logits that are capped */
@@ -175,7 +175,7 @@ static void multiply(cvxq_decoder *decoder, const cvxq_matrix *const *weights, i
                      const float *x, int rows, float *const *y)
 {
     const int64_t begin = now();
-    cvxq_matmul(decoder->pool, weights, count, x, rows, y, decoder->shape.exact);
+    cvxq_matmul(decoder->pool, weights, count, x, rows, y, decoder->exact);
     decoder->products += now() - begin;
 }
 
@@ -404,7 +404,7 @@ static int in_range(const cvxq_decoder *decoder, const int64_t *ids, int count, 
 }
 
 int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
-                      int wanted, float *logits)
+                      int wanted, int exact, float *logits)
 {
     const int layers = decoder->shape.layers;
     if (!in_range(decoder, ids, count, start, wanted)) return 2;
@@ -412,6 +412,7 @@ int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int6
     const int64_t begin = now();
     decoder->count = count;
     decoder->start = start;
+    decoder->exact = exact;
     cvxq_pool_begin(decoder->pool);
     turn(decoder);
     embed(decoder, ids);

@@ -43,7 +43,7 @@ typedef struct {
     int32_t chunk;           /* most tokens of a call */
     int32_t rotary_pairs;    /* elements i and i + rotary_pairs turn together, i < rotary_pairs */
     int32_t position_offset; /* row of `positions` for token 0 */
-    int32_t activation, exact;
+    int32_t activation;
     float embedding_scale, residual_scale, attention_scale, logit_scale;
     float attention_cap, logit_cap; /* c tanh(x / c); 0: none */
     float rotary_scale;             /* on cosines and sines */
@@ -61,10 +61,11 @@ CVXQ_API cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shap
 CVXQ_API void cvxq_decoder_free(cvxq_decoder *decoder);
 
 /* Read `count` ≤ chunk tokens at positions start, start + 1, …, whose predecessors have been read,
- * and write the logits (wanted, vocabulary) after the last `wanted` of them.
+ * and write the logits (wanted, vocabulary) after the last `wanted` of them. exact: as in
+ * cvxq_matmul.
  * Returns 0; 1 when memory is short; 2 for tokens, positions or counts out of their range. */
 CVXQ_API int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count,
-                               int64_t start, int wanted, float *logits);
+                               int64_t start, int wanted, int exact, float *logits);
 
 /* Nanoseconds spent so far: in matrix products, and altogether. */
 CVXQ_API void cvxq_decoder_clock(const cvxq_decoder *decoder, int64_t *products,
