@@ -179,7 +179,8 @@ class Decoder:
         """Read up to `shape.chunk` tokens (n,) at positions from `start` on.
 
         The tokens before `start` must have been read.  Returns the logits (wanted, V) after the
-        last `wanted` of them; exact: from float32 products throughout.  Raises ValueError for tokens or positions out of their range.
+        last `wanted` of them; exact: from float32 products throughout.  Raises ValueError for
+        tokens or positions out of their range.
         """
         logits = np.empty((wanted, self.shape.vocabulary), np.float32)
         status = self._feed(
