@@ -17,23 +17,23 @@ class Workspace:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._buffers: dict[str, torch.Tensor] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
         self._outgrown: list[torch.Tensor] = []
 
     def take(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the buffer `name` with at least `size` elements; zeros when it is new."""
-        found = self._buffers.get(name)
+        found = self.buffers.get(name)
         if found is None or len(found) < size:
             if found is not None:
                 self._outgrown.append(found)
             found = torch.zeros(size, dtype=dtype, device=self.device)
-            self._buffers[name] = found
+            self.buffers[name] = found
         return found
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(part.nbytes for part in [*self._buffers.values(), *self._outgrown])
+        return sum(part.nbytes for part in [*self.buffers.values(), *self._outgrown])
 
 
 @functools.cache
