@@ -97,6 +97,8 @@ class Shape:
 
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
+# A quarter of the time that `array.ctypes.data` takes.
+_first_byte, _address = ctypes.c_char.from_buffer, ctypes.addressof
 
 
 class _Norm(ctypes.Structure):
@@ -170,6 +172,8 @@ class Decoder:
             raise MemoryError("no memory for the decoder's scratch")
         self._handle = ctypes.c_void_p(handle)
         self._feed = self._library.cvxq_decoder_feed
+        self._token = ctypes.c_int64()
+        self._token_address = ctypes.c_void_p(ctypes.addressof(self._token))
         # The pool must live longer; `_kept` belongs to self, which is gone by then.
         weakref.finalize(self, _free, self._library, handle, pool)
 
@@ -186,15 +190,28 @@ class Decoder:
         status = self._feed(
             self._handle, ids.ctypes.data, len(ids), start, wanted, exact, logits.ctypes.data
         )
+        self._check(status, len(ids), start)
+        return logits
+
+    def step(self, token: int, start: int, exact: bool = False) -> Floats:
+        """Read one token as `feed` does; return the logits (V,) after it."""
+        logits = np.empty(self.shape.vocabulary, np.float32)
+        self._token.value = token
+        place = _address(_first_byte(logits))
+        status = self._feed(self._handle, self._token_address, 1, start, 1, exact, place)
+        if status:
+            self._check(status, 1, start)
+        return logits
+
+    def _check(self, status: int, count: int, start: int) -> None:
         if status == 1:
             raise MemoryError("no memory for more keys and values")
         if status:
             raise ValueError(
-                f"{len(ids)} tokens at position {start}: allowed are tokens 0 to "
+                f"{count} tokens at position {start}: allowed are tokens 0 to "
                 f"{self.shape.vocabulary - 1}, up to {self.shape.chunk} at once, and positions "
                 f"below {self.shape.capacity}"
             )
-        return logits
 
     def clock(self) -> tuple[float, float]:
         """Seconds spent so far in matrix products, and altogether."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from weakref import ReferenceType
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +17,19 @@ if TYPE_CHECKING:
     Floats: TypeAlias = npt.NDArray[np.float32] | torch.Tensor
 
 
-class Decoder(Hashable, Protocol):
+class Decoder(Protocol):
     """A model that holds the keys and values of one text.
 
     capacity: the most tokens of a text; length: how many it has read; vocabulary: V;
-    bytes_per_token: bytes of weights that predicting one token reads.
+    bytes_per_token: bytes of weights that predicting one token reads; holder: the session whose
+    text it is, None before the first.
     """
 
     capacity: int
     length: int
     vocabulary: int
     bytes_per_token: int
+    holder: ReferenceType[object] | None
 
     def feed(self, ids: Sequence[int]) -> Floats:
         """Read `ids` (at least one) after the text; return logits (V,) float32 after the last."""

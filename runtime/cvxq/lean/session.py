@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import numpy as np
 
 from cvxq.lean.decoder import Decoder, DrawingDecoder
 from cvxq.sample import SamplingSettings
 from cvxq.session import Logits, Session
-
-# Whose text a decoder holds: sessions that find another's there read their own anew.
-_owner: WeakKeyDictionary[Decoder, ref[LeanSession]] = WeakKeyDictionary()
 
 
 class LeanSession(Session):
@@ -48,17 +45,19 @@ class LeanSession(Session):
                 return
 
     def _is_owner(self) -> bool:
-        """Tell whether what the decoder holds is of this text."""
-        owner = _owner.get(self.decoder)
-        return owner is not None and owner() is self
+        """Tell whether what the decoder holds is of this text; else it is to be read anew."""
+        holder = self.decoder.holder
+        return holder is not None and holder() is self
 
     def _read(self, ids: Sequence[int]) -> Logits:
         decoder = self.decoder
         if not self._is_owner():
-            _owner[decoder] = ref(self)
+            decoder.holder = ref(self)
             decoder.rewind(0)
-        held = min(decoder.length, len(self.ids))
-        decoder.rewind(held)
-        logits = decoder.feed([*self.ids[held:], *ids])
+        if decoder.length != len(self.ids):
+            decoder.rewind(len(self.ids))
+            logits = decoder.feed([*self.ids[decoder.length :], *ids])
+        else:
+            logits = decoder.feed(ids)
         self.ids.extend(ids)
         return logits if isinstance(logits, np.ndarray) else logits.float().cpu().numpy()

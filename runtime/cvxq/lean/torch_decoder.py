@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from weakref import ReferenceType
 
 import torch
 
@@ -49,6 +50,7 @@ class TorchDecoder:
         self.vocabulary = network.spec.vocab
         self.bytes_per_token = network.weights.bytes_per_token()
         self.length = 0
+        self.holder: ReferenceType[object] | None = None
         self.prefill_tokens = prefill_tokens
         self._notify = notify
         device = network.device
