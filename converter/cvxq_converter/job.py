@@ -52,7 +52,7 @@ from cvxq_converter.statistics import MatrixStatistics, measure
 from cvxq_converter.target import Target, TargetResult, search_rate
 
 HELD_BACK = 8  # one sequence in eight is kept from the measurement
-TRIAL_RATES = (2.25, 3.0, 4.0)  # at which a measurement checks its prediction
+TRIAL_RATES = (2.25, 3.0, 4.0, 5.5)  # at which a measurement checks its prediction
 EXPECTED_TRIALS = 4  # of a search for a target, for the estimate of its time
 Announce = Callable[[str], None]
 
@@ -99,7 +99,8 @@ def convert(
     An existing `output` is only ever replaced by a complete new file.
     """
     stages = Stages(progress)
-    source, estimate = _begin(model, output, options, announce, measurement)
+    trials = EXPECTED_TRIALS if options.seeks_rate else 1
+    source, estimate = _begin(model, output, options, announce, measurement, trials)
     with stages.stage("load"):
         loaded = load_model(source, options)
     if options.method == "rtn":
@@ -129,7 +130,7 @@ def measure_model(
     if not options.replaces_weights:
         raise ConversionError("measuring needs calibration sequences and --method cvxq")
     stages = Stages(progress)
-    source, estimate = _begin(model, output, options, announce, None)
+    source, estimate = _begin(model, output, options, announce, None, len(TRIAL_RATES))
     with stages.stage("load"):
         loaded = load_model(source, options)
     prepared = prepare(loaded, options, estimate, None, stages)
@@ -167,6 +168,7 @@ def _begin(
     options: ConversionOptions,
     announce: Announce | None,
     measurement: Measurement | None,
+    trials: int,
 ) -> tuple[Source, Preflight]:
     """Look at the model before any work: estimate, and refuse what cannot be done."""
     torch.manual_seed(options.seed)
@@ -189,7 +191,7 @@ def _begin(
         bits=8.0 if options.bits is None else options.bits,
         keeps_originals=options.replaces_weights,
         is_measured=measurement is not None,
-        trials=EXPECTED_TRIALS if options.seeks_rate else 1,
+        trials=trials,
     )
     if announce:
         announce(estimate.line())

@@ -51,10 +51,10 @@ def command(statistics: Path, plot: Path | None, as_json: bool) -> None:
     else:
         click.echo("\t".join(entries[0]))
         for entry in entries:
-            click.echo("\t".join("" if v is None else f"{v:.6g}" for v in entry.values()))
+            click.echo("\t".join(_plain(value) for value in entry.values()))
 
 
-COLUMNS = ("bits/weight", "file bytes", "bits/parameter", "KL expected", "perplexity", "KL found")
+COLUMNS = ("bits/weight", "file bytes", "bits/param.", "KL expected", "perplexity", "KL found")
 
 
 def curve_entries(record: Record) -> list[dict[str, Any]]:
@@ -82,6 +82,12 @@ def curve_entries(record: Record) -> list[dict[str, Any]]:
     return entries
 
 
+def _plain(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
 def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
     increase, found = entry["perplexity_increase_expected"], entry["kl_found"]
     return (
@@ -89,6 +95,6 @@ def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
         bytes_text(entry["file_bytes"]),
         f"{entry['file_bits_per_parameter']:.3f}",
         f"{entry['kl_expected']:.3g}",
-        f"{increase:+.2%}" if increase < 10 else f"×{1 + increase:.3g}",
+        f"{increase:+.2%}" if increase < 1 else f"×{1 + increase:.3g}",
         "" if found is None else f"{found:.3g}",
     )
