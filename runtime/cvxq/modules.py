@@ -6,12 +6,16 @@ in the method resolution order.  So a subclass with its own forward (OPT's posit
 scaled embedding) still calls `super().forward` and meets the packed one.  Code that reaches for
 `module.weight` itself meets a `LazyWeight`, which knows shape, dtype and device for nothing and
 expands when it is computed with: always right, though slow.
+
+On a CUDA device the weight is a `GpuWeight`, multiplied as it lies; the packed weight that it was
+made from stays where the file was mapped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from cvxq_kernels import PackedWeight
@@ -20,15 +24,56 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
+if TYPE_CHECKING:
+    from cvxq_kernels.gpu import GpuWeight
+
+    AnyWeight = PackedWeight | GpuWeight
+
+_on_devices: WeakKeyDictionary[PackedWeight, dict[torch.device, AnyWeight]] = WeakKeyDictionary()
+
+
+def place(packed: PackedWeight, device: torch.device) -> AnyWeight:
+    """Return `packed` on `device`, arranged for the GPU kernels where they serve it.
+
+    Modules that share a packed weight share what is returned.
+    """
+    if device.type != "cuda":
+        return packed.to(device)
+    found = _on_devices.setdefault(packed, {})
+    if device not in found:
+        found[device] = _arrange(packed, device)
+    return found[device]
+
+
+def _arrange(packed: PackedWeight, device: torch.device) -> AnyWeight:
+    try:
+        from cvxq_kernels.gpu import GpuWeight, UnsupportedWeightError
+    except ImportError:  # no Triton for this platform
+        return packed.to(device)
+    try:
+        return GpuWeight.from_packed(packed, device)
+    except UnsupportedWeightError:  # stored transposed, or several matrices in one
+        return packed.to(device)
+
+
+def _linear(x: torch.Tensor, module: _PackedModule, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x (…, K) · Wᵀ + bias: as the weight lies on a GPU, else expanded."""
+    packed = module.packed
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    if isinstance(packed, PackedWeight) or needs_gradient or x.dtype == torch.float64:
+        return functional.linear(x, packed.dense(module._dtype), bias)
+    y = packed.matmul(x.reshape(-1, x.shape[-1]), bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
 
 class LazyWeight(torch.Tensor):
     """A tensor that is expanded from its packed form whenever an operation needs its values."""
 
-    packed: PackedWeight
+    packed: AnyWeight
     flipped: bool
 
     @staticmethod
-    def __new__(cls, packed: PackedWeight, dtype: torch.dtype, flipped: bool) -> LazyWeight:
+    def __new__(cls, packed: AnyWeight, dtype: torch.dtype, flipped: bool) -> LazyWeight:
         """Stand for `packed` in `dtype`; `flipped` presents (N, K) as (K, N), as Conv1D does."""
         shape = packed.shape[::-1] if flipped else packed.shape
         self: LazyWeight = torch.Tensor._make_wrapper_subclass(
@@ -61,12 +106,15 @@ class LazyWeight(torch.Tensor):
 class _PackedModule(nn.Module):
     """What the packed modules share: the weight, and following `.to(device or dtype)`."""
 
-    packed: PackedWeight
+    packed: AnyWeight
+    source: PackedWeight
     flipped = False
 
-    def hold(self, packed: PackedWeight, dtype: torch.dtype) -> None:
-        """Compute with `packed`, expanded to `dtype`, in place of the parameter `weight`."""
+    def hold(self, packed: AnyWeight, dtype: torch.dtype) -> None:
+        """Compute in `dtype` with `packed` in place of the parameter `weight`."""
         self._parameters.pop("weight", None)
+        if isinstance(packed, PackedWeight):
+            object.__setattr__(self, "source", packed)
         object.__setattr__(self, "packed", packed)
         object.__setattr__(self, "weight", LazyWeight(packed, dtype, self.flipped))
 
@@ -77,16 +125,16 @@ class _PackedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         moved = fn(torch.empty(0, dtype=self._dtype, device=self.packed.device))
-        self.hold(self.packed.to(moved.device), moved.dtype)
+        self.hold(place(self.source, moved.device), moved.dtype)
         return self
 
 
 class PackedLinear(_PackedModule, nn.Linear):
-    """`nn.Linear` that expands its (N, K) weight for each call and keeps nothing of it."""
+    """`nn.Linear` over a packed (N, K) weight; on a CPU, expanded for each call and not kept."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input (…, K) · Wᵀ + bias, (…, N)."""
-        return functional.linear(input, self.packed.dense(self._dtype), self.bias)
+        return _linear(input, self, self.bias)
 
 
 class PackedConv1D(_PackedModule, Conv1D):
@@ -97,7 +145,7 @@ class PackedConv1D(_PackedModule, Conv1D):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (…, K) · Wᵀ + bias, (…, N)."""
-        return functional.linear(x, self.packed.dense(self._dtype), self.bias)
+        return _linear(x, self, self.bias)
 
 
 class PackedEmbedding(_PackedModule, nn.Embedding):
