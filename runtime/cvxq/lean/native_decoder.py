@@ -38,9 +38,8 @@ class NativeDecoder:
     ) -> None:
         """Repack the weights of the open file.
 
-        threads: all cores if None; chunk: tokens per call of a prompt; exact: `feed` multiplies in
-        float32 throughout, as `logits` does.  Raises NotLeanError where the native library is
-        missing.
+        threads: all cores if None; chunk: tokens per call of a prompt; exact: products in float32
+        throughout, which is slow.  Raises NotLeanError where the native library is missing.
         """
         if not cpu.is_available():
             raise NotLeanError(f"the native library is missing: {cpu.why_not()}")
@@ -74,17 +73,14 @@ class NativeDecoder:
         return logits[0]
 
     def logits(self, ids: Sequence[int]) -> Floats:
-        """Read `ids` as a text of its own; return the logits (L, V) float32 after each of them.
-
-        Products are in float32, so that what is measured does not depend on the machine.
-        """
+        """Read `ids` as a text of its own; return the logits (L, V) float32 after each of them."""
         self.rewind(0)
         array = np.array(ids, np.int64)
         result = np.empty((len(array), self.vocabulary), np.float32)
         for start in range(0, len(array), self.chunk):
             piece = array[start : start + self.chunk]
             result[start : start + len(piece)] = self._native.feed(
-                piece, start, len(piece), exact=True
+                piece, start, len(piece), self.exact
             )
             self.length += len(piece)
         return result

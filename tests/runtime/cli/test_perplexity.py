@@ -29,13 +29,24 @@ def record_of(result: Result) -> dict[str, object]:
     return record
 
 
+# How far products in int8 may move a figure: a twentieth of the quantization error, whose effect
+# on these random networks is a few hundredths.
+FAST = 5e-3
+
+
+@pytest.mark.parametrize(("weights", "tolerance"), [("dense", 1e-5), ("packed", FAST)])
 def test_perplexity_is_that_of_a_plain_loop(
-    cvxq: Cvxq, original_folder: tuple[Path, Path], text_file: Path
+    cvxq: Cvxq,
+    original_folder: tuple[Path, Path],
+    text_file: Path,
+    weights: str,
+    tolerance: float,
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path, folder = original_folder
-    record = record_of(cvxq("perplexity", path, "--text", text_file, "--context", 32, "--json"))
+    options = ("--text", text_file, "--context", 32, "--weights", weights, "--json")
+    record = record_of(cvxq("perplexity", path, *options))
     ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
     network = AutoModelForCausalLM.from_pretrained(folder).eval()
     losses = []
@@ -47,10 +58,10 @@ def test_perplexity_is_that_of_a_plain_loop(
     nll = torch.cat(losses)
     assert record["tokens"] == len(nll)
     assert record["windows"] == len(ids) // 32
-    assert record["nll"]["mean"] == pytest.approx(float(nll.mean()), rel=1e-5)  # type: ignore[index]
+    assert record["nll"]["mean"] == pytest.approx(float(nll.mean()), rel=tolerance)  # type: ignore[index]
     error = float(nll.std()) / math.sqrt(len(nll))
-    assert record["nll"]["standard_error"] == pytest.approx(error, rel=1e-4)  # type: ignore[index]
-    assert record["perplexity"]["mean"] == pytest.approx(math.exp(nll.mean()), rel=1e-5)  # type: ignore[index]
+    assert record["nll"]["standard_error"] == pytest.approx(error, rel=10 * tolerance)  # type: ignore[index]
+    assert record["perplexity"]["mean"] == pytest.approx(math.exp(nll.mean()), rel=tolerance)  # type: ignore[index]
 
 
 def test_folder_and_file_of_the_same_weights_agree(
@@ -71,7 +82,7 @@ def test_against_the_same_weights_there_is_no_divergence(
     cvxq: Cvxq, original_folder: tuple[Path, Path], text_file: Path
 ) -> None:
     path, folder = original_folder
-    common = ("perplexity", path, "--text", text_file, "--against", folder)
+    common = ("perplexity", path, "--text", text_file, "--against", folder, "--weights", "dense")
     record = record_of(cvxq(*common, "--json"))
     for key in ("kl_median", "kl_p90", "kl_p99"):
         assert record[key] == pytest.approx(0, abs=1e-6)
