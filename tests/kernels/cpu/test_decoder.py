@@ -1,0 +1,248 @@
+"""The native forward pass against one in float64 numpy, on every instruction set, odd sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from cvxq_kernels import cpu
+
+if not cpu.is_available():
+    pytest.skip(cpu.why_not(), allow_module_level=True)
+
+from cvxq_kernels.cpu.decoder import Decoder, Layer, Norm, Shape
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+# Sums of up to a hundred float32 products of size one, a few layers deep.
+TOLERANCE = 2e-5
+CAPACITY, VOCABULARY = 150, 23  # three blocks of 64 positions
+
+
+@pytest.fixture(params=["avx512", "avx2", "neon", "scalar"], autouse=True)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if not cpu.force_isa(request.param):
+        pytest.skip(f"this machine or build has no {request.param}")
+    yield request.param
+    cpu.force_isa("")
+
+
+class Case:
+    """Random weights of a small decoder: the native parts, and a dense copy of each matrix."""
+
+    def __init__(self, pool: cpu.Pool, *, width: int, group: int, rotary: int, **options: Any):
+        self.rng = np.random.default_rng(0)
+        self.pool = pool
+        self.dense: dict[int, Floats] = {}
+        hidden, kv_heads, ffn = 21, 2, 37
+        heads = kv_heads * group
+        kind = options.pop("norm", "rms")
+        gated = options.pop("gated", True)
+        window = options.pop("window", 0)
+        names = options.pop("norms", ("attention_in", "ffn_in"))
+        head_norm = self.norm(width, "rms") if options.pop("head_norms", False) else Norm()
+        self.layers = [
+            Layer(
+                q=self.matrix(heads * width, hidden, bias=True),
+                k=self.matrix(kv_heads * width, hidden),
+                v=self.matrix(kv_heads * width, hidden, bias=True),
+                o=self.matrix(hidden, heads * width),
+                gate=self.matrix(ffn, hidden) if gated else None,
+                up=self.matrix(ffn, hidden),
+                down=self.matrix(hidden, ffn),
+                q_norm=head_norm,
+                k_norm=head_norm,
+                window=window if index else 0,
+                rotated=index != 2,
+                **{name: self.norm(hidden, kind) for name in names},
+            )
+            for index in range(3)
+        ]
+        embed = self.matrix(VOCABULARY, hidden)
+        self.shape = Shape(
+            hidden=hidden,
+            embedding=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=width,
+            ffn=ffn,
+            vocabulary=VOCABULARY,
+            capacity=CAPACITY,
+            chunk=CAPACITY,
+            activation=options.pop("activation", "silu"),
+            frequencies=(0.7 ** np.arange(rotary)).astype(np.float32),
+            embed=embed,
+            head=embed,
+            final=self.norm(hidden, kind),
+            attention_scale=options.pop("attention_scale", width**-0.5),
+        )
+        self.shape = replace(self.shape, **options)
+
+    def matrix(self, outputs: int, inputs: int, bias: bool = False) -> cpu.Matrix:
+        dense = (self.rng.standard_normal((outputs, inputs)) / inputs**0.5).astype(np.float32)
+        added = self.rng.standard_normal(outputs).astype(np.float32) if bias else None
+        matrix = cpu.Matrix.from_dense(dense, added, self.pool)
+        zero = np.zeros(outputs, np.float32)
+        self.dense[id(matrix)] = np.column_stack([dense, zero if added is None else added])
+        return matrix
+
+    def norm(self, size: int, kind: str) -> Norm:
+        weight = self.rng.standard_normal(size).astype(np.float32)
+        bias = self.rng.standard_normal(size).astype(np.float32) if kind == "layer" else None
+        return Norm(kind, weight, bias, 1e-3)
+
+    def times(self, x: Doubles, matrix: cpu.Matrix) -> Doubles:
+        dense = self.dense[id(matrix)].astype(np.float64)
+        return x @ dense[:, :-1].T + dense[:, -1]
+
+    def logits(self, ids: Any) -> Doubles:
+        """The whole pass over `ids`, written from the definitions."""
+        s = self.shape
+        x = self.dense[id(s.embed)][ids, :-1].astype(np.float64) * s.embedding_scale
+        for layer in self.layers:
+            branch = self.attend(layer, norm(layer.attention_in, x))
+            x = x + s.residual_scale * norm(layer.attention_out, branch)
+            x = norm(layer.attention_sum, x)
+            inner = norm(layer.ffn_in, x)
+            up = self.times(inner, layer.up)
+            if layer.gate is None:
+                up = activate(s.activation, up)
+            else:
+                up = activate(s.activation, self.times(inner, layer.gate)) * up
+            branch = self.times(up, layer.down)
+            x = x + s.residual_scale * norm(layer.ffn_out, branch)
+            x = norm(layer.ffn_sum, x)
+        return capped(self.times(norm(s.final, x), s.head) * s.logit_scale, s.logit_cap)
+
+    def attend(self, layer: Layer, x: Doubles) -> Doubles:
+        s, length = self.shape, len(x)
+        place = np.arange(length)
+        keys = self.split(layer.k, x, layer.k_norm, layer.rotated)
+        values = self.times(x, layer.v).reshape(length, s.kv_heads, -1)
+        queries = self.split(layer.q, x, layer.q_norm, layer.rotated)
+        distance = place[:, None] - place[None, :]
+        seen = (distance >= 0) & (distance < (layer.window or length))
+        heads = []
+        for head in range(s.heads):
+            key = head // (s.heads // s.kv_heads)
+            scores = queries[:, head] @ keys[:, key].T * s.attention_scale
+            scores = np.where(seen, capped(scores, s.attention_cap), -np.inf)
+            shares = np.exp(scores - scores.max(1, keepdims=True))
+            heads.append(shares / shares.sum(1, keepdims=True) @ values[:, key])
+        return self.times(np.concatenate(heads, axis=1), layer.o)
+
+    def split(self, matrix: cpu.Matrix, x: Doubles, of_head: Norm, rotated: bool) -> Doubles:
+        s = self.shape
+        heads = norm(of_head, self.times(x, matrix).reshape(len(x), -1, s.head_dim))
+        pairs = len(s.frequencies)
+        if not rotated:
+            return heads
+        angle = np.arange(len(x))[:, None, None] * s.frequencies.astype(np.float64)
+        cosine, sine = np.cos(angle) * s.rotary_scale, np.sin(angle) * s.rotary_scale
+        first, second = heads[..., :pairs].copy(), heads[..., pairs : 2 * pairs].copy()
+        heads[..., :pairs] = first * cosine - second * sine
+        heads[..., pairs : 2 * pairs] = second * cosine + first * sine
+        return heads
+
+
+def norm(settings: Norm, x: Doubles) -> Doubles:
+    if settings.kind == "none":
+        return x
+    if settings.kind == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + settings.epsilon)
+    if settings.weight is not None:
+        x = x * settings.weight
+    return x if settings.bias is None else x + settings.bias
+
+
+def activate(kind: str, x: Doubles) -> Doubles:
+    if kind == "silu":
+        return x / (1 + np.exp(-x))
+    if kind == "relu":
+        return np.maximum(x, 0)
+    if kind == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def capped(x: Doubles, cap: float) -> Doubles:
+    return cap * np.tanh(x / cap) if cap else x
+
+
+SANDWICH = ("attention_in", "attention_out", "ffn_in", "ffn_out")
+CASES: dict[str, dict[str, Any]] = {
+    "one head a group": {"width": 10, "group": 1, "rotary": 5},
+    "groups of five, partly rotated": {"width": 17, "group": 5, "rotary": 4},
+    "wide heads and a window": {"width": 70, "group": 3, "rotary": 35, "window": 66},
+    "window of one": {"width": 16, "group": 2, "rotary": 8, "window": 1},
+    "head norms, rotary scale": {
+        "width": 12, "group": 2, "rotary": 6, "head_norms": True, "rotary_scale": 1.3,
+    },
+    "caps and scales": {
+        "width": 8, "group": 2, "rotary": 4, "attention_cap": 0.7, "logit_cap": 1.1,
+        "logit_scale": 0.8, "embedding_scale": 3.0, "residual_scale": 0.4, "attention_scale": 0.9,
+    },
+    "sandwich": {"width": 8, "group": 1, "rotary": 4, "norms": SANDWICH, "activation": "gelu_tanh"},
+    "sums, not gated": {
+        "width": 9, "group": 2, "rotary": 0, "norms": ("attention_sum", "ffn_sum"),
+        "gated": False, "norm": "layer", "activation": "relu",
+    },
+    "gelu": {"width": 9, "group": 2, "rotary": 2, "activation": "gelu"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_those_of_numpy(name: str, threads: int) -> None:
+    pool = cpu.Pool(threads)
+    case = Case(pool, **CASES[name])
+    decoder = Decoder(pool, case.shape, case.layers)
+    ids = np.random.default_rng(1).integers(VOCABULARY, size=CAPACITY)
+    expected = case.logits(ids)
+    assert expected.std() > 0.1
+    found = decoder.feed(ids[:131], 0, 131, exact=True)
+    np.testing.assert_allclose(found, expected[:131], atol=TOLERANCE, rtol=TOLERANCE)
+    for place in range(131, CAPACITY):
+        found = decoder.step(int(ids[place]), place, exact=True)
+        np.testing.assert_allclose(found, expected[place], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_memory_grows_by_blocks_and_is_told() -> None:
+    pool = cpu.Pool(1)
+    case = Case(pool, width=10, group=1, rotary=5)
+    decoder = Decoder(pool, case.shape, case.layers)
+    empty = decoder.nbytes
+    decoder.step(1, 0)
+    block = 3 * 2 * 64 * (10 + 16) * 4  # layers, key heads, positions, key and padded value
+    assert decoder.nbytes == empty + block
+    decoder.step(1, 63)
+    assert decoder.nbytes == empty + block
+    decoder.feed(np.ones(CAPACITY - 64, np.int64), 64, 0)
+    assert decoder.nbytes == empty + 3 * block
+
+
+@pytest.mark.parametrize(
+    ("ids", "start", "wanted"),
+    [
+        ([VOCABULARY], 0, 1),
+        ([-1], 0, 1),
+        ([1, 2], CAPACITY - 1, 1),
+        ([1], -1, 1),
+        ([1], 0, 2),
+        ([], 0, 0),
+        ([1] * (CAPACITY + 1), 0, 1),
+    ],
+)
+def test_what_is_out_of_range_is_refused(ids: list[int], start: int, wanted: int) -> None:
+    pool = cpu.Pool(1)
+    case = Case(pool, width=10, group=1, rotary=5)
+    decoder = Decoder(pool, case.shape, case.layers)
+    with pytest.raises(ValueError, match="allowed are tokens 0 to 22, up to 150 at once"):
+        decoder.feed(np.array(ids, np.int64), start, wanted)
