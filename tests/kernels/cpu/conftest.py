@@ -57,6 +57,9 @@ class Reference:
         bound = self.exact_bound(x, bias)
         if self._tensor.transposed:
             return bound
+        if len(x) > 16:  # inputs and weights as bfloat16, each off by 2⁻⁹ of itself at most
+            size = np.abs(x).astype(np.float64) @ np.abs(self.weights).T
+            bound += 1.01 * 2.0**-8 * (size + self._mean_size(x))
         tensor = self._tensor
         codes = unpack_codes(tensor, expert=0).astype(int)
         row = 0

@@ -29,7 +29,8 @@ enum {
     TILE = 64,         /* most rows of a tile */
     BATCH = 4,         /* inputs that one pass over a tile serves */
     NARROW = 4,        /* deepest depth whose levels and inputs have 8 bits */
-    NATIVE = 16,       /* largest M that goes through the integer path */
+    NATIVE = 16,       /* largest M for which inputs are rounded per cluster, given a choice */
+    CHUNK = 256,       /* inputs that are in work at a time */
     ITEM_TILES = 4,    /* most tiles of one item of work */
     AHEAD_BLOCK = 512, /* bytes fetched ahead per block of inputs that is rounded */
 };
@@ -225,7 +226,25 @@ void cvxq_dense_row(const cvxq_matrix *w, int64_t row, float *out);
 void cvxq_transposed_item(const cvxq_job *job, const cvxq_item *item, void *scratch);
 size_t cvxq_transposed_scratch(const cvxq_matrix *w);
 void cvxq_transposed_row(const cvxq_matrix *w, int64_t row, float *out);
-void cvxq_exact_tile(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,
-                     const cvxq_input *inputs, int batch, float *sums);
+
+/* y[m, targets of the tile] = sums + mean + bias. */
+void cvxq_packed_store(const cvxq_job *job, int64_t tile, int64_t m, const float *sums, float mean);
+
+/* wide_amx.c: many inputs at once, for packed matrices with one order of columns. */
+typedef struct {
+    uint16_t *high, *low; /* (padded M, pitch) bfloat16: inputs in order, what rounding left */
+    int64_t pitch;
+} cvxq_wide;
+int cvxq_wide_available(void);
+int64_t cvxq_wide_pitch(int64_t inputs);
+int64_t cvxq_wide_rows(int64_t m); /* M padded */
+size_t cvxq_wide_scratch(int64_t m);
+void cvxq_wide_round(const float *x, const int32_t *order, int64_t count, uint16_t *high,
+                     uint16_t *low);
+void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
+                    void *scratch);
+
+/* unit.c's cvxq_unpack_unit, for the sake of speed. */
+void cvxq_unpack_unit_avx512(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]);
 
 #endif

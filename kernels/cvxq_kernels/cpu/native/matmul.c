@@ -20,18 +20,22 @@ typedef struct {
     cvxq_job jobs[MOST_WEIGHTS];
     const float *x;
     float *ordered[MOST_WEIGHTS]; /* (M, K) to fill, or NULL */
+    cvxq_wide wide[MOST_WEIGHTS]; /* the same, for matrices that take many inputs at once */
     int count;
     int64_t m, inputs;
     stretch *stretches;
 } product;
 
-/* Inputs in the order of each matrix; the parts share the columns. */
+/* Inputs in the order of each matrix; the parts share the columns, or the rows. */
 static void put_in_order(product *p, int part, int parts) {
     const int64_t from = p->inputs * part / parts, to = p->inputs * (part + 1) / parts;
     for (int i = 0; i < p->count; i++) {
-        if (!p->ordered[i]) continue;
         const int32_t *order = p->jobs[i].weight->order;
-        for (int64_t m = 0; m < p->m; m++) {
+        const cvxq_wide *wide = &p->wide[i];
+        for (int64_t m = part; wide->high && m < p->m; m += parts)
+            cvxq_wide_round(p->x + m * p->inputs, order, p->inputs, wide->high + m * wide->pitch,
+                            wide->low + m * wide->pitch);
+        for (int64_t m = 0; p->ordered[i] && m < p->m; m++) {
             const float *x = p->x + m * p->inputs;
             float *out = p->ordered[i] + m * p->inputs;
             for (int64_t k = from; k < to; k++) out[k] = x[order[k]];
@@ -43,7 +47,10 @@ static void do_item(const product *p, int64_t index, void *scratch) {
     const cvxq_job *job = p->jobs;
     while (index >= job->weight->item_count) index -= job++->weight->item_count;
     const cvxq_item *item = &job->weight->items[index];
-    if (job->weight->kind == KIND_PACKED) {
+    const cvxq_wide *wide = &p->wide[job - p->jobs];
+    if (wide->high) {
+        cvxq_wide_item(wide, job, item, scratch);
+    } else if (job->weight->kind == KIND_PACKED) {
         cvxq_packed_item(job, item, scratch);
     } else if (job->weight->kind == KIND_DENSE) {
         cvxq_dense_item(job, item);
@@ -55,7 +62,7 @@ static void do_item(const product *p, int64_t index, void *scratch) {
 static void multiply(void *context, int part, int parts) {
     product *p = context;
     int is_ordered = 0;
-    for (int i = 0; i < p->count; i++) is_ordered |= p->ordered[i] != NULL;
+    for (int i = 0; i < p->count; i++) is_ordered |= p->ordered[i] || p->wide[i].high;
     if (is_ordered) {
         put_in_order(p, part, parts);
         cvxq_pool_barrier(p->pool);
@@ -111,29 +118,54 @@ static void cut_work(product *p, int parts) {
         p->stretches[part].end = min_of(p->stretches[part].end, items);
 }
 
-static size_t scratch_of(const cvxq_matrix *w, int exact) {
-    if (w->kind == KIND_PACKED) return cvxq_packed_scratch(w, exact);
-    return w->kind == KIND_TRANSPOSED ? cvxq_transposed_scratch(w) : 0;
+static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+
+static int is_wide(const cvxq_matrix *w, int64_t m, int exact) {
+    return m > NATIVE && !exact && w->kind == KIND_PACKED && !w->cluster_orders &&
+           cvxq_wide_available();
 }
 
-/* One product of at most MOST_WEIGHTS matrices with at most NATIVE inputs. */
+static size_t scratch_of(const cvxq_matrix *w, int64_t m, int exact) {
+    if (is_wide(w, m, exact)) return cvxq_wide_scratch(m);
+    if (w->kind == KIND_PACKED) return cvxq_packed_scratch(w, exact);
+    return w->kind == KIND_TRANSPOSED ? cvxq_transposed_scratch(w) : 64;
+}
+
+/* Bytes that the inputs in the order of `w` take. */
+static size_t ordered_bytes(const cvxq_matrix *w, int64_t m, int exact) {
+    if (is_wide(w, m, exact))
+        return 2 * aligned((size_t)(cvxq_wide_rows(m) * cvxq_wide_pitch(w->inputs)) * 2);
+    return w->order ? aligned((size_t)(m * w->inputs) * sizeof(float)) : 0;
+}
+
+/* One product of at most MOST_WEIGHTS matrices with at most CHUNK inputs. */
 static void multiply_some(cvxq_pool *pool, const cvxq_matrix *const *weights, int count,
                           const float *x, int64_t m, float *const *y, int exact) {
     const int parts = cvxq_pool_threads(pool);
-    const int64_t inputs = weights[0]->inputs;
-    const size_t ordered = ((size_t)(m * inputs) * sizeof(float) + 63) & ~(size_t)63;
-    size_t scratch = 64;
-    for (int i = 0; i < count; i++)
-        scratch = (size_t)max_of((int64_t)scratch, (int64_t)scratch_of(weights[i], exact));
+    product p = {.pool = pool, .x = x, .count = count, .m = m, .inputs = weights[0]->inputs};
+    size_t scratch = 0, shared_bytes = sizeof(stretch) * (size_t)parts;
+    for (int i = 0; i < count; i++) {
+        const size_t own = scratch_of(weights[i], m, exact);
+        if (own > scratch) scratch = own;
+        shared_bytes += ordered_bytes(weights[i], m, exact);
+    }
     for (int part = 0; part < parts; part++) cvxq_pool_scratch(pool, part, scratch);
-    char *shared =
-        cvxq_pool_scratch(pool, -1, sizeof(stretch) * (size_t)parts + ordered * (size_t)count);
-    product p = {.pool = pool, .x = x, .count = count, .m = m, .inputs = inputs};
+    char *shared = cvxq_pool_scratch(pool, -1, shared_bytes);
     p.stretches = (stretch *)shared;
     shared += sizeof(stretch) * (size_t)parts;
-    for (int i = 0; i < count; i++, shared += ordered) {
-        p.ordered[i] = weights[i]->order ? (float *)shared : NULL;
-        p.jobs[i] = (cvxq_job){weights[i], p.ordered[i] ? p.ordered[i] : x, y[i], m, exact};
+    for (int i = 0; i < count; i++) {
+        const size_t bytes = ordered_bytes(weights[i], m, exact);
+        p.jobs[i] = (cvxq_job){weights[i], x, y[i], m, exact};
+        if (is_wide(weights[i], m, exact)) {
+            /* Rows and columns of padding must hold numbers, though not any in particular. */
+            memset(shared, 0, bytes);
+            p.wide[i] = (cvxq_wide){(uint16_t *)shared, (uint16_t *)(shared + bytes / 2),
+                                    cvxq_wide_pitch(p.inputs)};
+        } else if (bytes) {
+            p.ordered[i] = (float *)shared;
+            p.jobs[i].x = p.ordered[i];
+        }
+        shared += bytes;
     }
     cut_work(&p, parts);
     cvxq_pool_run(pool, multiply, &p);
@@ -143,12 +175,12 @@ void cvxq_matmul(cvxq_pool *pool, const cvxq_matrix *const *weights, int count, 
                  int64_t m, float *const *y, int exact) {
     for (int first = 0; first < count; first += MOST_WEIGHTS) {
         const int some = (int)min_of(MOST_WEIGHTS, count - first);
-        for (int64_t at = 0; at < m; at += NATIVE) {
+        for (int64_t at = 0; at < m; at += CHUNK) {
             float *part[MOST_WEIGHTS];
             for (int i = 0; i < some; i++)
                 part[i] = y[first + i] + at * weights[first + i]->outputs;
             multiply_some(pool, weights + first, some, x + at * weights[0]->inputs,
-                          min_of(NATIVE, m - at), part, exact);
+                          min_of(CHUNK, m - at), part, exact);
         }
     }
 }

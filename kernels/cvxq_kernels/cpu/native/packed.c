@@ -45,7 +45,8 @@ size_t cvxq_packed_scratch(const cvxq_matrix *w, int exact) {
     return lay_out(w, exact, NULL, &space);
 }
 
-static void store(const cvxq_job *job, int64_t tile, int64_t m, const float *sums, float mean) {
+void cvxq_packed_store(const cvxq_job *job, int64_t tile, int64_t m, const float *sums,
+                       float mean) {
     const cvxq_matrix *w = job->weight;
     const int32_t *targets = w->targets + tile * TILE;
     float *y = job->y + m * w->outputs;
@@ -53,6 +54,38 @@ static void store(const cvxq_job *job, int64_t tile, int64_t m, const float *sum
         const int32_t target = targets[lane];
         if (target < 0) continue;
         y[target] = sums[lane] + mean + (w->bias ? w->bias[target] : 0);
+    }
+}
+
+/* sums[row] += level · input for one unit, in float32. */
+static void exact_unit(const cvxq_matrix *w, int depth, const uint8_t *unit, int strips,
+                       const float *x, float *sums) {
+    uint8_t codes[UNIT][VECTOR];
+    const float *levels = w->tables->level + (1 << depth);
+    cvxq_unpack_unit(depth, unit, codes);
+    for (int v = 0; v < UNIT; v++) {
+        float *strip = sums + v % strips * STRIP;
+        const float *quad = x + v / strips * 4;
+        for (int i = 0; i < STRIP; i++)
+            for (int j = 0; j < 4; j++) strip[i] += levels[codes[v][4 * i + j]] * quad[j];
+    }
+}
+
+static void exact_tile(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,
+                     const cvxq_input *inputs, int batch, float *sums) {
+    const int64_t per_unit = unit_columns(tile->strips);
+    memset(sums, 0, sizeof(float) * TILE * (size_t)batch);
+    for (int b = 0; b < batch; b++) {
+        const uint8_t *unit = w->codes + tile->codes;
+        int64_t block = 0;
+        for (int32_t r = 0; r < cluster->runs; r++) {
+            const cvxq_run *run = &w->runs[cluster->first_run + r];
+            if (!run->depth) continue;
+            for (int64_t at = 0; at < run->count; at += per_unit, unit += VECTOR * run->depth)
+                exact_unit(w, run->depth, unit, tile->strips, inputs[b].exact + block * BLOCK + at,
+                           sums + b * TILE);
+            block += ceil_div(run->count, BLOCK);
+        }
     }
 }
 
@@ -81,44 +114,12 @@ void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, void *scratch)
         }
         for (int64_t t = item->first_tile; t < item->first_tile + item->tiles; t++) {
             if (job->exact) {
-                cvxq_exact_tile(w, cluster, &w->tiles[t], space.inputs, batch, space.sums);
+                exact_tile(w, cluster, &w->tiles[t], space.inputs, batch, space.sums);
             } else {
                 ops->tile(w, cluster, &w->tiles[t], space.inputs, batch, space.sums);
             }
             for (int b = 0; b < batch; b++)
-                store(job, t, m + b, space.sums + b * TILE, space.inputs[b].mean);
-        }
-    }
-}
-
-/* sums[row] += level · input for one unit, in float32. */
-static void exact_unit(const cvxq_matrix *w, int depth, const uint8_t *unit, int strips,
-                       const float *x, float *sums) {
-    uint8_t codes[UNIT][VECTOR];
-    const float *levels = w->tables->level + (1 << depth);
-    cvxq_unpack_unit(depth, unit, codes);
-    for (int v = 0; v < UNIT; v++) {
-        float *strip = sums + v % strips * STRIP;
-        const float *quad = x + v / strips * 4;
-        for (int i = 0; i < STRIP; i++)
-            for (int j = 0; j < 4; j++) strip[i] += levels[codes[v][4 * i + j]] * quad[j];
-    }
-}
-
-void cvxq_exact_tile(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,
-                     const cvxq_input *inputs, int batch, float *sums) {
-    const int64_t per_unit = unit_columns(tile->strips);
-    memset(sums, 0, sizeof(float) * TILE * (size_t)batch);
-    for (int b = 0; b < batch; b++) {
-        const uint8_t *unit = w->codes + tile->codes;
-        int64_t block = 0;
-        for (int32_t r = 0; r < cluster->runs; r++) {
-            const cvxq_run *run = &w->runs[cluster->first_run + r];
-            if (!run->depth) continue;
-            for (int64_t at = 0; at < run->count; at += per_unit, unit += VECTOR * run->depth)
-                exact_unit(w, run->depth, unit, tile->strips, inputs[b].exact + block * BLOCK + at,
-                           sums + b * TILE);
-            block += ceil_div(run->count, BLOCK);
+                cvxq_packed_store(job, t, m + b, space.sums + b * TILE, space.inputs[b].mean);
         }
     }
 }

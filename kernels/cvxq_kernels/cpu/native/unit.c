@@ -9,6 +9,7 @@
 
 #include "internal.h"
 
+#define INLINE static inline __attribute__((always_inline))
 #define EACH_BYTE for (int j = 0; j < VECTOR; j++)
 
 /* Fields of `width` (1, 2 or 4) bits: 8 / width vectors to a byte row. */
@@ -21,15 +22,6 @@ static void pack_fields(int width, const uint8_t codes[UNIT][VECTOR], int shift,
                 byte |= (codes[row * per_row + i][j] >> shift & mask) << (i * width);
             out[row * VECTOR + j] = (uint8_t)byte;
         }
-}
-
-static void unpack_fields(int width, const uint8_t *unit, int shift, uint8_t codes[UNIT][VECTOR]) {
-    int per_row = 8 / width, mask = (1 << width) - 1;
-    for (int i = 0; i < UNIT; i++) {
-        const uint8_t *row = unit + i / per_row * VECTOR;
-        int field = i % per_row * width;
-        EACH_BYTE codes[i][j] = (uint8_t)(codes[i][j] | (row[j] >> field & mask) << shift);
-    }
 }
 
 void cvxq_pack_unit(int depth, const uint8_t codes[UNIT][VECTOR], uint8_t *out) {
@@ -53,7 +45,16 @@ void cvxq_pack_unit(int depth, const uint8_t codes[UNIT][VECTOR], uint8_t *out) 
     }
 }
 
-void cvxq_unpack_unit(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
+INLINE void unpack_fields(int width, const uint8_t *unit, int shift, uint8_t codes[UNIT][VECTOR]) {
+    int per_row = 8 / width, mask = (1 << width) - 1;
+    for (int i = 0; i < UNIT; i++) {
+        const uint8_t *row = unit + i / per_row * VECTOR;
+        int field = i % per_row * width;
+        EACH_BYTE codes[i][j] = (uint8_t)(codes[i][j] | (row[j] >> field & mask) << shift);
+    }
+}
+
+INLINE void unpack(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
     if (depth == 8) {
         memcpy(codes, unit, UNIT * VECTOR);
         return;
@@ -82,6 +83,17 @@ void cvxq_unpack_unit(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR
         unpack_fields(depth, unit, 0, codes);
     }
 }
+
+void cvxq_unpack_unit(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
+    unpack(depth, unit, codes);
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512bw,avx512vl"))) void cvxq_unpack_unit_avx512(
+    int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
+    unpack(depth, unit, codes);
+}
+#endif
 
 static int field(int width, const uint8_t *unit, int vector, int byte) {
     int per_row = 8 / width;
