@@ -117,7 +117,7 @@ def shared_arrays(statistics: Mapping[str, MatrixStatistics]) -> dict[str, str]:
     first: dict[tuple[str, tuple[int, ...], bytes], str] = {}
     shared = {}
     for name, array in _arrays(statistics).items():
-        content = hashlib.sha256(np.ascontiguousarray(array)).digest()
+        content = hashlib.sha256(np.ascontiguousarray(array).data).digest()
         origin = first.setdefault((array.dtype.str, array.shape, content), name)
         if origin != name:
             shared[name] = origin
