@@ -22,10 +22,11 @@ from cvxq_converter.companding import (
 )
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.plan import MatrixPlan
-from cvxq_converter.quantize import QuantizedMatrix, quantize_matrix
+from cvxq_converter.quantize import InverseFactor, QuantizedMatrix, quantize_matrix
 
 SCALE_BITS = 6
 WeightOf = Callable[[MatrixPlan], torch.Tensor]
+FactorOf = Callable[[str], InverseFactor | None]
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,12 @@ def encode_matrices(
     thresholds: np.ndarray,
     options: ConversionOptions,
     progress: Callable[[int, int], None],
+    factor_of: FactorOf,
 ) -> Encoded:
     """Fit the levels to the allocated depths, then quantize.
 
-    weight_of: returns the original weight (N, K) of a plan's matrix.
+    weight_of: returns the original weight (N, K) of a plan's matrix. factor_of: by matrix name,
+    what error feedback needs; None where it is not to be used.
     """
     total = (2 if options.levels == "fitted" else 1) * len(plans)
     levels = default_levels()
@@ -129,6 +132,7 @@ def encode_matrices(
             refine=options.refine_scales,
             moments=plan.moments,
             row_weights=plan.row_weights,
+            feedback=factor_of(plan.matrix.name),
         )
         tensors.append(_pack(plan, matrix, allocation.cluster_offsets[i], options))
         energies.append(matrix.energy)

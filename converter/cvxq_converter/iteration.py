@@ -22,6 +22,7 @@ from cvxq_converter.encode import (
     encode_matrices,
     overhead_bytes,
 )
+from cvxq_converter.hessian import Feedback
 from cvxq_converter.loaded import LoadedModel
 from cvxq_converter.matrices import Matrix
 from cvxq_converter.options import ConversionOptions
@@ -54,12 +55,14 @@ def quantize_network(
     stages: Stages,
     write_empty: WriteEmpty,
     group_sensitivities: Mapping[str, np.ndarray] | None = None,
+    feedback: Feedback | None = None,
 ) -> Quantized:
     """Quantize the original weights, once measured; leaves the result in the network.
 
     statistics: by matrix name, empty for sensitivity 1 everywhere. reference: of the original, for
     the choice of the gain and the loss that is reported; None leaves the network as it was.
     group_sensitivities: by matrix name (C, K), from `measure_groups`, in place of rows × columns.
+    feedback: of the same statistics; None quantizes every group on its own.
     write_empty: writes the file of a result whose groups all have depth 0, to learn its size.
     """
 
@@ -76,7 +79,10 @@ def quantize_network(
         thresholds = depth_thresholds(plans, weight_of, options)
         allocation = _allocate(loaded, plans, thresholds, gained, options, write_empty)
     with stages.stage("quantize") as done:
-        encoded = encode_matrices(plans, weight_of, allocation, thresholds, options, done)
+        factor_of = feedback.factor if feedback and options.feedback else lambda _: None
+        encoded = encode_matrices(
+            plans, weight_of, allocation, thresholds, options, done, factor_of
+        )
     with stages.stage("correct") as done:
         result = correct(loaded, encoded, statistics, gained, reference, options, done)
     return Quantized(

@@ -29,6 +29,7 @@ from cvxq_converter.checkpoint import Source, load_tokenizer, open_source
 from cvxq_converter.curve import Curve, Trial
 from cvxq_converter.details import Details, losses_by_position, weight_distributions
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.hessian import Feedback
 from cvxq_converter.iteration import Quantized, make_plan, quantize_network
 from cvxq_converter.loaded import LoadedModel, load_model
 from cvxq_converter.measurement import (
@@ -70,6 +71,7 @@ class Prepared:
     statistics: dict[str, MatrixStatistics]
     choosing: Reference | None
     certifying: Reference | None
+    feedback: Feedback | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ def prepare(
         statistics = measurement.statistics_for(loaded)
     else:
         statistics = _measure(loaded, training, options, stages)
-    return Prepared(loaded, sequences, statistics, choosing, certifying)
+    feedback = Feedback(loaded, training, statistics)
+    return Prepared(loaded, sequences, statistics, choosing, certifying, feedback)
 
 
 def quantize(prepared: Prepared, options: ConversionOptions, stages: Stages) -> Quantized:
@@ -234,6 +237,7 @@ def quantize(prepared: Prepared, options: ConversionOptions, stages: Stages) -> 
     Its quality is that on the certifying sequences, which took no part in any choice.
     """
     loaded, statistics = prepared.loaded, dict(prepared.statistics)
+    feedback = prepared.feedback
 
     def write_empty(path: Path, empty: Quantized) -> None:
         _write_empty(path, prepared, empty, options)
@@ -245,8 +249,15 @@ def quantize(prepared: Prepared, options: ConversionOptions, stages: Stages) -> 
             measured = _measure(loaded, training, options, stages)
             # Beside a pruned matrix nothing is felt; what was felt before still holds.
             statistics |= {n: s for n, s in measured.items() if s.row_evidence.any()}
+            feedback = Feedback(loaded, training, statistics)
         result = quantize_network(
-            loaded, statistics, prepared.choosing, options, stages, write_empty
+            loaded,
+            statistics,
+            prepared.choosing,
+            options,
+            stages,
+            write_empty,
+            feedback=feedback,
         )
     if prepared.certifying is not None and prepared.certifying is not prepared.choosing:
         with stages.stage("certify"):

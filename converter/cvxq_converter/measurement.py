@@ -30,15 +30,19 @@ MEASURED_OPTIONS = ("calibration", "sequences", "length", "metric", "seed", "dty
 
 @dataclass(frozen=True)
 class Field:
-    """One array of a matrix's statistics: its axes (N outputs, K inputs) and dtype."""
+    """One array of a matrix's statistics: its axes and dtype.
+
+    Axes are N outputs, K inputs, S sequences measured on, and L tokens of each.
+    """
 
     axes: str
     dtype: type
     is_optional: bool = False
 
-    def shape(self, matrix: tuple[int, int]) -> tuple[int, ...]:
-        """The shape for a matrix (N, K)."""
-        return tuple(matrix["NK".index(axis)] for axis in self.axes)
+    def shape(self, matrix: MeasuredMatrix, length: int) -> tuple[int, ...]:
+        """The shape for one matrix, measured on sequences of `length` tokens."""
+        sizes = dict(zip("NKSL", (*matrix.shape, matrix.sequences, length), strict=True))
+        return tuple(sizes[axis] for axis in self.axes)
 
 
 FIELDS = {
@@ -48,6 +52,8 @@ FIELDS = {
     "column_evidence": Field("K", np.int64),
     "input_mean": Field("K", np.float32, is_optional=True),
     "input_second_moment": Field("K", np.float32, is_optional=True),
+    "token_weights": Field("SL", np.float32, is_optional=True),
+    "lookup_moment": Field("KK", np.float32, is_optional=True),
 }
 
 
@@ -154,7 +160,7 @@ def load_measurement(path: Path) -> Measurement:
         raise ConversionError(f"{path.name}: its calibration tokens are damaged; measure again")
     arrays |= {name: arrays[origin] for name, origin in record.shared.items() if origin in arrays}
     statistics = {
-        name: _statistics(path.name, name, matrix, arrays)
+        name: _statistics(path.name, name, matrix, sequences.shape[1], arrays)
         for name, matrix in record.matrices.items()
     }
     if arrays:
@@ -168,7 +174,11 @@ def _arrays(statistics: Mapping[str, MatrixStatistics]) -> dict[str, np.ndarray]
 
 
 def _statistics(
-    file: str, name: str, matrix: MeasuredMatrix, arrays: dict[str, np.ndarray]
+    file: str,
+    name: str,
+    matrix: MeasuredMatrix,
+    length: int,
+    arrays: dict[str, np.ndarray],
 ) -> MatrixStatistics:
     """Take the arrays of one matrix out of `arrays`."""
     taken: dict[str, Any] = {}
@@ -176,7 +186,7 @@ def _statistics(
         array = taken[field] = arrays.pop(f"{name}/{field}", None)
         if array is None and expected.is_optional:
             continue
-        shape = expected.shape(matrix.shape)
+        shape = expected.shape(matrix, length)
         if array is None or array.shape != shape or array.dtype != expected.dtype:
             found = "missing" if array is None else f"{array.dtype} {array.shape}"
             raise ConversionError(

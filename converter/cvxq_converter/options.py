@@ -51,6 +51,7 @@ class ConversionOptions:
     gain: float | None = None
     refine_scales: bool = True
     means: bool = True
+    feedback: bool = True  # quantization errors are pushed onto the columns still to come
     correct_biases: bool = True
     seed: int = 0
     device: str = "cpu"

@@ -1,10 +1,15 @@
-"""Groups → codes, scales, means.
+"""Groups → codes, scales, means, with or without error feedback.
 
-The scale of every group starts at its standard deviation and is refined over the neighbouring
-entries of the scale table (steps of 2^(1/8), the papers' search grid); the one with the least
-squared error stays. A code is the nearest level. A group of depth 0 has no codes: it is its mean
-where means are stored, else zero.
+Without feedback every group is quantized to least squared error on its own. With the Hessian H of
+a matrix (`hessian`), the columns are quantized one after the other in falling order of
+H's diagonal, and the error of each is pushed onto the columns still to come, so that the error of
+the layer's *output* is least (Optimal Brain Surgeon; GPTQ, arXiv 2210.17323). With H⁻¹ = Uᵀ U,
+U upper triangular, column j of W in that order leaves the error e = (w_j − q_j) / U_jj, and every
+later column k becomes w_k − e U_jk. Scales and means are searched when a column's turn comes, for
+the weights as they are by then.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -13,13 +18,11 @@ import torch
 from cvxq_format import Codebook
 
 from cvxq_converter.clustering import Clustering
+from cvxq_converter.search import Choice, Grid, Tables, make_grid, search
 
-MEAN_LIMIT = 127  # largest mean code
-MEAN_REACH = 8.0  # largest mean, in units of its group's scale
-SEARCH = ((-4, 4, 8), (-2, 2), (-1, 1))  # scale-table steps around the best so far, in turn
-TABLE_LIMIT, TABLE_CELLS = 14.0, 256  # of the level table: its reach, and its cells per unit
-HEADROOM_STEPS = 8  # the largest scale sits this far below the top of the table
-STEPS_PER_OCTAVE = 8
+DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
+BLOCK = 128  # columns whose errors are pushed onto the rest of the matrix at once
+CHUNK = 1 << 16  # weights searched at once without feedback
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class QuantizedMatrix:
 
     codes: (N, K) uint8; scale_codes: (C, K) uint8; mean_codes: (C, K) int8 or None;
     depths: (C, K) uint8; scale_unit and mean_step: float32, see FORMAT.md.
-    squared_error: (9,) float64 Σ (w − wq)² by bit depth. energy, projection: (9,) float64 Σ v² and
-    Σ v·vq by bit depth, v being the weights less their group's mean.
+    squared_error: (9,) float64 Σ (v − vq)² by bit depth. energy, projection: (9,) float64 Σ v² and
+    Σ v·vq by bit depth, v being what was quantized: the weights less their group's mean, moved by
+    the feedback if there was any.
     """
 
     clustering: Clustering
@@ -45,26 +49,32 @@ class QuantizedMatrix:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The scales and means that the groups of one matrix may use.
+class InverseFactor:
+    """U with (P H Pᵀ + damping)⁻¹ = Uᵀ U, the columns of H being put in the order P.
 
-    scales: (2^scale_bits,) float32 ladder; mean_step: of means in units of the scale, 0 without
-    means. start: (C, K) int64, index of the scale where each group's search begins.
+    order: (K,) int64, falling diagonal of H; factor: (K, K) float32 upper triangular.
     """
 
-    scale_unit: np.float32
-    scales: torch.Tensor
-    mean_step: np.float32
-    start: torch.Tensor
+    order: torch.Tensor
+    factor: torch.Tensor
 
+    @classmethod
+    def of(cls, hessian: torch.Tensor) -> InverseFactor:
+        """Factor a Hessian (K, K), symmetric and positive semi-definite.
 
-@dataclass(frozen=True)
-class Choice:
-    """Scale index (k,), mean code (k,) and codes (n, k) of groups of one cluster and depth."""
-
-    scale: torch.Tensor
-    mean: torch.Tensor
-    codes: torch.Tensor
+        H reversed in both axes has the Cholesky factor L; L reversed again is the upper factor R
+        of H = R Rᵀ, and U = R⁻¹. Columns without any input keep the damping alone on their
+        diagonal: their errors concern nobody.
+        """
+        diagonal = hessian.diagonal()
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        ordered = hessian[order][:, order].double()
+        damping = DAMPING * float(diagonal.double().mean())
+        ordered.diagonal().add_(damping if damping > 0 else 1.0)
+        upper = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)
+        identity = torch.eye(len(order), dtype=torch.float64, device=hessian.device)
+        factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return cls(order, factor.float())
 
 
 def means_pay(mean: torch.Tensor, mean_square: torch.Tensor, group_size: int) -> bool:
@@ -81,37 +91,6 @@ def means_pay(mean: torch.Tensor, mean_square: torch.Tensor, group_size: int) ->
     return float(gain.clamp(max=8).mean()) > 8 / group_size
 
 
-def make_grid(
-    mean: torch.Tensor, mean_square: torch.Tensor, codebook: Codebook, *, with_means: bool
-) -> Grid:
-    """Place the ladder of scales of one matrix and find where each group's search begins.
-
-    mean, mean_square: (C, K) float64 moments of the groups. With means the search begins at the
-    deviation about the mean, or where the mean comes within reach if that is higher.
-    """
-    spread = mean_square
-    if with_means:
-        variance = (mean_square - mean.square()).clamp_min(0)
-        spread = torch.maximum(variance, (mean / MEAN_REACH).square())
-    spread = spread.sqrt()
-    unit = np.float32(float(spread.max()) * 2 ** (HEADROOM_STEPS / STEPS_PER_OCTAVE))
-    scales = torch.from_numpy(codebook.scale_table * unit).to(mean.device)
-    start = _nearest_in_log(spread, scales.double())
-    if not with_means:
-        return Grid(unit, scales, np.float32(0), start)
-    ratio = mean.abs() / scales[start].clamp_min(1e-38)
-    largest = min(float(ratio.max()), MEAN_REACH) * 2 ** (1 / STEPS_PER_OCTAVE)
-    return Grid(unit, scales, np.float32(largest / MEAN_LIMIT), start)
-
-
-def _nearest_in_log(values: torch.Tensor, ladder: torch.Tensor) -> torch.Tensor:
-    """Index of the ladder entry nearest in ratio; 0 (the zero entry) for a group of zeros."""
-    steps = torch.log2(ladder[1:].clamp_min(1e-300))
-    middle = (steps[1:] + steps[:-1]) / 2
-    index = torch.bucketize(torch.log2(values.clamp_min(1e-300)), middle) + 1
-    return torch.where(values > 0, index, torch.zeros_like(index))
-
-
 def quantize_matrix(
     weight: torch.Tensor,
     clustering: Clustering,
@@ -122,116 +101,124 @@ def quantize_matrix(
     refine: bool = True,
     moments: tuple[torch.Tensor, torch.Tensor],
     row_weights: np.ndarray,
+    feedback: InverseFactor | None = None,
 ) -> QuantizedMatrix:
     """Quantize weight (N, K) with the depths (C, K) and the codebook's levels.
 
     moments: the groups' (mean, mean square), as `group_moments` gives them. row_weights: (N,), what
-    an error in each row counts for, in stored order.
+    an error in each row counts for, in stored order. feedback: of the Hessian, None to do without.
     """
     grid = make_grid(*moments, codebook, with_means=with_means)
-    device = weight.device
-    permutation = torch.from_numpy(clustering.permutation).to(device)
-    codes = torch.zeros(weight.shape, dtype=torch.uint8, device=device)
-    scale_codes = grid.start.to(torch.uint8)
-    mean_codes = torch.zeros_like(grid.start, dtype=torch.int8)
-    error, energy, projection = np.zeros((3, 9))
-    for c in range(clustering.clusters):
-        low, high = int(clustering.bounds[c]), int(clustering.bounds[c + 1])
-        block = weight[permutation[low:high]].float()
-        weights = torch.from_numpy(row_weights[low:high]).to(device)
-        for depth in np.unique(depths[c]):
-            columns = torch.from_numpy(np.flatnonzero(depths[c] == depth)).to(device)
-            part = block[:, columns]
-            levels = torch.zeros(1) if depth == 0 else torch.from_numpy(codebook.levels[depth - 1])
-            levels = levels.to(device)
-            found = _search(
-                part, weights, grid.start[c, columns], moments[0][c, columns], levels, grid, refine
-            )
-            scale_codes[c, columns] = found.scale.to(torch.uint8)
-            mean_codes[c, columns] = found.mean
-            codes[low:high, columns] = found.codes
-            scale = grid.scales[found.scale]
-            centred = (part - scale * (found.mean.float() * float(grid.mean_step))).double()
-            quantized = (scale * levels[found.codes.long()]).double()
-            error[depth] += float((centred - quantized).square().sum())
-            energy[depth] += float(centred.square().sum())
-            projection[depth] += float((centred * quantized).sum())
-    return QuantizedMatrix(
-        clustering=clustering,
-        depths=depths,
-        codes=codes.cpu().numpy(),
-        scale_codes=scale_codes.cpu().numpy(),
-        mean_codes=mean_codes.cpu().numpy() if with_means else None,
-        scale_unit=grid.scale_unit,
-        mean_step=grid.mean_step,
-        squared_error=error,
-        energy=energy,
-        projection=projection,
-    )
+    columns = _Columns(weight, clustering, depths, codebook, grid, row_weights, refine)
+    if feedback is None:
+        columns.quantize_apart(moments)
+    else:
+        columns.quantize_in_turn(feedback)
+    return columns.result(with_means)
 
 
-def _search(
-    part: torch.Tensor,
-    weights: torch.Tensor,
-    start: torch.Tensor,
-    mean: torch.Tensor,
-    levels: torch.Tensor,
-    grid: Grid,
-    refine: bool,
-) -> Choice:
-    """The scale, mean and codes of least squared error for each column of part (n, k).
+class _Columns:
+    """The columns of one matrix on their way to codes, clusters padded to equal size.
 
-    weights: (n,) of the rows in the error. start: (k,) scale index to search around; mean: (k,).
-    The search halves its steps: the error has one minimum along the ladder, or nearly so. It reads
-    levels from a fine table, the codes come from the exact borders between the levels. A group too
-    small for the lowest scale takes the scale 0 if that is nearer.
+    weights: (K, C, G) float32 in units of the grid, padding 0; shares: (C, G) of each row in the
+    error, padding 0; filled: (C, G) 1, padding 0; slots: (N,) place of each stored row in C·G.
     """
-    table = _level_table(levels)
-    unit = grid.scales[start].clamp_min(1e-38)  # of the errors, one per column
 
-    def error(index: torch.Tensor) -> torch.Tensor:
-        normalized, _ = _normalize(part, mean, index, grid)
-        cell = normalized.add(TABLE_LIMIT).mul_(TABLE_CELLS).clamp_(0, len(table) - 1)
-        distance = (table[cell.int()] - normalized).square_()
-        return weights @ distance * (grid.scales[index] / unit).square()
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        clustering: Clustering,
+        depths: np.ndarray,
+        codebook: Codebook,
+        grid: Grid,
+        row_weights: np.ndarray,
+        refine: bool,
+    ) -> None:
+        device = weight.device
+        rows = clustering.cluster_rows
+        C, G, K = clustering.clusters, int(rows.max()), weight.shape[1]
+        within = np.arange(len(weight)) - np.repeat(clustering.bounds[:-1], rows)
+        slots = np.repeat(np.arange(C), rows) * G + within
+        self.slots = torch.from_numpy(slots).to(device)
+        self.clustering, self.depths, self.grid, self.refine = clustering, depths, grid, refine
+        self.tables = Tables.of(codebook, device)
+        permutation = torch.from_numpy(clustering.permutation).to(device)
+        self.weights = torch.zeros(K, C * G, device=device)
+        stored = weight[permutation].float() / max(float(grid.unit), 1e-38)
+        self.weights[:, self.slots] = stored.T
+        self.weights = self.weights.view(K, C, G)
+        shares = torch.zeros(C * G, device=device)
+        shares[self.slots] = torch.from_numpy(row_weights).to(device)
+        self.shares = shares.view(C, G)
+        filled = torch.zeros(C * G, device=device)
+        filled[self.slots] = 1
+        self.filled = filled.view(C, G)
+        self.deep = torch.from_numpy(depths.T.astype(np.int64)).to(device)
+        self.codes = torch.zeros((K, C * G), dtype=torch.uint8, device=device)
+        self.scale_codes = torch.zeros((K, C), dtype=torch.uint8, device=device)
+        self.mean_codes = torch.zeros((K, C), dtype=torch.int8, device=device)
+        self.sums = torch.zeros((3, 9), dtype=torch.float64, device=device)
 
-    best = start
-    least = error(best)
-    if refine:
-        for steps in SEARCH:
-            centre = best
-            for step in steps:
-                index = torch.where(
-                    start > 0, (centre + step).clamp(1, len(grid.scales) - 1), start
-                )
-                found = error(index)
-                best = torch.where(found < least, index, best)
-                least = torch.minimum(found, least)
-    if bool((best == 1).any()):
-        zero = weights @ (part / unit).square_()
-        best = torch.where((best == 1) & (zero < least), 0, best)
-    normalized, mean_code = _normalize(part, mean, best, grid)
-    codes = torch.bucketize(normalized, (levels[1:] + levels[:-1]) / 2, out_int32=True)
-    return Choice(best, mean_code, codes.to(torch.uint8))
+    def quantize_apart(self, moments: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Quantize every group on its own; moments: (C, K) in weight units."""
+        unit = max(float(self.grid.unit), 1e-38)
+        mean = (moments[0].T / unit).float().contiguous()
+        mean_square = (moments[1].T / unit**2).float().contiguous()
+        K, C, G = self.weights.shape
+        step = max(1, CHUNK // (C * G))
+        for start in range(0, K, step):
+            part = slice(start, min(start + step, K))
+            self._quantize(part, self.weights[part], (mean[part], mean_square[part]))
 
+    def quantize_in_turn(self, feedback: InverseFactor) -> None:
+        """Quantize column by column, each error fed to the columns that follow."""
+        order, factor = feedback.order, feedback.factor
+        K, C, G = self.weights.shape
+        weights = self.weights[order].view(K, C * G)
+        shares = self.shares / self.shares.sum(1, keepdim=True)
+        for low in range(0, K, BLOCK):
+            high = min(low + BLOCK, K)
+            errors = torch.empty((high - low, C * G), device=weights.device)
+            for j in range(low, high):
+                column = weights[j].view(1, C, G)
+                shared = shares * column
+                moments = shared.sum(-1), (shared * column).sum(-1)
+                found = self._quantize(order[j : j + 1], column, moments)
+                error = (weights[j] - found.value.view(-1)) / factor[j, j]
+                errors[j - low] = error
+                weights[j + 1 : high].addr_(factor[j, j + 1 : high], error, alpha=-1)
+            weights[high:] -= factor[low:high, high:].T @ errors
 
-def _level_table(levels: torch.Tensor) -> torch.Tensor:
-    """The nearest level of every cell of a fine grid over ±TABLE_LIMIT."""
-    count = int(2 * TABLE_LIMIT * TABLE_CELLS)
-    centres = (torch.arange(count, device=levels.device) + 0.5) / TABLE_CELLS - TABLE_LIMIT
-    return levels[torch.bucketize(centres, (levels[1:] + levels[:-1]) / 2)]
+    def _quantize(
+        self,
+        columns: slice | torch.Tensor,
+        weights: torch.Tensor,
+        moments: tuple[torch.Tensor, torch.Tensor],
+    ) -> Choice:
+        """Choose for some columns, keep codes and sums; weights: (k, C, G), moments: (k, C)."""
+        deep = self.deep[columns]
+        found = search(weights, self.shares, deep, moments, self.tables, self.grid, self.refine)
+        self.codes[columns] = found.codes.flatten(1).to(torch.uint8)
+        self.scale_codes[columns] = found.scale.to(torch.uint8)
+        self.mean_codes[columns] = found.mean.to(torch.int8)
+        centred, quantized = found.centred * self.filled, found.quantized * self.filled
+        sums = ((centred - quantized).square(), centred.square(), centred * quantized)
+        for total, values in zip(self.sums, sums, strict=True):
+            total.index_add_(0, deep.flatten(), values.sum(-1).double().flatten())
+        return found
 
-
-def _normalize(
-    part: torch.Tensor, mean: torch.Tensor, index: torch.Tensor, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (n, k) less their mean, in units of the scales (k,) at `index`, and the mean codes.
-
-    The scale 0 of a group of zeros divides as if it were tiny: the weights stay zero.
-    """
-    inverse = 1 / grid.scales[index].clamp_min(1e-38)
-    if not grid.mean_step > 0:
-        return part * inverse, torch.zeros_like(index, dtype=torch.int8)
-    step = float(grid.mean_step)
-    code = (mean * inverse / step).round().clamp(-MEAN_LIMIT, MEAN_LIMIT).float()
-    return part * inverse - code * step, code.to(torch.int8)
+    def result(self, with_means: bool) -> QuantizedMatrix:
+        """Everything kept, in the units of the weights and in stored order."""
+        error, energy, projection = self.sums.cpu().numpy() * float(self.grid.unit) ** 2
+        return QuantizedMatrix(
+            clustering=self.clustering,
+            depths=self.depths,
+            codes=self.codes[:, self.slots].T.contiguous().cpu().numpy(),
+            scale_codes=self.scale_codes.T.contiguous().cpu().numpy(),
+            mean_codes=self.mean_codes.T.contiguous().cpu().numpy() if with_means else None,
+            scale_unit=self.grid.unit,
+            mean_step=self.grid.mean_step,
+            squared_error=error,
+            energy=energy,
+            projection=projection,
+        )

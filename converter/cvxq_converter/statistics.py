@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import ConversionError
 from .matrices import Matrix
-from .sums import AxisSums, GroupSums, InputMean, MatrixStatistics
+from .sums import AxisSums, GroupSums, InputMean, MatrixStatistics, TokenWeights
 
 __all__ = ["MatrixStatistics", "measure", "measure_groups"]
 
@@ -51,17 +51,20 @@ def measure(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, MatrixStatistics]:
-    """Measure row and column sums of squared gradients, and input means, for every matrix.
+    """Measure squared gradients of weights and of outputs, and moments of inputs, of every matrix.
 
     sequences: (S, L) int64 tokens. Same arguments and machine, same result.
     Raises ConversionError if a gradient overflows the network's dtype.
     """
     sums = {matrix.name: AxisSums(matrix) for matrix in matrices}
-    means = {m.input_module_name: InputMean() for m in matrices if m.input_module_name is not None}
-    hooks = [
-        network.get_submodule(name).register_forward_pre_hook(mean.add)
-        for name, mean in means.items()
-    ]
+    modules = [m.input_module_name for m in matrices if m.input_module_name is not None]
+    means = {name: InputMean() for name in modules}
+    felt = {name: TokenWeights() for name in modules}
+    hooks: list[Any] = []
+    for name in means:
+        module = network.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(means[name].add))
+        hooks.append(module.register_forward_hook(felt[name].watch))
     try:
         _backward_all(network, matrices, sequences, metric, seed, sums, progress)
     finally:
@@ -69,7 +72,10 @@ def measure(
             hook.remove()
     return {
         m.name: sums[m.name].finish(
-            len(sequences), sequences.shape[1], means.get(m.input_module_name or "")
+            len(sequences),
+            sequences.shape[1],
+            means.get(m.input_module_name or ""),
+            felt.get(m.input_module_name or ""),
         )
         for m in matrices
     }
@@ -237,6 +243,7 @@ def _hook(matrix: Matrix, sums: Any, state: _TiedPass) -> Callable[[Tensor], Non
         if gradient.is_sparse:
             part = gradient.coalesce()
             rows, values = part.indices()[0], part.values()
+            sums.add_lookups(values)
             if waiting is None:
                 sums.add(values, rows)
                 return

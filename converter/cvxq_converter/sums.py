@@ -26,6 +26,8 @@ class MatrixStatistics:
 
     row_sensitivity[n] = mean over sequences of Σ_k g_nk² / tokens; columns alike with Σ_n.
     Evidence counts sequences; input_mean is None for a matrix that multiplies no input.
+    token_weights[s, t] = Σ_n of the squared gradient of output n at that token. lookup_moment =
+    Σ g gᵀ / tokens over what a table's look-ups felt. Each is None where there is no such use.
     """
 
     row_sensitivity: NDArray[np.float64]  # (N,)
@@ -35,6 +37,8 @@ class MatrixStatistics:
     input_mean: NDArray[np.float32] | None  # (K,)
     input_second_moment: NDArray[np.float32] | None  # (K,)
     sequences: int
+    token_weights: NDArray[np.float32] | None = None  # (S, L)
+    lookup_moment: NDArray[np.float32] | None = None  # (K, K)
 
 
 def _row_chunks(gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -58,6 +62,12 @@ class AxisSums:
         self.column_evidence = torch.zeros(K, dtype=torch.int64, device=device)
         self.sequence_rows = torch.zeros_like(self.rows)
         self.sequence_columns = torch.zeros_like(self.columns)
+        self.lookups: Tensor | None = None
+
+    def add_lookups(self, gradient: Tensor) -> None:
+        """Take the gradients (U, K) of the rows that one sequence looked up."""
+        moment = gradient.float().T @ gradient.float()
+        self.lookups = moment if self.lookups is None else self.lookups.add_(moment)
 
     def add(self, gradient: Tensor, rows: Tensor | None = None) -> None:
         """Take a (N, K) gradient, or one whose row i belongs to row `rows[i]` of the matrix."""
@@ -80,9 +90,12 @@ class AxisSums:
         self.sequence_rows.zero_()
         self.sequence_columns.zero_()
 
-    def finish(self, sequences: int, length: int, mean: InputMean | None) -> MatrixStatistics:
+    def finish(
+        self, sequences: int, length: int, mean: InputMean | None, felt: TokenWeights | None
+    ) -> MatrixStatistics:
         """Turn sums into per-token means."""
         tokens = sequences * length
+        lookups = None if self.lookups is None else (self.lookups / tokens).cpu().numpy()
         return MatrixStatistics(
             row_sensitivity=(self.rows / tokens).cpu().numpy(),
             column_sensitivity=(self.columns / tokens).cpu().numpy(),
@@ -91,6 +104,8 @@ class AxisSums:
             input_mean=None if mean is None else mean.value(),
             input_second_moment=None if mean is None else mean.second_moment(),
             sequences=sequences,
+            token_weights=None if felt is None else felt.value(),
+            lookup_moment=lookups,
         )
 
 
@@ -116,6 +131,9 @@ class GroupSums:
         for cluster, members in enumerate(self.members):
             for _, squares in _row_chunks(gradient[members]):
                 self.total[cluster] += squares.sum(0)
+
+    def add_lookups(self, gradient: Tensor) -> None:
+        """Nothing to do: its rows are added like any others."""
 
     def end_sequence(self, felt: Tensor | None) -> None:
         """Close a sequence: nothing to do, sums need no evidence."""
@@ -147,3 +165,22 @@ class InputMean:
         if self.squares is None:
             return None
         return (self.squares / self.tokens).float().cpu().numpy()
+
+
+class TokenWeights:
+    """How much the loss feels the outputs of a module, token by token, over all sequences."""
+
+    def __init__(self) -> None:
+        self.sequences: list[Tensor] = []
+
+    def watch(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        """Forward hook: wait for the gradient of the output (1, L, N)."""
+        output.register_hook(self._add)
+
+    def _add(self, gradient: Tensor) -> None:
+        norm = torch.linalg.vector_norm(gradient[0], dim=-1, dtype=torch.float32)
+        self.sequences.append(norm.square_().cpu())
+
+    def value(self) -> NDArray[np.float32] | None:
+        """Return (S, L), or None if the module never ran."""
+        return torch.stack(self.sequences).numpy() if self.sequences else None

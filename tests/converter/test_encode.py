@@ -92,7 +92,13 @@ def encode(
     )
     steps: list[tuple[int, int]] = []
     encoded = encode_matrices(
-        plans, weight_of, allocation, thresholds, options, lambda *s: steps.append(s)
+        plans,
+        weight_of,
+        allocation,
+        thresholds,
+        options,
+        lambda *s: steps.append(s),
+        lambda _: None,
     )
     assert [done for done, _ in steps] == list(range(1, steps[-1][1] + 1))
     return plans, encoded.tensors, encoded
