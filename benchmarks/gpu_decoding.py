@@ -1,0 +1,225 @@
+"""How fast one GPU decodes, beside what its memory allows, in packed form and in half precision.
+
+Converting all of a 7B several times takes longer than a measurement should, and its layers are
+alike anyway: a model of DISTINCT_LAYERS layers is converted, and `Repeated` reads it as one of all
+layers.  Each layer read is a copy of its own in the GPU's memory, so every byte is read from there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cvxq.lean.spec import read_spec
+from cvxq.lean.torch_decoder import TorchDecoder
+from cvxq.lean.torch_opening import open_torch_decoder
+from cvxq.lean.weights import find_weights
+from cvxq.sample import SamplingSettings
+from cvxq_format import CompandedTensor, RawTensor, Reader
+
+DISTINCT_LAYERS = 2
+_LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..*)")
+
+
+class Repeated(Reader):
+    """A `.cvxq` file whose layers are read again and again, up to `layers` of them."""
+
+    def __init__(self, path: Path, layers: int) -> None:
+        super().__init__(path)
+        self._layers = layers
+        self._own = 1 + max(int(m[2]) for m in map(_LAYER.fullmatch, super().names) if m)
+
+    def _original(self, name: str) -> str:
+        match = _LAYER.fullmatch(name)
+        return name if match is None else f"{match[1]}{int(match[2]) % self._own}{match[3]}"
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, those of repeated layers included."""
+        found = []
+        for name in super().names:
+            match = _LAYER.fullmatch(name)
+            if match is None:
+                found.append(name)
+            else:
+                layers = range(int(match[2]), self._layers, self._own)
+                found += [f"{match[1]}{layer}{match[3]}" for layer in layers]
+        return found
+
+    def entry(self, name: str) -> Any:
+        """Return the header entry of the tensor that `name` repeats."""
+        return super().entry(self._original(name))
+
+    def read(self, name: str) -> RawTensor | CompandedTensor:
+        """Return the tensor that `name` repeats."""
+        return super().read(self._original(name))
+
+
+def open_repeated(path: Path, layers: int, device: str, keep_packed: bool) -> TorchDecoder:
+    """Open the converted file as a model of `layers` layers."""
+    with Repeated(path, layers) as reader:
+        config = json.loads(reader.file("config.json")) | {"num_hidden_layers": layers}
+        spec = read_spec(config)
+        found = find_weights(spec, reader)
+        return open_torch_decoder(spec, found, reader, device, config, keep_packed)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Figures of one way to decode at batch 1; bytes are of the GPU's memory.
+
+    read_bytes: weights, and keys and values at the mean length, that one token reads; held_bytes:
+    weights and the cache; load_seconds: from the file to the GPU, NaN where nothing was loaded.
+    """
+
+    name: str
+    tokens_per_second: float
+    deviation: float
+    prefill_tokens_per_second: float
+    read_bytes: float
+    held_bytes: float
+    peak_bytes: float
+    load_seconds: float
+
+    def share(self, copy_bandwidth: float) -> float:
+        """The share of the speed that reading at `copy_bandwidth`, bytes/s, would allow."""
+        return self.tokens_per_second * self.read_bytes / copy_bandwidth
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Tokens of the prompt, tokens decoded, and how often both are repeated."""
+
+    prompt: int
+    tokens: int
+    repeats: int
+
+
+def copy_bandwidth(device: str, size: int) -> float:
+    """Bytes per second, read plus written, of the fastest of ten copies of `size` bytes."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    return 2 * size / min(_timed(lambda: target.copy_(source), device) for _ in range(10))
+
+
+def measure_lean(
+    name: str, load: Callable[[], TorchDecoder], setting: Setting, device: str
+) -> Decoding:
+    """Measure the decoder that `load` makes."""
+    reset_peak(device)
+    begin = time.perf_counter()
+    decoder = load()
+    synchronize(device)
+    loaded = time.perf_counter() - begin
+    prompt = _prompt(decoder.vocabulary, setting.prompt)
+    rounds = []
+    for _ in range(setting.repeats + 1):  # the first one compiles and captures
+        decoder.rewind(0)
+        begin = time.perf_counter()
+        decoder.feed(prompt)
+        tokens = decoder.draw(SamplingSettings(temperature=0, max_tokens=setting.tokens), prompt)
+        next(tokens)
+        middle = time.perf_counter()
+        for _ in range(setting.tokens - 1):
+            next(tokens)
+        rounds.append((middle - begin, time.perf_counter() - middle))
+    per_token = decoder.cache.nbytes / decoder.cache.places
+    weights = decoder.network.weights
+    return _decoding(
+        name,
+        rounds[1:],
+        setting,
+        weights.bytes_per_token() + per_token * (setting.prompt + setting.tokens / 2),
+        weights.matrix_bytes() + decoder.cache.nbytes,
+        device,
+        loaded,
+    )
+
+
+def measure_transformers(config: dict[str, Any], setting: Setting, device: str) -> Decoding:
+    """Measure the network of `config` in transformers, random float16 weights, dynamic cache."""
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+    reset_peak(device)
+    dtype = torch.float16 if device != "cpu" else torch.float32
+    settings = AutoConfig.for_model(**config)
+    with torch.device(device):
+        network = AutoModelForCausalLM.from_config(settings, dtype=dtype).eval()
+    prompt = torch.tensor([_prompt(config["vocab_size"], setting.prompt)], device=device)
+    rounds = []
+    with torch.inference_mode():
+        for _ in range(setting.repeats + 1):
+            cache = DynamicCache()
+            begin = time.perf_counter()
+            logits = network(prompt, past_key_values=cache, logits_to_keep=1).logits
+            token = logits[:, -1:].argmax(-1)
+            synchronize(device)
+            middle = time.perf_counter()
+            for _ in range(setting.tokens - 1):
+                token = network(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            synchronize(device)
+            rounds.append((middle - begin, time.perf_counter() - middle))
+    held = sum(parameter.nbytes for parameter in network.parameters())
+    embedding = network.get_input_embeddings().weight.nbytes
+    kv_heads = config["num_key_value_heads"]
+    head = config["hidden_size"] // config["num_attention_heads"]
+    per_token = 2 * config["num_hidden_layers"] * kv_heads * head * dtype.itemsize
+    cached = per_token * (setting.prompt + setting.tokens / 2)
+    name = f"{str(dtype).removeprefix('torch.')}, transformers"
+    read = held - embedding + cached
+    return _decoding(name, rounds[1:], setting, read, held + cached, device, float("nan"))
+
+
+def _decoding(
+    name: str,
+    rounds: list[tuple[float, float]],
+    setting: Setting,
+    read_bytes: float,
+    held_bytes: float,
+    device: str,
+    load_seconds: float,
+) -> Decoding:
+    speeds = [(setting.tokens - 1) / decode for _, decode in rounds]
+    return Decoding(
+        name=name,
+        tokens_per_second=statistics.fmean(speeds),
+        deviation=statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
+        prefill_tokens_per_second=statistics.fmean(setting.prompt / first for first, _ in rounds),
+        read_bytes=read_bytes,
+        held_bytes=held_bytes,
+        peak_bytes=torch.cuda.max_memory_allocated() if device != "cpu" else float("nan"),
+        load_seconds=load_seconds,
+    )
+
+
+def _prompt(vocabulary: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (count,), generator=generator).tolist()
+
+
+def reset_peak(device: str) -> None:
+    """Give unused memory back and forget the peak so far."""
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done all that was launched."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _timed(action: Callable[[], object], device: str) -> float:
+    synchronize(device)
+    begin = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - begin

@@ -1,0 +1,157 @@
+"""Llamas of random weights, for measuring speed: python benchmarks/random_model.py FOLDER
+
+Every matrix is Gaussian noise whose rows and columns are scaled by powers of two with exponents
+drawn from a normal distribution.  SIGMA of both was tuned once so that a conversion to 3.3 bits
+without calibration spreads its depths as on a trained model, roughly 0: 1 %, 1: 4 %, 2: 15 %, 3:
+37 %, 4: 36 %, 5: 6 %, 6: 1 %; with equal scales all groups would get one depth, and speeds would
+say nothing about mixed ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from cvxq_format import CompandedTensor, Reader
+from safetensors.torch import save_file
+
+SIGMA = 0.7  # standard deviation of log2 of a row's scale, and of a column's
+SHARDS_LAYERS = 4  # layers in one file
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocabulary: int
+    context: int
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of the matrices of one layer."""
+        keys = self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (keys, self.hidden),
+            "self_attn.v_proj": (keys, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.ffn, self.hidden),
+            "mlp.up_proj": (self.ffn, self.hidden),
+            "mlp.down_proj": (self.hidden, self.ffn),
+        }
+
+    def config(self) -> dict[str, object]:
+        """The config.json of such a Llama."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "torch_dtype": "float16",
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.ffn,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.context,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+
+
+SHAPES = {
+    "7b": Shape(4096, 32, 32, 32, 11008, 32000, 4096),  # Llama-2-7B
+    "1.1b": Shape(2048, 22, 32, 4, 5632, 32000, 2048),  # TinyLlama
+}
+
+
+def make_llama(
+    folder: Path, shape: str | Shape, seed: int = 0, sigma: float = SIGMA
+) -> dict[str, int]:
+    """Write a float16 checkpoint of random weights to `folder`, a few layers at a time.
+
+    shape: a name of SHAPES, or the sizes.  Returns its sizes as in `Shape`.
+    """
+    sizes = SHAPES[shape] if isinstance(shape, str) else shape
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(sizes.config(), indent=2) + "\n")
+    generator = torch.Generator().manual_seed(seed)
+    index: dict[str, str] = {}
+
+    def save(tensors: dict[str, torch.Tensor], name: str) -> None:
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, name))
+
+    ends = ((sizes.vocabulary, sizes.hidden), sigma, generator)
+    outer = {"model.embed_tokens.weight": _matrix(*ends), "lm_head.weight": _matrix(*ends)}
+    outer["model.norm.weight"] = torch.ones(sizes.hidden, dtype=torch.float16)
+    save(outer, "model-ends.safetensors")
+    for first in range(0, sizes.layers, SHARDS_LAYERS):
+        shard = {}
+        for layer in range(first, min(first + SHARDS_LAYERS, sizes.layers)):
+            for module, size in sizes.matrices().items():
+                name = f"model.layers.{layer}.{module}.weight"
+                shard[name] = _matrix(size, sigma, generator)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                name = f"model.layers.{layer}.{norm}.weight"
+                shard[name] = torch.ones(sizes.hidden, dtype=torch.float16)
+        save(shard, f"model-{first:02d}.safetensors")
+    total = sum((folder / name).stat().st_size for name in set(index.values()))
+    listing = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listing) + "\n")
+    return asdict(sizes)
+
+
+def _matrix(shape: tuple[int, int], sigma: float, generator: torch.Generator) -> torch.Tensor:
+    """Return a random (N, K) float16 matrix whose products keep the size of their input."""
+    outputs, inputs = shape
+    rows = torch.randn(outputs, 1, generator=generator)
+    columns = torch.randn(1, inputs, generator=generator)
+    weights = torch.randn(shape, generator=generator)
+    scales = torch.exp2(sigma * rows) * torch.exp2(sigma * columns)
+    return (weights.mul_(scales) / inputs**0.5).half()
+
+
+def depth_histogram(path: Path) -> np.ndarray:
+    """Return the share of the quantized weights of a `.cvxq` file at each depth, (9,)."""
+    counts = np.zeros(9)
+    with Reader(path, check=False) as reader:
+        for name in reader.names:
+            value = reader.read(name)
+            if isinstance(value, CompandedTensor):
+                rows = np.broadcast_to(value.cluster_rows()[None, :, None], value.depths.shape)
+                counts += np.bincount(value.depths.ravel(), rows.ravel(), minlength=9)
+    return counts / counts.sum()
+
+
+def histogram_line(path: Path) -> str:
+    """Return the shares of a file's depths in one line."""
+    shares = enumerate(depth_histogram(path))
+    return ", ".join(f"{depth}: {share:.1%}" for depth, share in shares if share)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1.1b")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sigma", type=float, default=SIGMA)
+    options = parser.parse_args()
+    print(json.dumps(make_llama(options.folder, options.shape, options.seed, options.sigma)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
