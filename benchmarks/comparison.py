@@ -1,117 +1,179 @@
-"""Rows of the quality comparison, the tables they make, and the claims they must bear out."""
+"""Rows of the quality comparison, the tables they make, and the claims they must bear out.
 
+Rates differ from peer to peer, so cvxq is asked for the rates where a peer is best: those of the
+rows that no row of fewer bits beats (`front`). Every peer's row is then compared with cvxq's of the
+highest rate that does not exceed its own.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
-GPTQ_CLAIM_BITS = 3.3  # up to this rate (to one decimal) cvxq must be closer than GPTQ
-HEADER = (
-    "method",
-    "bits per weight",
-    "file bytes",
-    "bits per parameter",
-    "perplexity",
-    "KL, nats per token",
-    "seconds",
-    "peak MB",
-)
+CLAIMED_RATES = (2.2, 4.5)  # bits per weight between which cvxq must be closer than every peer
+SIGMAS = 2.0
+OURS = "cvxq"
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one command took: wall-clock seconds and peak resident memory in bytes."""
+class Run:
+    """One quantized model against the original.
 
+    rate: bits per weight of the quantized matrices, their side information included; file_bytes:
+    the whole file; kl: KL(original ‖ quantized) in nats per token, on the text and on the second
+    text (NaN without one); kl_error: its standard error over tokens; seconds: wall clock.
+    """
+
+    rate: float
+    file_bytes: int
+    kl: float
+    kl_error: float
+    perplexity: float
+    second_kl: float
+    second_perplexity: float
     seconds: float
-    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean of a figure over the seeds, and its sample standard deviation: 0 for a single seed."""
+
+    mean: float
+    sigma: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Spread of one value per seed."""
+        return cls(fmean(values), stdev(values) if len(values) > 1 else 0.0)
+
+    def below(self, other: "Spread") -> bool:
+        """Whether this is smaller by more than SIGMAS of the difference."""
+        return other.mean - self.mean > SIGMAS * math.hypot(self.sigma, other.sigma)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantized model against the original.
+    """A method at one of its cells, one run per seed (one alone where seeds do not matter).
 
-    method: "RTN", "GPTQ" or "cvxq"; cell: rows of one cell are compared, (bits of a peer's codes,
-    its group size); setting: a peer's own; rate: bits per weight of the quantized matrices, their
-    side information included; kl, kl_error: KL(original ‖ quantized) in nats per token and its
-    standard error.
+    matrices: names of those quantized; only rows that agree in them can be compared by rate.
     """
 
     method: str
-    cell: tuple[int, int]
-    setting: str
-    rate: float
-    file_bytes: int
-    perplexity: float
-    perplexity_error: float
-    kl: float
-    kl_error: float
-    cost: Cost
+    name: str
+    matrices: frozenset[str]
+    runs: tuple[Run, ...]
+
+    def spread(self, figure: str) -> Spread:
+        """Spread of one of the fields of Run."""
+        return Spread.of([getattr(run, figure) for run in self.runs])
+
+    @property
+    def rate(self) -> float:
+        """Bits per weight, the most that any seed took."""
+        return max(run.rate for run in self.runs)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file, the most that any seed took."""
+        return max(run.file_bytes for run in self.runs)
+
+    @property
+    def kl(self) -> Spread:
+        """KL on the text."""
+        return self.spread("kl")
 
     @property
     def label(self) -> str:
         """The method with what a reader must know to repeat it."""
-        if self.method == "cvxq":
-            return "cvxq"
-        bits, group = self.cell
-        return f"{self.method}, {bits} bits, group {group}" + f", {self.setting}" * bool(
-            self.setting
-        )
+        return f"**{OURS}**" if self.method == OURS else f"{self.method}, {self.name}"
 
 
-def table(rows: Sequence[Row], parameters: int) -> str:
-    """Markdown table, one line per row, in the order given; `parameters` is the model's count."""
-    lines = [HEADER, ("---", *["--:"] * (len(HEADER) - 1))]
+def front(rows: Sequence[Row], size: str) -> list[Row]:
+    """The rows that no row of at most their `size` ("rate" or "file_bytes") beats, by size."""
+    best: list[Row] = []
+    for row in sorted(rows, key=lambda row: (getattr(row, size), row.kl.mean)):
+        if not best or row.kl.mean < best[-1].kl.mean:
+            best.append(row)
+    return best
+
+
+def opponents(rows: Sequence[Row], size: str) -> list[tuple[Row, Row | None]]:
+    """Every peer's row with cvxq's largest that is no larger, None where there is none."""
+    found: list[tuple[Row, Row | None]] = []
     for row in rows:
-        lines.append(
-            (
-                f"**{row.label}**" if row.method == "cvxq" else row.label,
-                f"{row.rate:.3f}",
-                f"{row.file_bytes:,}",
-                f"{8 * row.file_bytes / parameters:.3f}",
-                f"{row.perplexity:.3f} ± {row.perplexity_error:.3f}",
-                f"{row.kl:.5f} ± {row.kl_error:.5f}",
-                f"{row.cost.seconds:.0f}",
-                f"{row.cost.peak_bytes / 1e6:.0f}",
-            )
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def failed_sizes(rows: Sequence[Row]) -> list[str]:
-    """Sentences about files of table B that are larger than the one cvxq was asked not to exceed.
-
-    The file to compare with is GPTQ's, or RTN's where the cell has no GPTQ.
-    """
-    failed = []
-    for cell in sorted({row.cell for row in rows}):
-        found = {row.method: row for row in rows if row.cell == cell}
-        ours, other = found["cvxq"], found.get("GPTQ", found["RTN"])
-        if ours.file_bytes > other.file_bytes:
-            failed.append(
-                f"{cell[0]} bits, group {cell[1]}: cvxq's file takes {ours.file_bytes:,} bytes, "
-                f"{other.method}'s {other.file_bytes:,}"
-            )
-    return failed
+        if row.method == OURS:
+            continue
+        fair = [
+            other
+            for other in rows
+            if other.method == OURS
+            and other.matrices == row.matrices
+            and getattr(other, size) <= getattr(row, size)
+        ]
+        found.append((row, max(fair, key=lambda other: getattr(other, size), default=None)))
+    return found
 
 
 def failed_claims(rows: Sequence[Row]) -> list[str]:
     """Sentences about the claims that table A's rows contradict.
 
-    In every cell cvxq must take no more bits than GPTQ, have a lower KL than RTN, and than GPTQ
-    where that takes at most 3.3 bits per weight.
+    Against every peer's row within CLAIMED_RATES, cvxq at no higher rate must have a KL that is
+    lower, and a perplexity that is not higher, by more than SIGMAS standard deviations over seeds.
     """
     failed = []
-    for cell in sorted({row.cell for row in rows}):
-        found = {row.method: row for row in rows if row.cell == cell}
-        ours = found["cvxq"]
-        where = f"{cell[0]} bits, group {cell[1]}"
-        for name in sorted(found.keys() - {"cvxq"}):
-            other = found[name]
-            if name == "GPTQ" and ours.rate > other.rate:
-                failed.append(f"{where}: cvxq takes {ours.rate:.4f} bits, GPTQ {other.rate:.4f}")
-            if name == "GPTQ" and round(other.rate, 1) > GPTQ_CLAIM_BITS:
-                continue
-            if not ours.kl < other.kl:
-                failed.append(
-                    f"{where}: cvxq's KL is {ours.kl:.5f} at {ours.rate:.3f} bits, "
-                    f"{name}'s {other.kl:.5f} at {other.rate:.3f}"
-                )
+    for row, ours in opponents(rows, "rate"):
+        if not CLAIMED_RATES[0] <= round(row.rate, 2) <= CLAIMED_RATES[1]:
+            continue
+        where = f"{row.method}, {row.name} ({row.rate:.3f} bits)"
+        if ours is None:
+            failed.append(f"{where}: no result of cvxq at that rate or below")
+            continue
+        if not ours.kl.below(row.kl):
+            failed.append(
+                f"{where}: cvxq's KL {ours.kl.mean:.5f} ± {ours.kl.sigma:.5f} at {ours.rate:.3f} "
+                f"bits is not below {row.kl.mean:.5f} ± {row.kl.sigma:.5f} by {SIGMAS:.0f} σ"
+            )
+        theirs, mine = row.spread("perplexity"), ours.spread("perplexity")
+        if theirs.below(mine):
+            failed.append(
+                f"{where}: cvxq's perplexity {mine.mean:.3f} ± {mine.sigma:.3f} is above "
+                f"{theirs.mean:.3f} ± {theirs.sigma:.3f} by more than {SIGMAS:.0f} σ"
+            )
     return failed
+
+
+def table(rows: Sequence[Row], size: str, parameters: int, second: str | None) -> str:
+    """Markdown table in the order of `size`; cvxq's rows show the ratio to the best peer.
+
+    parameters: of the model; second: name of the second text, None without one.
+    """
+    header = ["method"]
+    header += ["bits per weight"] if size == "rate" else ["file bytes", "bits per parameter"]
+    header += ["KL, nats per token", "ratio", "perplexity"]
+    header += [f"KL on {second}", f"perplexity on {second}"] if second else []
+    header += ["seconds"]
+    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
+    for row in sorted(rows, key=lambda row: (getattr(row, size), row.method == OURS)):
+        bytes_ = [f"{row.file_bytes:,}", f"{8 * row.file_bytes / parameters:.3f}"]
+        line = [row.label, *([f"{row.rate:.3f}"] if size == "rate" else bytes_)]
+        line += [_show(row, "kl", 5), _ratio(row, rows, size), _show(row, "perplexity", 3)]
+        line += [_show(row, "second_kl", 5), _show(row, "second_perplexity", 3)] * bool(second)
+        lines.append([*line, f"{row.spread('seconds').mean:.0f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def best_opponent(ours: Row, rows: Sequence[Row], size: str) -> Row | None:
+    """The peer's row of the lowest KL among those that cvxq's row `ours` stands against."""
+    against = [row for row, other in opponents(rows, size) if other is ours]
+    return min(against, key=lambda row: row.kl.mean, default=None)
+
+
+def _ratio(row: Row, rows: Sequence[Row], size: str) -> str:
+    best = best_opponent(row, rows, size) if row.method == OURS else None
+    return "" if best is None else f"{row.kl.mean / best.kl.mean:.2f}"
+
+
+def _show(row: Row, figure: str, digits: int) -> str:
+    spread = row.spread(figure)
+    alone = len(row.runs) == 1
+    return f"{spread.mean:.{digits}f}" + ("" if alone else f" ± {spread.sigma:.{digits}f}")

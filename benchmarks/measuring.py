@@ -1,4 +1,9 @@
-"""Make quantized models with cvxq's command line and with a peer, and measure them all alike."""
+"""Make quantized models with cvxq's command line and with peers, and measure them all alike.
+
+Everything made is kept in the work folder under a digest of what it depends on: the model, the
+calibration tokens, the settings and the code that made it. What a change of cvxq does not touch
+(the peers above all) is thus not made again.
+"""
 
 import hashlib
 import json
@@ -6,17 +11,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from comparison import Cost, Row
-from cvxq import evaluate
-from cvxq.original import load_subject
+from comparison import Run
+from cvxq import evaluate, load
+from cvxq.original import load_checkpoint, load_subject
+from cvxq_converter import calibration
 from cvxq_converter.calibration import CalibrationOptions, make_sequences
 from cvxq_converter.matrices import find_matrices
 from cvxq_format import Reader
+from peers.catalogue import Peer, Settings
+from peers.environment import requirements
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -33,29 +43,37 @@ def say(text: str) -> None:
     print(f"quality: {text}", file=sys.stderr, flush=True)
 
 
-def run_measured(command: Sequence[str], log: Path) -> Cost:
-    """Run a command to its end; BenchmarkError with the last line it printed if it fails.
+def digest(*parts: object) -> str:
+    """Digest of what the parts say, and of the contents of those that are files."""
+    found = hashlib.sha256()
+    for part in parts:
+        said = part.read_bytes() if isinstance(part, Path) else repr(part).encode()
+        found.update(hashlib.sha256(said).digest())
+    return found.hexdigest()[:24]
 
-    What it prints goes to `log`. Peak memory is that of the process itself, whatever it shares
-    with others included.
+
+def sources(*folders: Path) -> list[Path]:
+    """All Python files below the folders, in a fixed order."""
+    return sorted(file for folder in folders for file in folder.rglob("*.py"))
+
+
+def run(command: Sequence[str], log: Path) -> float:
+    """Run a command to its end, and return its wall-clock seconds.
+
+    What it prints goes to `log`. BenchmarkError with the last line it printed if it fails.
     """
-    paths = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ.copy()
+    paths = [str(BENCHMARKS), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    # GPTQModel asks for two workers of its pool, and makes one for every two processors.
+    environment.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))
     started = time.perf_counter()
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+        done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
+    if done.returncode:
         said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
         raise BenchmarkError(f"{' '.join(command)} failed, saying {said[-1]!r} (all: {log})")
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return Cost(time.perf_counter() - started, usage.ru_maxrss * unit)
+    return time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -67,130 +85,203 @@ class Sampling:
     seed: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of the peers and of cvxq."""
+
+    peers: tuple[Peer, ...]
+    bits: tuple[int, ...]
+    groups: tuple[int, ...]
+    samplings: tuple[Sampling, ...]
+    near: tuple[float, ...]
+    convert: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to evaluate on: its name, and the windows it was cut into."""
+
+    name: str
+    windows: list[evaluate.Window]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What a peer runs with: its interpreter, and the folder of its command-line tools if any."""
+
+    python: Path
+    tools: Path | None = None
+
+
 class Bench:
-    """The original, the evaluation windows and the folder that everything is written to."""
+    """One model, the texts it is evaluated on and the folder that everything is written to."""
 
-    def __init__(self, model: Path, text: Path, context: int, sampling: Sampling, work: Path):
-        """Load the original and cut the text into windows of at most `context` tokens."""
+    def __init__(self, model: Path, texts: Sequence[Path], context: int, windows: int, work: Path):
+        """Load the original and cut the texts into windows of at most `context` tokens.
+
+        texts: the one that claims are about, and maybe a second one; of each, at most the first
+        `windows` windows are used.
+        """
         work.mkdir(parents=True, exist_ok=True)
-        self.model, self.work, self.sampling = str(model.resolve()), work, sampling
+        self.model, self.name, self.work = str(model.resolve()), model.resolve().name, work
+        self.original = load_checkpoint(self.model)
         subject = load_subject(self.model)
-        self.original, self.tokenizer = subject.network, subject.tokenizer
+        self.tokenizer = subject.tokenizer
         self.context = min(context, subject.context_length or context)
-        ids = evaluate.token_ids(self.tokenizer, text.read_text(encoding="utf-8"))
-        self.windows = evaluate.windows(ids, self.context)
+        self.texts = [self._cut(text, windows) for text in texts]
         self.parameters = sum(p.numel() for p in self.original.parameters())
-        self.kept, self.quantized = self._matrices()
-        self.attached_bytes = sum(
-            f.stat().st_size
-            for f in model.iterdir()
-            if f.suffix in ATTACHED and "safetensors" not in f.name
-        )
+        self.embedding, self.shapes = self._matrices()
+        weights = sorted(model.glob("*.safetensors"))
+        self.digest = digest(*weights, model / "config.json")
+        ids = [window.ids.tolist() for text in self.texts for window in text.windows]
+        self.evaluation = digest(self.digest, ids, Path(evaluate.__file__))
+        attached = (f for f in model.iterdir() if f.suffix in ATTACHED)
+        self.attached_bytes = sum(f.stat().st_size for f in attached if "safetensors" not in f.name)
 
-    def _matrices(self) -> tuple[list[str], dict[str, int]]:
-        """Names of the embeddings and head, and of all other matrices with their weights."""
+    def _cut(self, text: Path, windows: int) -> Text:
+        ids = evaluate.token_ids(self.tokenizer, text.read_text(encoding="utf-8"))
+        return Text(text.stem, evaluate.windows(ids, self.context)[:windows])
+
+    def _matrices(self) -> tuple[list[str], dict[str, tuple[int, int]]]:
+        """Names of the embeddings and head, and of all other matrices with their shapes (N, K)."""
         ends = [self.original.get_input_embeddings(), self.original.get_output_embeddings()]
         kept = {id(module.weight) for module in ends if module is not None}
         matrices = find_matrices(self.original)
+        shapes = {m.name: m.weight.shape for m in matrices if id(m.parameter) not in kept}
         return (
             [m.name for m in matrices if id(m.parameter) in kept],
-            {m.name: m.parameter.numel() for m in matrices if id(m.parameter) not in kept},
+            {name: (shape[0], shape[1]) for name, shape in shapes.items()},
         )
 
-    def save_sequences(self) -> Path:
-        """Sample the sequences that cvxq calibrates on, and save them for the peers."""
-        sampling = self.sampling
-        options = CalibrationOptions("self", sampling.count, sampling.length, sampling.seed)
-        path = self.work / "sequences.safetensors"
-        save_file({"ids": make_sequences(self.original, self.tokenizer, options)}, path)
+    def count(self, names: Iterable[str]) -> int:
+        """How many weights the matrices of these names have."""
+        parameters = dict(self.original.named_parameters())
+        return sum(parameters[name].numel() for name in names)
+
+    def original_perplexity(self, text: Text) -> evaluate.PerplexityResult:
+        """Perplexity of the original on a text."""
+        return evaluate.perplexity(self.original, text.windows)
+
+    def sequences(self, sampling: Sampling) -> Path:
+        """File of the sequences that cvxq calibrates on, sampled when there is none yet."""
+        code = Path(calibration.__file__)
+        name = digest(self.digest, sampling, code, version("torch"))
+        path = self.work / f"sequences-{name}.safetensors"
+        if not path.exists():
+            say(f"{self.name}: sampling calibration sequences, seed {sampling.seed}")
+            options = CalibrationOptions("self", sampling.count, sampling.length, sampling.seed)
+            save_file({"ids": make_sequences(self.original, self.tokenizer, options)}, path)
         return path
 
-    def original_perplexity(self) -> evaluate.PerplexityResult:
-        """Perplexity of the original."""
-        return evaluate.perplexity(self.original, self.windows)
+    def ask(
+        self, peer: Peer, programs: Programs, jobs: Sequence[Settings], ids: Path | None
+    ) -> list[Path]:
+        """Folders of a peer's results, one per settings, made by one process where missing."""
+        code = [BENCHMARKS / "peers" / f"{name}.py" for name in (peer.key, "grid", "worker")]
+        known = digest(self.digest, peer.key, ids and digest(ids), requirements(peer.key), *code)
+        folders = [self.work / "peers" / f"{peer.key}-{digest(known, job)}" for job in jobs]
+        missing = [
+            {"out": str(folder), "settings": job}
+            for folder, job in zip(folders, jobs, strict=True)
+            if not (folder / "summary.json").exists()
+        ]
+        if missing:
+            say(f"{self.name}: {peer.label}, {len(missing)} results to make")
+            file = self.work / f"jobs-{peer.key}.json"
+            file.write_text(json.dumps(missing))
+            command = [str(programs.python), "-m", f"peers.{peer.key}", self.model]
+            command += ["--jobs", str(file)]
+            command += ["--sequences", str(ids)] if ids else []
+            command += ["--tools", str(programs.tools)] if programs.tools else []
+            run(command, self.work / f"{peer.key}.log")
+        return folders
 
-    def convert(self, method: str, cell: tuple[int, int], name: str, *arguments: str) -> Row:
-        """Convert with `cvxq convert`, and measure the file it writes."""
-        file, report = self.work / f"{name}.cvxq", self.work / f"{name}-report"
+    def measure_peer(self, folder: Path) -> tuple[frozenset[str], Run]:
+        """Put the weights that a peer left into a copy of the original, and measure it.
+
+        Returns the names of the matrices it quantized, too. Raises BenchmarkError when a name or
+        a shape is none of the model's.
+        """
+        summary = json.loads((folder / "summary.json").read_text())
+        matrices = load_file(folder / "matrices.safetensors")
+        network = load_checkpoint(self.model)
+        parameters = dict(network.named_parameters())
+        for name, weight in matrices.items():
+            if name not in parameters or parameters[name].shape != weight.shape:
+                raise BenchmarkError(f"{folder}: {name} is no matrix of the model")
+            with torch.no_grad():
+                parameters[name].copy_(weight)
+        weights = self.count(matrices)
+        bits = sum(summary["bits"].values())
+        size = -(-(bits + 16 * (self.parameters - weights)) // 8)
+        size = (summary["file_bytes"] or size) + self.attached_bytes
+        made = Sized(bits / weights, size, summary["seconds"])
+        return frozenset(matrices), self._measured(folder, network, made)
+
+    def convert(self, name: str, sampling: Sampling | None, *arguments: str) -> Run:
+        """Convert with `cvxq convert`, and measure the file it writes.
+
+        sampling: None for a method that does without calibration.
+        """
+        folder = self.work / "cvxq" / f"{self.name}-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        file, report, stamp = (folder / end for end in ("model.cvxq", "report.json", "stamp"))
         command = [sys.executable, "-m", "cvxq.cli", "convert", self.model, "-o", str(file)]
         command += ["--report", str(report), *arguments]
-        if method != "RTN":
-            command += ["--calibration", "self", "--sequences", str(self.sampling.count)]
-            command += ["--length", str(self.sampling.length), "--seed", str(self.sampling.seed)]
-        cost = run_measured(command, self.work / f"{name}.log")
-        rate = json.loads((report / "report.json").read_text())["rate_bits_per_weight"]
-        network = load_subject(str(file), with_tokenizer=False).network
-        return self._row(method, cell, rate, file.stat().st_size, network, cost)
+        if sampling is not None:
+            command += ["--calibration", "self", "--sequences", str(sampling.count)]
+            command += ["--length", str(sampling.length), "--seed", str(sampling.seed)]
+        root = BENCHMARKS.parent
+        code = sources(root / "converter", root / "format_spec")
+        known = digest(self.digest, command, version("torch"), *code)
+        if not stamp.exists() or json.loads(stamp.read_text())["of"] != known:
+            stamp.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
+            for old in folder.glob("measured-*.json"):
+                old.unlink()
+            seconds = run(command, folder / "log")
+            stamp.write_text(json.dumps({"of": known, "seconds": seconds}))
+        if sampling is not None:
+            check_same_sequences(file, self.sequences(sampling))
+        rate = json.loads(report.read_text())["rate_bits_per_weight"]
+        network = load(file, weights="dense").network
+        made = Sized(rate, file.stat().st_size, json.loads(stamp.read_text())["seconds"])
+        return self._measured(folder, network, made)
 
-    def gptq(
-        self, python: Path, cell: tuple[int, int], setting: str, flags: Sequence[str], ids: Path
-    ) -> tuple[Row, dict[str, str]]:
-        """Quantize with GPTQ and measure the result; also the versions of the peer's packages.
-
-        python: interpreter of the peer's environment; flags: of `peers/gptq.py`.
-        """
-        bits, group = cell
-        out = self.work / f"gptq-{bits}-{group}"
-        command = [str(python), "-m", "peers.gptq", self.model, "--sequences", str(ids)]
-        command += ["--bits", str(bits), "--group", str(group), "--out", str(out), *flags]
-        cost = run_measured(command, self.work / f"{out.name}.log")
-        return self.peer_row(cell, setting, out, cost)
-
-    def peer_row(
-        self, cell: tuple[int, int], setting: str, out: Path, cost: Cost
-    ) -> tuple[Row, dict[str, str]]:
-        """Put the weights that a peer left in `out` into a copy of the original, and measure it.
-
-        Raises BenchmarkError when the peer quantized other matrices than cvxq is asked to.
-        """
-        summary = json.loads((out / "summary.json").read_text())
-        matrices = load_file(out / "matrices.safetensors")
-        odd = sorted(set(matrices) ^ set(self.quantized))
-        if odd:
-            raise BenchmarkError(f"{out}: the peer and cvxq disagree on {odd[0]}")
-        network = load_subject(self.model, with_tokenizer=False).network
-        parameters = dict(network.named_parameters())
-        with torch.no_grad():
-            for name, weight in matrices.items():
-                parameters[name].copy_(weight)
-        weights = sum(self.quantized.values())
-        bits = sum(summary["bits"].values())
-        size = -(-(bits + 16 * (self.parameters - weights)) // 8) + self.attached_bytes
-        row = self._row("GPTQ", cell, bits / weights, size, network, cost, setting)
-        return row, summary["versions"]
-
-    def _row(
-        self,
-        method: str,
-        cell: tuple[int, int],
-        rate: float,
-        file_bytes: int,
-        network: PreTrainedModel,
-        cost: Cost,
-        setting: str = "",
-    ) -> Row:
-        found = evaluate.divergence(network, self.original, self.windows)
-        perplexity = found.perplexity
-        row = Row(
-            method=method,
-            cell=cell,
-            setting=setting,
-            rate=rate,
-            file_bytes=file_bytes,
-            perplexity=perplexity.perplexity,
-            perplexity_error=perplexity.standard_error,
-            kl=found.kl.mean,
-            kl_error=found.kl.standard_error,
-            cost=cost,
+    def _measured(self, folder: Path, network: PreTrainedModel, made: "Sized") -> Run:
+        """Measure a network, or read what was measured before on the same texts."""
+        path = folder / f"measured-{self.evaluation}.json"
+        if path.exists():
+            return Run(**json.loads(path.read_text()))
+        found = [evaluate.divergence(network, self.original, text.windows) for text in self.texts]
+        first, second = found[0], found[1] if len(found) > 1 else None
+        measured = Run(
+            rate=made.rate,
+            file_bytes=made.file_bytes,
+            kl=first.kl.mean,
+            kl_error=first.kl.standard_error,
+            perplexity=first.perplexity.perplexity,
+            second_kl=second.kl.mean if second else float("nan"),
+            second_perplexity=second.perplexity.perplexity if second else float("nan"),
+            seconds=made.seconds,
         )
-        say(f"{row.label}: {rate:.3f} bits, {file_bytes:,} bytes, KL {row.kl:.5f}")
-        return row
+        path.write_text(json.dumps(asdict(measured)))
+        return measured
+
+
+@dataclass(frozen=True)
+class Sized:
+    """What a result took: bits per weight of its matrices, bytes of the file, seconds."""
+
+    rate: float
+    file_bytes: int
+    seconds: float
 
 
 def check_same_sequences(file: Path, ids: Path) -> None:
     """Raise BenchmarkError unless the `.cvxq` file was calibrated on the sequences in `ids`."""
     with Reader(file) as reader:
-        digest = json.loads(reader.file("provenance.json"))["calibration_sha256"]
+        provenance: dict[str, Any] = json.loads(reader.file("provenance.json"))
     tokens = load_file(ids)["ids"].contiguous().numpy().tobytes()
-    if digest != hashlib.sha256(tokens).hexdigest():
+    if provenance["calibration_sha256"] != hashlib.sha256(tokens).hexdigest():
         raise BenchmarkError(f"{file}: calibrated on other sequences than the peers ({ids})")

@@ -1,193 +1,246 @@
-"""Compare cvxq with round-to-nearest and GPTQ on one model: what is lost, and what it takes.
+"""Compare cvxq with other quantizers on one model or several: what is lost at equal bits.
 
-    python benchmarks/quality.py --output docs/quality.md            # demo model, all of it
-    python benchmarks/quality.py --model FOLDER --text FILE --bits 3 --group 64 --check
+    python benchmarks/quality.py --output docs/quality.md --check                 # demo model
+    python benchmarks/quality.py --model FOLDER --text FILE --only hqq gguf --seeds 0
 
-Table A fixes the set of matrices: everyone quantizes the linear layers of the blocks, embeddings
-and head stay in 16 bits, and cvxq is asked for the rate of GPTQ's result. Table B fixes the file:
-cvxq quantizes every matrix and is asked for the size of GPTQ's file, or less.
+Table A fixes the set of matrices and the rate: the linear layers of the blocks are quantized,
+embeddings and head stay in 16 bits, and cvxq is asked for the rates at which some peer is better
+than every peer of fewer bits. Table B fixes the file: cvxq quantizes every matrix and is asked for
+the size of the peers' files in the same way, or less.
 
-The peer is favoured where a choice had to be made. Its bits are counted as if packed tightly,
-without padding, names or alignment; of its settings (`GPTQ_SETTINGS`) the one with the lowest KL
-on the evaluation text itself is taken, cell by cell; it calibrates on the sequences that cvxq
-samples from the original, and only cvxq's seconds include the sampling. Seconds and memory are
-those of the whole command, imports included. One evaluator measures everything, on the
-dequantized weights in float32.
+The peers are favoured where a choice had to be made. Their bits are counted as if packed tightly,
+without padding, names or alignment; where a peer has several recipes of one rate, the one with
+the lowest KL on the evaluation text itself is taken (by the first seed). All calibrate on the
+same sequences, which cvxq samples from the original. One evaluator measures everything, on the
+dequantized weights in float32. The second text is reported and decides nothing.
 
-The peer gets its own virtual environment in the --peers folder, once. --without-peer leaves GPTQ
-out; cvxq is then asked for RTN's rates and sizes.
+Every peer gets its own virtual environment in the --peers folder, once (llama.cpp is compiled,
+which takes 10 to 40 minutes). Results are kept there, too, and only made again when what they
+depend on has changed; so a change of cvxq costs no more than cvxq's own rows.
 """
 
 import argparse
-import datetime
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from comparison import Row, failed_claims, failed_sizes, table
-from measuring import Bench, BenchmarkError, Sampling, check_same_sequences
+from comparison import OURS, Row, best_opponent, failed_claims, front
+from measuring import Bench, BenchmarkError, Plan, Programs, Sampling, say
+from peers.catalogue import PEERS, RTN, Cell, Peer, cells
 from peers.environment import SetupError, peer_python
+from peers.llamacpp import BuildError, build
+from quality_page import document, section
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("cvxq", "torch", "transformers")
-GPTQ_SETTINGS = {
-    "asymmetric": ("--shrink", "0.2"),
-    "asymmetric, deep clipping": ("--shrink", "0.6"),
-    "symmetric, deep clipping": ("--shrink", "0.6", "--symmetric"),
-}
-READING = """\
-KL is that of the original's next-token distribution to the quantized model's. `bits per weight`
-counts the quantized matrices with all their side information, `bits per parameter` the whole file.
-Standard errors are over tokens and mostly common to the rows: the differences between rows are much
-better known than each of them.
-Seconds and peak memory are of the whole command; cvxq's include sampling the calibration
-sequences. RTN stores 8-bit scales and offsets along the input."""
-READING_PEER = """\
-GPTQ's rows are the best of its settings on this very text
-({settings}).
-Its bits and bytes are counted as if packed tightly, with 16-bit scales and zero points as deep as
-the codes; it leaves the embeddings and the head in 16 bits in both tables, as its users do. At the
-same group size RTN takes slightly fewer bits than GPTQ."""
 
 
-def run(
-    bench: Bench, cells: Sequence[tuple[int, int]], python: Path | None
-) -> tuple[list[Row], list[Row], dict[str, str]]:
-    """Rows of table A and of table B, and the versions of the peer's packages.
-
-    cells: bits of the peers' codes and their group sizes; python: the peer's interpreter, or None
-    to go without GPTQ.
-    """
-    keep = [word for name in bench.kept for word in ("--keep", name)]
-    ids = bench.save_sequences()
-    table_a: list[Row] = []
-    table_b: list[Row] = []
-    versions: dict[str, str] = {}
-    for cell in cells:
-        name = f"{cell[0]}-{cell[1]}"
-        rtn = ["--method", "rtn", "--bits", str(cell[0]), "--group-size", str(cell[1])]
-        plain_a = bench.convert("RTN", cell, f"rtn-a-{name}", *rtn, *keep)
-        plain_b = bench.convert("RTN", cell, f"rtn-b-{name}", *rtn)
-        theirs: list[Row] = []
-        if python is not None:
-            for setting, flags in GPTQ_SETTINGS.items():
-                row, versions = bench.gptq(python, cell, setting, flags, ids)
-                theirs.append(row)
-            theirs = [min(theirs, key=lambda row: row.kl)]
-        rate = theirs[0].rate if theirs else plain_a.rate
-        size = theirs[0].file_bytes if theirs else plain_b.file_bytes
-        ours_a = bench.convert("cvxq", cell, f"cvxq-a-{name}", "--bits", repr(rate), *keep)
-        ours_b = bench.convert("cvxq", cell, f"cvxq-b-{name}", "--size", f"{size}B")
-        check_same_sequences(bench.work / f"cvxq-a-{name}.cvxq", ids)
-        table_a += [plain_a, *theirs, ours_a]
-        table_b += [plain_b, *theirs, ours_b]
-    return table_a, table_b, versions
-
-
-def processor() -> str:
-    """What the machine calls its processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def document(
-    bench: Bench, tables: tuple[list[Row], list[Row]], versions: dict[str, str], text: str
-) -> str:
-    """The whole page: how it was made, both tables, how to read them."""
-    original = bench.original_perplexity()
-    named = [f"{name} {version(name)}" for name in PACKAGES]
-    peers = [f"{name} {number}" for name, number in versions.items()]
-    sampling = bench.sampling
-    reading = READING
-    if peers:
-        reading += "\n" + READING_PEER.format(settings="; ".join(GPTQ_SETTINGS))
-    return "\n".join(
-        [
-            "# Quality against peers",
-            "",
-            f"Made on {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} by",
-            "",
-            f"    python {shlex.join(['benchmarks/quality.py', *sys.argv[1:]])}",
-            "",
-            f"on {processor()}, {torch.get_num_threads()} threads, Python "
-            f"{platform.python_version()}; {', '.join(named)}"
-            + (f"; GPTQ in its own environment: {', '.join(peers)}" if peers else "")
-            + f". Model: {bench.parameters:,} parameters, {sum(bench.quantized.values()):,} of "
-            f"them in the matrices of table A. Evaluated on {text}: {original.tokens:,} tokens, "
-            f"windows of {bench.context}; the original's perplexity is "
-            f"{original.perplexity:.3f} ± {original.standard_error:.3f}. Calibration: "
-            f"{sampling.count} sequences of {sampling.length} tokens sampled from the original, "
-            f"seed {sampling.seed}.",
-            "",
-            "## A: the linear layers of the blocks, everything else in 16 bits",
-            "",
-            table(tables[0], bench.parameters),
-            "",
-            "## B: the whole file, every byte counted",
-            "",
-            table(tables[1], bench.parameters),
-            "",
-            reading,
-            "",
+def peer_rows(bench: Bench, peer: Peer, plan: Plan, folder: Path) -> dict[bool, list[Row]]:
+    """Rows of a peer for table A (False) and, where it quantizes embeddings, table B (True)."""
+    chosen = cells(peer, bench.shapes.values(), plan.bits, plan.groups)
+    tools = build(folder / "llama.cpp").tools if peer.key == "gguf" else None
+    programs = Programs(peer_python(folder, peer.key), tools)
+    samplings = plan.samplings if peer.calibrates else (None,)
+    best: dict[Cell, str] = {}
+    rows: dict[Cell, Row] = {}
+    for sampling in samplings:
+        # The first seed tries every setting, the others the best one.
+        asked = [
+            (cell, label, settings)
+            for cell in chosen
+            for label, settings in cell.settings.items()
+            if best.get(cell, label) == label
         ]
-    )
+        ids = None if sampling is None else bench.sequences(sampling)
+        folders = bench.ask(peer, programs, [settings for _, _, settings in asked], ids)
+        for (cell, label, _), result in zip(asked, folders, strict=True):
+            matrices, run = bench.measure_peer(result)
+            name = f"{cell.name}, {label}" if label else cell.name
+            if sampling not in (None, plan.samplings[0]):
+                row = rows[cell]
+                rows[cell] = Row(peer.label, row.name, matrices, (*row.runs, run))
+            elif cell not in rows or run.kl < rows[cell].kl.mean:
+                rows[cell], best[cell] = Row(peer.label, name, matrices, (run,)), label
+    return {
+        whole: [row for cell, row in rows.items() if cell.whole == whole] for whole in (False, True)
+    }
+
+
+def rtn_rows(bench: Bench, plan: Plan) -> dict[bool, list[Row]]:
+    """Rows of round-to-nearest, which cvxq's own command makes."""
+    rows: dict[bool, list[Row]] = {False: [], True: []}
+    keep = [word for name in bench.embedding for word in ("--keep", name)]
+    for cell in cells(RTN, bench.shapes.values(), plan.bits, plan.groups):
+        [settings] = cell.settings.values()
+        flags = ["--method", "rtn", "--bits", str(settings["bits"])]
+        flags += ["--group-size", str(settings["group"])]
+        for whole, extra in ((False, keep), (True, [])):
+            name = f"rtn-{'b' if whole else 'a'}-{settings['bits']}-{settings['group']}"
+            run = bench.convert(name, None, *flags, *extra)
+            names = [*bench.shapes, *(bench.embedding if whole else [])]
+            rows[whole].append(Row(RTN.label, cell.name, frozenset(names), (run,)))
+    return rows
+
+
+def our_row(
+    bench: Bench,
+    plan: Plan,
+    name: str,
+    matrices: frozenset[str],
+    samplings: Sequence[Sampling],
+    *flags: str,
+) -> Row:
+    """A row of cvxq: the `matrices` quantized as `flags` ask, once per sampling."""
+    kept = [m for m in [*bench.embedding, *bench.shapes] if m not in matrices]
+    keep = [word for m in kept for word in ("--keep", m)]
+    runs = [
+        bench.convert(f"{name}-seed-{s.seed}", s, *flags, *keep, *plan.convert) for s in samplings
+    ]
+    row = Row(OURS, "", matrices, tuple(runs))
+    say(f"{bench.name}: cvxq at {row.rate:.3f} bits: KL {row.kl.mean:.5f} ± {row.kl.sigma:.5f}")
+    return row
+
+
+def tables(bench: Bench, plan: Plan, folder: Path) -> tuple[list[list[Row]], list[Row]]:
+    """Rows of table A, one list per set of matrices that a peer quantizes, and of table B."""
+    partial: list[Row] = []
+    whole: list[Row] = []
+    for peer in plan.peers:
+        made = rtn_rows(bench, plan) if peer == RTN else peer_rows(bench, peer, plan, folder)
+        partial += made[False]
+        whole += made[True] or made[False]
+    sets = sorted({row.matrices for row in partial}, key=lambda names: (-len(names), sorted(names)))
+    groups = []
+    for number, matrices in enumerate(sets):
+        rows = [row for row in partial if row.matrices == matrices]
+        goals = _chosen([row.rate for row in front(rows, "rate")], plan.near)
+        ours = [
+            our_row(
+                bench,
+                plan,
+                f"a{number}-{rate:.4f}",
+                matrices,
+                plan.samplings,
+                "--bits",
+                repr(rate),
+            )
+            for rate in goals
+        ]
+        groups.append(rows + ours)
+    everything = frozenset([*bench.embedding, *bench.shapes])
+    if not plan.near:
+        for row in front(whole, "file_bytes"):
+            size = row.file_bytes
+            ours_b = our_row(
+                bench, plan, f"b-{size}", everything, plan.samplings[:1], "--size", f"{size}B"
+            )
+            whole.append(ours_b)
+    return groups, whole
+
+
+def _chosen(rates: Sequence[float], near: Sequence[float]) -> list[float]:
+    """The rates nearest to those in `near`, or all of them when it is empty."""
+    if not near:
+        return list(rates)
+    return sorted({min(rates, key=lambda rate: abs(rate - goal)) for goal in near})
+
+
+def ratios(bench: Bench, rows: Sequence[Row]) -> list[str]:
+    """One line per row of cvxq: its KL against the best peer's."""
+    lines = []
+    for row in sorted((row for row in rows if row.method == OURS), key=lambda row: row.rate):
+        best = best_opponent(row, rows, "rate")
+        if best is not None:
+            lines.append(
+                f"{bench.name} at {row.rate:.3f} bits: {row.kl.mean:.5f} against "
+                f"{best.kl.mean:.5f} of {best.label}: ratio {row.kl.mean / best.kl.mean:.2f}"
+            )
+    return lines
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "demo" / "model", help="HF folder")
-    parser.add_argument("--text", type=Path, default=ROOT / "demo" / "evaluation.txt")
+    parser.add_argument(
+        "--model", type=Path, nargs="+", default=[ROOT / "demo" / "model"], help="HF folders"
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[ROOT / "demo" / "evaluation.txt"],
+        help="one for each model, or one for all",
+    )
+    parser.add_argument("--second-text", type=Path, help="reported, never used for a choice")
+    parser.add_argument("--windows", type=int, default=64, help="of each text, at most so many")
+    parser.add_argument(
+        "--only", nargs="+", choices=[peer.key for peer in PEERS], help="these peers alone"
+    )
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of peers' codes")
-    parser.add_argument("--group", type=int, nargs="+", default=[64, 128], help="of the peers")
+    parser.add_argument("--group", type=int, nargs="+", default=[32, 64, 128], help="of the peers")
+    parser.add_argument(
+        "--near",
+        type=float,
+        nargs="+",
+        default=[],
+        help="cvxq only at the rates nearest to these, and no table B",
+    )
     parser.add_argument("--context", type=int, default=2048, help="window, at most the model's")
-    parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
+    parser.add_argument("--sequences", type=int, default=48, help="calibration sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--convert", default="", help="further options for `cvxq convert`")
     parser.add_argument(
         "--peers",
         type=Path,
         default=Path.home() / ".cache" / "cvxq-peers",
-        help="folder for the peer's environment and for what is made on the way",
+        help="folder for the peers' environments and for all results",
     )
-    parser.add_argument("--without-peer", action="store_true", help="no GPTQ")
-    parser.add_argument("--output", type=Path, help="also write the tables to this file")
+    parser.add_argument("--output", type=Path, help="also write the page to this file")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit with 1 unless cvxq's KL in table A is below RTN's everywhere and GPTQ's up to "
-        "3.3 bits, at no higher rate or size",
+        help="exit with 1 unless cvxq's KL in table A is below every peer's by more than 2σ from "
+        "2.2 to 4.5 bits, and its perplexity nowhere above by more than 2σ",
     )
     return parser.parse_args()
 
 
 def main() -> int:
     options = arguments()
-    sampling = Sampling(options.sequences, options.length, options.seed)
     folder = options.peers.expanduser().absolute()
+    plan = Plan(
+        peers=tuple(p for p in PEERS if not options.only or p.key in options.only),
+        bits=tuple(options.bits),
+        groups=tuple(options.group),
+        samplings=tuple(Sampling(options.sequences, options.length, s) for s in options.seeds),
+        near=tuple(options.near),
+        convert=tuple(shlex.split(options.convert)),
+    )
+    sections: list[str] = []
+    failed: list[str] = []
     try:
-        python = None if options.without_peer else peer_python(folder)
-        bench = Bench(options.model, options.text, options.context, sampling, folder / "work")
-        cells = [(bits, group) for bits in options.bits for group in options.group]
-        table_a, table_b, versions = run(bench, cells, python)
-        page = document(bench, (table_a, table_b), versions, options.text.name)
+        if len(options.text) not in (1, len(options.model)):
+            raise BenchmarkError("--text: give one text for each --model, or one for all of them")
+        for number, model in enumerate(options.model):
+            texts = [options.text[number % len(options.text)]]
+            texts += [options.second_text] if options.second_text else []
+            bench = Bench(model, texts, options.context, options.windows, folder / "work")
+            groups, whole = tables(bench, plan, folder)
+            sections.append(section(bench, plan, groups, whole))
+            for rows in groups:
+                failed += [f"{bench.name}: {sentence}" for sentence in failed_claims(rows)]
+                for line in ratios(bench, rows):
+                    say(line)
+        page = document(plan, folder, sections)
         if options.output is not None:
             options.output.write_text(page, encoding="utf-8")
-    except (BenchmarkError, SetupError, OSError, ValueError) as error:
+    except (BenchmarkError, BuildError, SetupError, OSError, ValueError) as error:
         print(f"quality: {error}", file=sys.stderr)
         return 1
     print(page)
-    failed = failed_claims(table_a) + failed_sizes(table_b) if options.check else []
-    for sentence in failed:
+    for sentence in failed if options.check else []:
         print(f"quality: {sentence}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if options.check and failed else 0
 
 
 if __name__ == "__main__":
