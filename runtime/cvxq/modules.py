@@ -8,7 +8,8 @@ scaled embedding) still calls `super().forward` and meets the packed one.  Code 
 expands when it is computed with: always right, though slow.
 
 On a CUDA device the weight is a `GpuWeight`, multiplied as it lies; the packed weight that it was
-made from stays where the file was mapped.
+made from stays where the file was mapped.  On a CPU, float32 inputs are multiplied by a
+`cvxq_kernels.cpu.Matrix` where the module has one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from cvxq_kernels import PackedWeight
+from cvxq_kernels import PackedWeight, cpu
 from torch import nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
@@ -57,9 +58,13 @@ def _arrange(packed: PackedWeight, device: torch.device) -> AnyWeight:
 
 
 def _linear(x: torch.Tensor, module: _PackedModule, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return x (…, K) · Wᵀ + bias: as the weight lies on a GPU, else expanded."""
+    """Return x (…, K) · Wᵀ + bias: as the weight lies where a kernel can, else expanded."""
     packed = module.packed
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    if module.native is not None and not needs_gradient and x.dtype == torch.float32:
+        rows = module.native.matmul(x.detach().reshape(-1, x.shape[-1]).numpy())
+        y = torch.from_numpy(rows).view(*x.shape[:-1], -1)
+        return y if bias is None else y.add_(bias)
     if isinstance(packed, PackedWeight) or needs_gradient or x.dtype == torch.float64:
         return functional.linear(x, packed.dense(module._dtype), bias)
     y = packed.matmul(x.reshape(-1, x.shape[-1]), bias)
@@ -108,14 +113,19 @@ class _PackedModule(nn.Module):
 
     packed: AnyWeight
     source: PackedWeight
+    native: cpu.Matrix | None
     flipped = False
 
-    def hold(self, packed: AnyWeight, dtype: torch.dtype) -> None:
-        """Compute in `dtype` with `packed` in place of the parameter `weight`."""
+    def hold(self, packed: AnyWeight, dtype: torch.dtype, native: cpu.Matrix | None = None) -> None:
+        """Compute in `dtype` with `packed` in place of the parameter `weight`.
+
+        native: the same matrix in the form of the CPU's kernels, which then compute.
+        """
         self._parameters.pop("weight", None)
         if isinstance(packed, PackedWeight):
             object.__setattr__(self, "source", packed)
         object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "native", native)
         object.__setattr__(self, "weight", LazyWeight(packed, dtype, self.flipped))
 
     @property
@@ -125,12 +135,19 @@ class _PackedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         moved = fn(torch.empty(0, dtype=self._dtype, device=self.packed.device))
-        self.hold(place(self.source, moved.device), moved.dtype)
+        stays = moved.device.type == "cpu" and moved.dtype == torch.float32
+        native = self.native if stays else None
+        self.hold(place(self.source, moved.device), moved.dtype, native)
         return self
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight that a product reads."""
+        return self.packed.nbytes if self.native is None else self.native.nbytes
 
 
 class PackedLinear(_PackedModule, nn.Linear):
-    """`nn.Linear` over a packed (N, K) weight; on a CPU, expanded for each call and not kept."""
+    """`nn.Linear` over a packed (N, K) weight; without a kernel, expanded for each call."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input (…, K) · Wᵀ + bias, (…, N)."""
@@ -153,7 +170,10 @@ class PackedEmbedding(_PackedModule, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return rows `input` (…) of the weight, (…, K)."""
-        return self.packed.rows(input, self._dtype)
+        if self.native is None:
+            return self.packed.rows(input, self._dtype)
+        rows = torch.from_numpy(self.native.rows(input.reshape(-1).numpy()))
+        return rows.view(*input.shape, -1)
 
 
 _KINDS: tuple[tuple[type[nn.Module], type[_PackedModule]], ...] = (
@@ -170,10 +190,15 @@ def can_pack(module: nn.Module) -> bool:
     return any(isinstance(module, plain) for plain, _ in _KINDS)
 
 
-def pack_module(module: nn.Module, packed: PackedWeight, dtype: torch.dtype) -> None:
-    """Turn `module` into its packed form, computing in `dtype` with `packed` as its weight."""
+def pack_module(
+    module: nn.Module, packed: PackedWeight, dtype: torch.dtype, native: cpu.Matrix | None = None
+) -> None:
+    """Turn `module` into its packed form, computing in `dtype` with `packed` as its weight.
+
+    native: the same matrix in the form of the CPU's kernels, which then compute.
+    """
     plain, form = next(kind for kind in _KINDS if isinstance(module, kind[0]))
     own = type(module)
     new = form if own is plain else type(f"Packed{own.__name__}", (own, form), {})
     module.__class__ = new
-    module.hold(packed, dtype)  # type: ignore[operator]
+    module.hold(packed, dtype, native)  # type: ignore[operator]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
 import transformers
-from cvxq_format import CompandedTensor, RawTensor, Reader
-from cvxq_kernels import PackedWeight
+from cvxq_format import Codebook, CompandedTensor, RawTensor, Reader
+from cvxq_kernels import PackedWeight, cpu
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -57,12 +58,10 @@ def weight_bytes_per_token(network: PreTrainedModel) -> int:
     total = 0
     counted: set[int] = set()
     for module in network.modules():
-        packed = getattr(module, "packed", None)
-        rows = module.num_embeddings if isinstance(module, nn.Embedding) else None
-        if packed is not None:
-            total += packed.nbytes // rows if rows else packed.nbytes
+        rows = module.num_embeddings if isinstance(module, nn.Embedding) else 1
+        total += getattr(module, "weight_bytes", 0) // rows  # of packed modules
         for parameter in module.parameters(recurse=False):
-            if rows:
+            if rows > 1:
                 total += parameter.nbytes // rows
             elif id(parameter) not in counted:
                 counted.add(id(parameter))
@@ -98,7 +97,10 @@ def fill_network(
         if isinstance(value, CompandedTensor):
             codebook = reader.codebook(value.codebook)
             packed = PackedWeight.from_tensor(value, codebook).to(device)
-            _place_packed(network, tensor, packed, names, keep_packed, dtype)
+            native = None
+            if keep_packed and device.type == "cpu" and dtype == torch.float32:
+                native = _native(value, codebook)
+            _place_packed(network, tensor, packed, native, names, keep_packed, dtype)
         else:
             _place_dense(network, tensor, _raw(value, device, dtype), names)
     for buffer_name, buffer in network.named_buffers():
@@ -106,10 +108,23 @@ def fill_network(
     network.requires_grad_(False)
 
 
+def _native(tensor: CompandedTensor, codebook: Codebook) -> cpu.Matrix | None:
+    """The matrix for the CPU's kernels, on as many threads as torch has; None without them."""
+    if not cpu.is_available() or len(tensor.shape) != 2:
+        return None
+    return cpu.Matrix.from_tensor(tensor, codebook, pool=_pool(torch.get_num_threads()))
+
+
+@cache
+def _pool(threads: int) -> cpu.Pool:
+    return cpu.Pool(threads)
+
+
 def _place_packed(
     network: PreTrainedModel,
     tensor: str,
     packed: PackedWeight,
+    native: cpu.Matrix | None,
     names: list[str],
     keep_packed: bool,
     dtype: torch.dtype,
@@ -124,7 +139,7 @@ def _place_packed(
         found = packed.shape[::-1] if flips else packed.shape
         _check_shape(tensor, found, getattr(module, attribute), name)
         if keep_packed and attribute == "weight" and can_pack(module):
-            pack_module(module, packed, dtype)
+            pack_module(module, packed, dtype, native)
         else:
             (flipped if flips else expanded).append(name)
     if flipped or expanded:

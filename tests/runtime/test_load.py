@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,19 @@ import torch
 from cvxq.errors import ArgumentError, InconsistentFileError, MissingPartError
 from cvxq.modules import LazyWeight, PackedEmbedding, PackedLinear
 from cvxq_format import CorruptError
+from cvxq_kernels import cpu
 from torch import nn
 
 TOLERANCE = 1e-4  # of float32 logits; sums may be ordered differently, nothing else may differ
 IDS = torch.arange(40).reshape(2, 20) * 7 % 96
 
 MakeFile = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU's kernels, where they are, multiply in float32 throughout."""
+    monkeypatch.setattr(cpu.Matrix, "matmul", partialmethod(cpu.Matrix.matmul, exact=True))
 
 
 def logits(network: nn.Module) -> torch.Tensor:
@@ -83,6 +91,25 @@ def test_the_file_decides_what_is_tied(weights: Any, make_file: MakeFile) -> Non
     own = changed(make_file("llama").network.config, tie_word_embeddings=True)
     tied_by_config = make_file("llama", "two.cvxq", files=own)
     assert largest_difference(tied_by_config, weights=weights) <= TOLERANCE
+
+
+def test_logits_without_the_native_kernels(
+    kind: str, make_file: MakeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
+    assert largest_difference(make_file(kind)) <= TOLERANCE
+
+
+def test_gradients_pass_through_packed_modules(make_file: MakeFile) -> None:
+    made = make_file("llama")
+    inputs = torch.randn(1, 5, 32)
+    gradients = []
+    with cvxq.load(made.path) as model:
+        for network in (model.network, made.network):
+            x = inputs.clone().requires_grad_()
+            network(inputs_embeds=x, use_cache=False).logits.square().sum().backward()
+            gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
 
 
 def test_packed_holds_no_dense_matrix(make_file: MakeFile) -> None:
