@@ -10,6 +10,7 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +99,8 @@ class Shape:
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 # A quarter of the time that `array.ctypes.data` takes.
-_first_byte, _address = ctypes.c_char.from_buffer, ctypes.addressof
+_first_byte: Any = ctypes.c_char.from_buffer
+_address = ctypes.addressof
 
 
 class _Norm(ctypes.Structure):
