@@ -1,0 +1,77 @@
+"""Finding the library, doing without it, and what importing it brings along."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cvxq_kernels import cpu
+from cvxq_kernels.cpu import library
+from cvxq_kernels.cpu.library import native
+
+ROOT = Path(__file__).resolve().parents[3]
+NATIVE = ROOT / "kernels" / "cvxq_kernels" / "cpu" / "native"
+
+
+def test_missing_library_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    library._load.cache_clear()
+    try:
+        assert not cpu.is_available()
+        assert re.fullmatch(r".* missing from .*: install a C compiler .*", cpu.why_not())
+        with pytest.raises(RuntimeError, match="install a C compiler"):
+            native()
+        (tmp_path / f"_native{library.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+        library._load.cache_clear()
+        assert re.fullmatch(r"the compiled CPU kernels cannot be loaded .*", cpu.why_not())
+    finally:
+        library._load.cache_clear()
+
+
+def test_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, cvxq_kernels.cpu as cpu; cpu.Pool(1); "
+        "sys.exit(bool({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_packed_weight_comes_when_asked_for() -> None:
+    import cvxq_kernels
+
+    assert cvxq_kernels.PackedWeight.__module__ == "cvxq_kernels.packed"
+    with pytest.raises(AttributeError, match="no attribute 'Packed'"):
+        cvxq_kernels.Packed  # noqa: B018
+
+
+def test_declared_functions_are_those_of_the_header() -> None:
+    header = (NATIVE / "cvxq.h").read_text()
+    declared = set(re.findall(r"CVXQ_API [^;]*?\b(cvxq_\w+)\(", header))
+    assert set(library._FUNCTIONS) == declared - {"cvxq_pool_run", "cvxq_pool_barrier"}
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    before = cpu.isa()
+    assert not cpu.force_isa("mmx")
+    assert cpu.isa() == before
+
+
+def test_waiting_threads_sleep() -> None:
+    """Outside begin and end nobody spins; inside, not for long."""
+    pool = cpu.Pool(4)
+    weight = cpu.Matrix.from_dense(np.ones((256, 64), np.float32), pool=pool)
+    x = np.ones((1, 64), np.float32)
+    for is_inside in (False, True):
+        if is_inside:
+            native().cvxq_pool_begin(pool.handle)
+        weight.matmul(x)
+        before = time.process_time()
+        time.sleep(0.3)
+        spent = time.process_time() - before
+        native().cvxq_pool_end(pool.handle)
+        assert spent < 0.1, f"{spent:.2f} s of processor time in 0.3 s of waiting"
+    del weight
+    pool.close()
