@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from cvxq_format import Reader
 
-from cvxq.lean.template import render_chat
 from cvxq.parts import json_part
 
 _NAMED = (
@@ -86,6 +85,8 @@ class LeanTokenizer:
         """Return the text of messages."""
         if tokenize or self.chat_template is None:
             raise NotImplementedError("only texts, and with a chat template")
+        from cvxq.lean.template import render_chat  # jinja2 is only needed for it
+
         return render_chat(
             self.chat_template, conversation, self.special_tokens, add_generation_prompt
         )
