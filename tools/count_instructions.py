@@ -15,12 +15,10 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
 TILE_BATCH = 16
+ALL_DEPTHS = 0b111111110  # bit B for depth B
 
 # Types of the kernels' parameters: one name, one type, in all of them.
 POINTERS = {
@@ -102,12 +101,15 @@ def gemm_variant(depths: int, rows: int, tile_batch: int = TILE_BATCH) -> Varian
     return Variant(gemm_kernel, constants)
 
 
-def other_variants(rows: int) -> dict[str, Variant]:
-    """The kernels that do not stream weights against an input."""
+def full_variants(rows: int) -> dict[str, Variant]:
+    """All kernels as a mixture of all depths uses them."""
     tile = {"ROWS": rows, "HAS_MEANS": True}
     return {
+        "matvec": matvec_variant(ALL_DEPTHS, rows),
+        "matvec of 4": matvec_variant(ALL_DEPTHS, rows, 4),
+        "gemm": gemm_variant(ALL_DEPTHS, rows),
         "repack": Variant(repack_kernel, {"ROWS": rows}, 4),
-        "expand": Variant(expand_kernel, tile | {"DEPTHS": 0b111111110, "NATURAL": True}, 4),
+        "expand": Variant(expand_kernel, tile | {"DEPTHS": ALL_DEPTHS, "NATURAL": True}, 4),
         "rows": Variant(rows_kernel, tile | {"WIDTH": 16}, 4),
         "means": Variant(means_kernel, {"WIDTH": WIDTH}, 4),
         "transpose": Variant(transpose_kernel, {"BATCH": TILE_BATCH, "BLOCK": 1024}, 4),
@@ -192,9 +194,6 @@ def measure(kernel: str, depth: int, arch: int, rows: int) -> Count:
     if kernel == "matvec":
         prologue = opcodes(next(body for body in bodies if opcodes(body)["STG"]))
     shared_by = WIDTH * rows
-    usage = run_tool("cuobjdump", cubin, "--dump-resource-usage")
-    registers = re.search(r"REG:(\d+)", usage)
-    everything = opcodes(re.findall(r"\*/\s+(?:@!?U?P[T\d]\s+)?(.*?);", sass))
     known = (*ALU, *FMA, *LOADS)
     return Count(
         kernel=kernel,
@@ -208,10 +207,22 @@ def measure(kernel: str, depth: int, arch: int, rows: int) -> Count:
         other=(count.total() - share(count, known)) / weights,
         prologue=prologue.total() / shared_by,
         prologue_alu=share(prologue, ALU) / shared_by,
-        registers=int(registers[1]) if registers else 0,
-        spills=share(everything, ("STL", "LDL")),
-        shared_bytes=compiled.metadata.shared,
+        **resources(compiled, sass),
     )
+
+
+def resources(compiled: Any, sass: str) -> dict[str, int]:
+    """Registers of a thread, spill instructions and bytes of shared memory of a whole kernel."""
+    usage = run_tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise ValueError(f"cuobjdump tells no registers: {usage!r}")
+    everything = opcodes(re.findall(r"\*/\s+(?:@!?U?P[T\d]\s+)?(.*?);", sass))
+    return {
+        "registers": int(registers[1]),
+        "spills": share(everything, ("STL", "LDL")),
+        "shared_bytes": compiled.metadata.shared,
+    }
 
 
 def table(counts: Sequence[Count]) -> Iterator[str]:
@@ -229,7 +240,6 @@ def table(counts: Sequence[Count]) -> Iterator[str]:
         )
 
 
-@cache
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -238,12 +248,23 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--depth", type=int, nargs="+", default=tuple(range(1, 9)))
     result.add_argument("--kernel", nargs="+", default=("matvec", "gemm"))
     result.add_argument("--json", action="store_true", help="one JSON line instead of a table")
-    result.add_argument("--all", action="store_true", help="also compile the other kernels")
+    result.add_argument(
+        "--compile-only", action="store_true", help="all kernels for all depths; registers, spills"
+    )
     return result
 
 
 def main() -> None:
     options = parser().parse_args()
+    if options.compile_only:
+        found: list[dict[str, Any]] = []
+        for arch in options.arch:
+            for name, variant in full_variants(options.rows[0]).items():
+                compiled = compile_for(variant, arch)
+                sass = run_tool("nvdisasm", compiled.asm["cubin"], "-c")
+                found.append({"kernel": name, "arch": arch} | resources(compiled, sass))
+        print(json.dumps(found) if options.json else "\n".join(map(str, found)))
+        return
     counts = [
         measure(kernel, depth, arch, rows)
         for kernel in options.kernel
@@ -251,11 +272,6 @@ def main() -> None:
         for rows in options.rows
         for depth in options.depth
     ]
-    if options.all:
-        for arch in options.arch:
-            for name, variant in other_variants(64).items():
-                size = len(compile_for(variant, arch).asm["cubin"])
-                print(f"{name} compiles for sm_{arch}: {size} bytes", file=sys.stderr)
     if options.json:
         print(json.dumps([asdict(count) for count in counts]))
     else:

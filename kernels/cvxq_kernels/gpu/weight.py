@@ -18,6 +18,7 @@ from cvxq_kernels.gpu import launch
 from cvxq_kernels.gpu.matrix import CLUSTER, DeviceMatrix, arrange
 from cvxq_kernels.gpu.plan import GEMM_ROWS, MATVEC_ROWS, Plan, bucket, choose_plan
 from cvxq_kernels.gpu.repack import chunk_places
+from cvxq_kernels.gpu.tune import tune
 from cvxq_kernels.gpu.workspace import Workspace, default_workspace
 from cvxq_kernels.packed import PackedWeight
 
@@ -34,7 +35,7 @@ class GpuWeight:
         self.workspace = workspace or default_workspace(self.device)
         self.plans: dict[int, Plan] = {}
         self.index = _index(matrix)
-        self._processors = (
+        self.processors = (
             torch.cuda.get_device_properties(self.device).multi_processor_count
             if self.device.type == "cuda"
             else 1
@@ -96,7 +97,11 @@ class GpuWeight:
         if known is not None:
             return known
         tiles = len(self.matrix.tiles)
-        return choose_plan(batch, tiles, self.matrix.slots // tiles, self._processors)
+        return choose_plan(batch, tiles, self.matrix.slots // tiles, self.processors)
+
+    def tune(self, batches: Sequence[int], dtype: torch.dtype) -> None:
+        """Measure plans for `batches` rows in `dtype`, or recall them from the cache on disk."""
+        tune(self, batches, dtype)
 
     def dense(
         self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
