@@ -16,7 +16,7 @@ from pathlib import Path
 
 PACKAGE = "llama-cpp-python"
 FOLDER = Path.home() / ".cache" / "cvxq-peers" / "llama.cpp"
-TARGETS = ("llama-bench", "llama-quantize", "llama-imatrix", "llama-perplexity", "llama-cli")
+TARGETS = ("llama-bench", "llama-quantize", "llama-imatrix", "llama-perplexity")
 OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
