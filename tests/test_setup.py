@@ -146,14 +146,18 @@ def test_the_next_build_is_tried_only_where_that_can_help(
 def test_the_fingerprint_follows_the_files_and_the_folder(
     setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
         (tmp_path / name).write_text("a")
     monkeypatch.setattr(setup, "ROOT", tmp_path)
     first = setup.fingerprint(tmp_path / "v")
     assert setup.fingerprint(tmp_path / "v") == first
     assert setup.fingerprint(tmp_path / "w") != first
     (tmp_path / "constraints.txt").write_text("b")
-    assert setup.fingerprint(tmp_path / "v") != first
+    second = setup.fingerprint(tmp_path / "v")
+    assert second != first
+    (tmp_path / setup.NATIVE).mkdir(parents=True)
+    (tmp_path / setup.NATIVE / "unit.c").write_text("a")
+    assert setup.fingerprint(tmp_path / "v") != second
 
 
 def test_a_folder_of_something_else_is_left_alone(setup: ModuleType, tmp_path: Path) -> None:

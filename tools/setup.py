@@ -3,9 +3,9 @@
     python3 tools/setup.py [--venv .venv]
 
 Needs nothing but Python's standard library. The environment is stamped with a digest of
-pyproject.toml, constraints.txt and this file: an unchanged one is left as it is, a changed one is
-filled again, one whose set-up never finished is made anew. What pip prints goes to
-VENV/setup.log; what went wrong comes out as one line.
+pyproject.toml, setup.py, the native sources, constraints.txt and this file: an unchanged one is
+left as it is, a changed one is filled again, one whose set-up never finished is made anew. What
+pip prints goes to VENV/setup.log; what went wrong comes out as one line.
 
 PyTorch is the one package with a choice. On Linux the package index holds its CUDA build, which
 brings several GB of libraries; without an NVIDIA GPU the CPU build is asked for first, from the
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+NATIVE = "kernels/cvxq_kernels/cpu/native"  # compiled when the package is installed
 OLDEST_PYTHON = (3, 10)
 GB = 10**9
 DISK_CPU = 3 * GB  # environment and pip's copies, PyTorch's CPU build; measured 2.1 GB
@@ -119,7 +120,8 @@ def is_disk_failure(log: str) -> bool:
 def fingerprint(venv: Path) -> str:
     """Digest of all that decides what the environment holds."""
     digest = hashlib.sha256(f"{sys.version} {venv.resolve()}".encode())
-    for file in (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__)):
+    listed = [ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "constraints.txt", Path(__file__)]
+    for file in listed + sorted((ROOT / NATIVE).glob("*.[chi]*")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -3,24 +3,36 @@
 
 #include <stdlib.h>
 
+/* What the depths of a cluster tell: columns of each, and whether the shared order sorts them. */
+typedef struct {
+    int32_t have[9];
+    int32_t is_sorted;
+} cluster_depths;
+
 typedef struct {
     cvxq_matrix *w;
     const cvxq_companded *source;
+    cluster_depths *found;     /* (clusters,) */
     const int64_t *code_start; /* (clusters,): first byte in the file */
     const int64_t *first_row;  /* (clusters + 1,): first stored position */
     int64_t *starts;           /* (parts, K): scratch, first byte of each column's planes */
     atomic_llong next;
 } repack_job;
 
-/* Depths along `order`, or the natural order: do they never fall? */
-static int is_sorted(const uint8_t *depths, const int32_t *order, int64_t columns) {
-    int last = 0;
-    for (int64_t k = 0; k < columns; k++) {
-        const int depth = depths[order ? order[k] : k];
-        if (depth < last) return 0;
-        last = depth;
+static void look_at_depths(const uint8_t *depths, const int32_t *order, int64_t columns,
+                           cluster_depths *found) {
+    int32_t have[2][16] = {{0}}; /* two of each, so that equal neighbours do not wait in turn */
+    int64_t k = 0;
+    for (; k + 2 <= columns; k += 2) {
+        have[0][depths[k]]++;
+        have[1][depths[k + 1]]++;
     }
-    return 1;
+    if (k < columns) have[0][depths[k]]++;
+    for (int depth = 0; depth < 9; depth++) found->have[depth] = have[0][depth] + have[1][depth];
+    int32_t fell = 0;
+    for (k = 1; k < columns; k++)
+        fell |= order ? depths[order[k]] < depths[order[k - 1]] : depths[k] < depths[k - 1];
+    found->is_sorted = !fell;
 }
 
 /* Columns by depth, equal ones in their natural order. */
@@ -32,45 +44,37 @@ static void sort_columns(const uint8_t *depths, int64_t columns, int32_t *order)
 }
 
 /* Find runs and, where the shared order does not sort a cluster, an order of its own. */
-static int plan_clusters(cvxq_matrix *w, const cvxq_companded *source) {
+static int plan_clusters(cvxq_matrix *w, const cvxq_companded *source,
+                         const cluster_depths *found) {
     const int64_t columns = w->inputs, count = w->cluster_count;
-    uint8_t *is_own = calloc((size_t)count, 1);
+    int64_t own = 0;
+    for (int64_t c = 0; c < count; c++) own += !found[c].is_sorted;
     w->runs = calloc((size_t)count * 9, sizeof *w->runs);
     w->clusters = calloc((size_t)count, sizeof *w->clusters);
-    if (!is_own || !w->runs || !w->clusters) {
-        free(is_own);
-        return 0;
-    }
-    int64_t own = 0;
-    for (int64_t c = 0; c < count; c++)
-        own += is_own[c] = !is_sorted(source->depths + c * columns, source->order, columns);
     if (own) w->cluster_orders = malloc((size_t)(own * columns) * sizeof *w->cluster_orders);
-    int is_whole = !own || w->cluster_orders;
+    if (!w->runs || !w->clusters || (own && !w->cluster_orders)) return 0;
     int32_t runs = 0;
-    own = 0;
-    for (int64_t c = 0; is_whole && c < count; c++) {
-        const uint8_t *depths = source->depths + c * columns;
+    int32_t *order = w->cluster_orders;
+    for (int64_t c = 0; c < count; c++) {
         cvxq_cluster *cluster = &w->clusters[c];
-        int32_t have[9] = {0};
-        for (int64_t k = 0; k < columns; k++) have[depths[k]]++;
-        if (is_own[c]) {
-            int32_t *order = w->cluster_orders + own++ * columns;
-            sort_columns(depths, columns, order);
+        if (!found[c].is_sorted) {
+            sort_columns(source->depths + c * columns, columns, order);
             cluster->order = order;
+            order += columns;
         }
         cluster->first_run = runs;
-        for (int32_t depth = 0, first = 0; depth <= 8; first += have[depth++]) {
-            if (!have[depth] || (!depth && !source->mean_codes)) continue;
-            w->runs[runs++] = (cvxq_run){depth, first, have[depth]};
-            if (depth) cluster->blocks += (int32_t)ceil_div(have[depth], BLOCK);
+        for (int32_t depth = 0, first = 0; depth <= 8; first += found[c].have[depth++]) {
+            const int32_t have = found[c].have[depth];
+            if (!have || (!depth && !source->mean_codes)) continue;
+            w->runs[runs++] = (cvxq_run){depth, first, have};
+            if (depth) cluster->blocks += (int32_t)ceil_div(have, BLOCK);
         }
         cluster->runs = runs - cluster->first_run;
         w->most_blocks = max_of(w->most_blocks, cluster->blocks);
     }
     w->bytes += own * columns * 4 + runs * (int64_t)sizeof *w->runs +
                 count * (int64_t)sizeof *w->clusters;
-    free(is_own);
-    return is_whole;
+    return 1;
 }
 
 static int64_t tile_bytes(const cvxq_matrix *w, const cvxq_cluster *cluster, int strips) {
@@ -125,6 +129,33 @@ static int plan_tiles(cvxq_matrix *w, const cvxq_companded *source, const int64_
     return 1;
 }
 
+#if defined(__x86_64__)
+static int has_fast_repacking(void) { return cvxq_ops_in_use() == &cvxq_ops_avx512; }
+
+/* The usual case: a cluster that is one tile of four strips. */
+static void repack_whole_tile(const repack_job *job, const cvxq_cluster *cluster,
+                              const int32_t *order, const int64_t *starts, uint8_t *out) {
+    for (int32_t r = 0; r < cluster->runs; r++) {
+        const cvxq_run *run = &job->w->runs[cluster->first_run + r];
+        if (!run->depth) continue;
+        for (int64_t i = 0; i < run->count; i += 8, out += VECTOR * run->depth) {
+            const uint8_t *planes[8] = {NULL};
+            for (int64_t j = 0; j < min_of(8, run->count - i); j++) {
+                const int64_t at = run->first + i + j;
+                planes[j] = job->source->codes + starts[order ? order[at] : at];
+            }
+            cvxq_repack_unit_avx512(run->depth, planes, out);
+        }
+    }
+}
+#else
+static int has_fast_repacking(void) { return 0; }
+static void repack_whole_tile(const repack_job *job, const cvxq_cluster *cluster,
+                              const int32_t *order, const int64_t *starts, uint8_t *out) {
+    (void)job, (void)cluster, (void)order, (void)starts, (void)out;
+}
+#endif
+
 /* Codes of one tile. `first` is its first row in the cluster, `height` the cluster's rows. */
 static void repack_tile(const repack_job *job, const cvxq_cluster *cluster, const cvxq_tile *tile,
                         const int64_t *starts, int64_t first, int64_t height) {
@@ -134,6 +165,10 @@ static void repack_tile(const repack_job *job, const cvxq_cluster *cluster, cons
     const int64_t bytes = min_of(rows / 8, plane - first / 8);
     const int per_unit = (int)unit_columns(tile->strips);
     uint8_t *out = w->codes + tile->codes;
+    if (tile->strips == 4 && plane == 8 && has_fast_repacking()) {
+        repack_whole_tile(job, cluster, order, starts, out);
+        return;
+    }
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
         if (!run->depth) continue;
@@ -177,6 +212,14 @@ static void repack_cluster(const repack_job *job, int64_t c, int64_t *starts) {
     }
 }
 
+static void look_task(void *context, int part, int parts) {
+    repack_job *job = context;
+    const int64_t columns = job->w->inputs;
+    for (int64_t c = part; c < job->w->cluster_count; c += parts)
+        look_at_depths(job->source->depths + c * columns, job->source->order, columns,
+                       &job->found[c]);
+}
+
 static void repack_task(void *context, int part, int parts) {
     repack_job *job = context;
     (void)parts;
@@ -188,19 +231,17 @@ static void repack_task(void *context, int part, int parts) {
 }
 
 /* First stored position and first code byte of each cluster; the bytes of all codes. */
-static int64_t find_clusters(const cvxq_companded *source, int64_t *first_row,
-                             int64_t *code_start) {
+static int64_t find_clusters(const cvxq_companded *source, const cluster_depths *found,
+                             int64_t *first_row, int64_t *code_start) {
     const int64_t part = source->rows / source->partitions;
     int64_t c = 0, at = 0;
     for (int64_t p = 0; p < source->partitions; p++)
         for (int64_t i = 0; i < part; i += source->group_size, c++) {
             const int64_t height = min_of(source->group_size, part - i);
-            int64_t planes = 0;
-            for (int64_t k = 0; k < source->columns; k++)
-                planes += source->depths[c * source->columns + k];
             first_row[c] = p * part + i;
             code_start[c] = at;
-            at += planes * ((height + 7) / 8);
+            for (int depth = 1; depth <= 8; depth++)
+                at += depth * (int64_t)found[c].have[depth] * ((height + 7) / 8);
         }
     first_row[c] = source->rows;
     return at;
@@ -221,15 +262,20 @@ int cvxq_repack(cvxq_pool *pool, cvxq_matrix *w, const cvxq_companded *source) {
                    (w->order || !source->order);
     if (is_whole && source->order)
         memcpy(w->order, source->order, sizeof *w->order * (size_t)columns);
+    cluster_depths *found = malloc(sizeof *found * (size_t)count);
+    is_whole = is_whole && found;
+    repack_job job = {w, source, found, first_row + count + 1, first_row, starts, 0};
+    if (is_whole) cvxq_pool_run(pool, look_task, &job);
     is_whole = is_whole &&
-               find_clusters(source, first_row, first_row + count + 1) == source->code_bytes &&
-               plan_clusters(w, source) && plan_tiles(w, source, first_row) &&
+               find_clusters(source, found, first_row, first_row + count + 1) ==
+                   source->code_bytes &&
+               plan_clusters(w, source, found) && plan_tiles(w, source, first_row) &&
                (w->codes = cvxq_arena_new((size_t)w->code_bytes));
     if (is_whole) {
-        repack_job job = {w, source, first_row + count + 1, first_row, starts, 0};
         cvxq_pool_run(pool, repack_task, &job);
         w->bytes += (int64_t)groups * (1 + !!source->mean_codes) + (w->order ? 4 * columns : 0);
     }
+    free(found);
     free(first_row);
     free(starts);
     return is_whole;

@@ -1,40 +1,55 @@
 /* How the codes of eight vectors share 64·B bytes, chosen so that they come apart in few steps.
  *
- * Depths 1 and 2: byte j of vector i at bits i·B (mod 8) of a byte j.  Depth 3: two vectors fill
+ * Depths 1, 2 and 4: byte j of vector i at bits i·B (mod 8) of a byte j.  Depth 3: two vectors fill
  * the low six bits of each of three byte rows; the six bits left over on top hold the other two.
- * Depths 4–6: nibbles, and above them a unit of depth B − 4 for the high bits.  Depth 7: seven
+ * Depths 5 and 6: nibbles, and above them a unit of depth B − 4 for the high bits.  Depth 7: seven
  * vectors in seven bits each, the eighth in the top bits.  Depth 8: bytes.
+ *
+ * Everything is inlined with a constant depth, once for any processor and once for AVX-512.
  */
 #include <string.h>
 
-#include "internal.h"
+#include "repack.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define EACH_BYTE for (int j = 0; j < VECTOR; j++)
+#define UNROLL _Pragma("GCC unroll 8")
 
 /* Fields of `width` (1, 2 or 4) bits: 8 / width vectors to a byte row. */
-static void pack_fields(int width, const uint8_t codes[UNIT][VECTOR], int shift, uint8_t *out) {
-    int per_row = 8 / width, mask = (1 << width) - 1;
-    for (int row = 0; row < width; row++)
+INLINE void pack_fields(const int width, const uint8_t codes[UNIT][VECTOR], const int shift,
+                        uint8_t *out) {
+    const int per_row = 8 / width, mask = (1 << width) - 1;
+    UNROLL for (int row = 0; row < width; row++)
         EACH_BYTE {
             int byte = 0;
-            for (int i = 0; i < per_row; i++)
+            UNROLL for (int i = 0; i < per_row; i++)
                 byte |= (codes[row * per_row + i][j] >> shift & mask) << (i * width);
             out[row * VECTOR + j] = (uint8_t)byte;
         }
 }
 
-void cvxq_pack_unit(int depth, const uint8_t codes[UNIT][VECTOR], uint8_t *out) {
+INLINE void unpack_fields(const int width, const uint8_t *unit, const int shift,
+                          uint8_t codes[UNIT][VECTOR]) {
+    const int per_row = 8 / width, mask = (1 << width) - 1;
+    UNROLL for (int i = 0; i < UNIT; i++) {
+        const uint8_t *row = unit + i / per_row * VECTOR;
+        const int field = i % per_row * width;
+        EACH_BYTE codes[i][j] = (uint8_t)(codes[i][j] | (row[j] >> field & mask) << shift);
+    }
+}
+
+INLINE void pack(const int depth, const uint8_t codes[UNIT][VECTOR], uint8_t *out) {
     if (depth == 3) {
         EACH_BYTE {
-            int top = codes[6][j] | codes[7][j] << 3;
-            for (int row = 0; row < 3; row++)
+            const int top = codes[6][j] | codes[7][j] << 3;
+            UNROLL for (int row = 0; row < 3; row++)
                 out[row * VECTOR + j] = (uint8_t)(codes[2 * row][j] | codes[2 * row + 1][j] << 3 |
                                                   (top >> (2 * row) & 3) << 6);
         }
     } else if (depth == 7) {
-        EACH_BYTE for (int row = 0; row < 7; row++) out[row * VECTOR + j] =
-            (uint8_t)(codes[row][j] | (codes[7][j] >> row & 1) << 7);
+        UNROLL for (int row = 0; row < 7; row++)
+            EACH_BYTE out[row * VECTOR + j] =
+                (uint8_t)(codes[row][j] | (codes[7][j] >> row & 1) << 7);
     } else if (depth == 8) {
         memcpy(out, codes, UNIT * VECTOR);
     } else if (depth > 4) {
@@ -45,33 +60,24 @@ void cvxq_pack_unit(int depth, const uint8_t codes[UNIT][VECTOR], uint8_t *out) 
     }
 }
 
-INLINE void unpack_fields(int width, const uint8_t *unit, int shift, uint8_t codes[UNIT][VECTOR]) {
-    int per_row = 8 / width, mask = (1 << width) - 1;
-    for (int i = 0; i < UNIT; i++) {
-        const uint8_t *row = unit + i / per_row * VECTOR;
-        int field = i % per_row * width;
-        EACH_BYTE codes[i][j] = (uint8_t)(codes[i][j] | (row[j] >> field & mask) << shift);
-    }
-}
-
-INLINE void unpack(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
+INLINE void unpack(const int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
     if (depth == 8) {
         memcpy(codes, unit, UNIT * VECTOR);
         return;
     }
     memset(codes, 0, UNIT * VECTOR);
     if (depth == 3) {
-        for (int row = 0; row < 3; row++)
+        UNROLL for (int row = 0; row < 3; row++)
             EACH_BYTE {
-                int byte = unit[row * VECTOR + j];
+                const int byte = unit[row * VECTOR + j];
                 codes[2 * row][j] = byte & 7;
                 codes[2 * row + 1][j] = byte >> 3 & 7;
-                int top = (byte >> 6) << (2 * row);
+                const int top = (byte >> 6) << (2 * row);
                 codes[6][j] = (uint8_t)(codes[6][j] | (top & 7));
                 codes[7][j] = (uint8_t)(codes[7][j] | top >> 3);
             }
     } else if (depth == 7) {
-        for (int row = 0; row < 7; row++)
+        UNROLL for (int row = 0; row < 7; row++)
             EACH_BYTE {
                 codes[row][j] = unit[row * VECTOR + j] & 127;
                 codes[7][j] = (uint8_t)(codes[7][j] | (unit[row * VECTOR + j] >> 7) << row);
@@ -84,16 +90,26 @@ INLINE void unpack(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) 
     }
 }
 
-void cvxq_unpack_unit(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
-    unpack(depth, unit, codes);
+/* Call `body` with DEPTH a constant equal to `depth`. */
+#define ONE_DEPTH(B, body)     \
+    case B: {                  \
+        enum { DEPTH = B };    \
+        body;                  \
+        break;                 \
+    }
+#define BY_DEPTH(depth, body)                                                           \
+    switch (depth) {                                                                    \
+        ONE_DEPTH(1, body) ONE_DEPTH(2, body) ONE_DEPTH(3, body) ONE_DEPTH(4, body)     \
+        ONE_DEPTH(5, body) ONE_DEPTH(6, body) ONE_DEPTH(7, body) ONE_DEPTH(8, body)     \
+    }
+
+void cvxq_pack_unit(int depth, const uint8_t codes[UNIT][VECTOR], uint8_t *out) {
+    BY_DEPTH(depth, pack(DEPTH, codes, out))
 }
 
-#if defined(__x86_64__)
-__attribute__((target("avx512f,avx512bw,avx512vl"))) void cvxq_unpack_unit_avx512(
-    int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
-    unpack(depth, unit, codes);
+void cvxq_unpack_unit(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
+    BY_DEPTH(depth, unpack(DEPTH, unit, codes))
 }
-#endif
 
 static int field(int width, const uint8_t *unit, int vector, int byte) {
     int per_row = 8 / width;
@@ -118,3 +134,46 @@ int cvxq_unit_code(int depth, const uint8_t *unit, int vector, int byte) {
     if (depth < 5) return field(depth, unit, vector, byte);
     return field(4, unit, vector, byte) | field(depth - 4, unit + 4 * VECTOR, vector, byte) << 4;
 }
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl")))
+
+TARGET void cvxq_unpack_unit_avx512(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
+    BY_DEPTH(depth, unpack(DEPTH, unit, codes))
+}
+
+/* A plane of 64 rows is a mask register: it sets one bit of 64 codes at once. */
+INLINE TARGET __m512i column_codes(const int depth, const uint8_t *planes) {
+    __m512i codes = _mm512_setzero_si512();
+    UNROLL for (int b = 0; planes && b < depth; b++) {
+        uint64_t rows;
+        memcpy(&rows, planes + 8 * b, 8);
+        codes = _mm512_or_si512(codes,
+                                _mm512_maskz_mov_epi8(rows, _mm512_set1_epi8((char)(1 << b))));
+    }
+    return codes;
+}
+
+INLINE TARGET void repack(const int depth, const uint8_t *const planes[8], uint8_t *out) {
+    _Alignas(64) uint8_t codes[UNIT][VECTOR];
+    UNROLL for (int quad = 0; quad < 2; quad++) {
+        __m512i c[4];
+        UNROLL for (int j = 0; j < 4; j++) c[j] = column_codes(depth, planes[4 * quad + j]);
+        const __m512i low01 = _mm512_unpacklo_epi8(c[0], c[1]);
+        const __m512i high01 = _mm512_unpackhi_epi8(c[0], c[1]);
+        const __m512i low23 = _mm512_unpacklo_epi8(c[2], c[3]);
+        const __m512i high23 = _mm512_unpackhi_epi8(c[2], c[3]);
+        _mm512_store_si512(codes[4 * quad], _mm512_unpacklo_epi16(low01, low23));
+        _mm512_store_si512(codes[4 * quad + 1], _mm512_unpackhi_epi16(low01, low23));
+        _mm512_store_si512(codes[4 * quad + 2], _mm512_unpacklo_epi16(high01, high23));
+        _mm512_store_si512(codes[4 * quad + 3], _mm512_unpackhi_epi16(high01, high23));
+    }
+    pack(depth, codes, out);
+}
+
+TARGET void cvxq_repack_unit_avx512(int depth, const uint8_t *const planes[8], uint8_t *out) {
+    BY_DEPTH(depth, repack(DEPTH, planes, out))
+}
+#endif

@@ -1,10 +1,11 @@
 /* Products with many inputs, on Intel's matrix unit (AMX) in bfloat16.
  *
  * With many inputs, rounding each of them for every cluster costs more than the products do. So
- * weights are expanded instead, S · (level + t), 512 columns of a tile at a time, into the pairs of
- * bfloat16 that the unit takes, and meet inputs that were rounded once per matrix. Both roundings
- * add 5e-6 of the signal's power, too much beside the error of 8-bit codes only (4e-5): for those
- * both factors are split in two parts, and three of the four products are taken.
+ * weights are expanded instead, S · (level + t), 256 columns of a tile at a time (the first cache
+ * holds them), into the pairs of bfloat16 that the unit takes, and meet inputs that were rounded
+ * once per matrix. Both roundings add 5e-6 of the signal's power, too much beside the error of
+ * 8-bit codes only (4e-5): for those both factors are split in two parts, and three of the four
+ * products are taken.
  *
  * A step is 32 columns: 16 rows of the unit's second operand, each the 16 lanes of a strip times two
  * columns. Every run begins a new step; what is left of its last step has weights of zero.
@@ -22,7 +23,7 @@
                           "fma,amx-tile,amx-bf16")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-enum { STEP = 32, STEPS = 16, TILE_BYTES = 1024, SPLIT = 8 };
+enum { STEP = 32, STEPS = 8, TILE_BYTES = 1024, SPLIT = 8 };
 
 typedef struct {
     uint8_t *weights; /* (STEPS, 4 strips, 16 pairs, 16 rows, 2) bfloat16 */
@@ -86,20 +87,21 @@ TARGET void cvxq_wide_round(const float *x, const int32_t *order, int64_t count,
 typedef struct {
     __m512 low, high;
     const float *all;
-    int depth;
 } level_table;
 
-INLINE level_table table_of(const cvxq_matrix *w, int depth) {
-    level_table t = {.all = w->tables->level + (1 << depth), .depth = depth};
+INLINE level_table table_of(const cvxq_matrix *w, const int depth) {
+    level_table t = {.all = w->tables->level + (1 << depth)};
     const __mmask16 some = depth >= 4 ? 0xFFFF : (1 << (1 << depth)) - 1;
     t.low = _mm512_maskz_loadu_ps(some, t.all);
     t.high = depth >= 5 ? _mm512_loadu_ps(t.all + 16) : t.low;
     return t;
 }
 
-INLINE __m512 levels_of(const level_table *t, __m512i codes) {
-    if (t->depth <= 4) return _mm512_permutexvar_ps(codes, t->low);
-    if (t->depth == 5) return _mm512_permutex2var_ps(t->low, codes, t->high);
+/* Levels of the codes in the lowest byte of each lane. */
+INLINE __m512 levels_of(const int depth, const level_table *t, __m512i codes) {
+    if (depth == 0) return _mm512_setzero_ps();
+    if (depth <= 4) return _mm512_permutexvar_ps(codes, t->low);
+    if (depth == 5) return _mm512_permutex2var_ps(t->low, codes, t->high);
     return _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32(255)), t->all, 4);
 }
 
@@ -120,35 +122,69 @@ INLINE void put_pair(__m512 even, __m512 odd, uint8_t *out, uint8_t *rest) {
     _mm512_storeu_si512(rest, _mm512_permutexvar_epi16(order, left));
 }
 
-/* One step of a run: `count` ≤ 32 columns whose units begin at `unit`; tiles of all strips. */
-TARGET static void expand_step(const level_table *t, const uint8_t *unit, int strips, int count,
-                               const float *scale, const float *shift, uint8_t *out,
-                               uint8_t *rest) {
+/* One unit's columns of a step, in place; the weights of column k are level · scale + shift. */
+INLINE void expand_unit(const int depth, const level_table *t, const uint8_t *unit, int strips,
+                        const float *scale, const float *shift, uint8_t *out, uint8_t *rest) {
     _Alignas(64) uint8_t codes[UNIT][VECTOR];
-    const int per_unit = 4 * UNIT / strips;
-    for (int column = 0; column < STEP; column += per_unit) {
-        const int is_inside = column < count && t->depth;
-        if (is_inside) {
-            cvxq_unpack_unit_avx512(t->depth, unit, codes);
-            unit += VECTOR * t->depth;
+    if (depth) cvxq_unpack_unit_avx512(depth, unit, codes);
+    for (int v = 0; v < UNIT; v++) {
+        const int k = v / strips * 4;
+        uint8_t *at = out + v % strips * TILE_BYTES + k / 2 * VECTOR;
+        uint8_t *left = rest ? rest + (at - out) : NULL;
+        const __m512i vector = depth ? _mm512_load_si512(codes[v]) : _mm512_setzero_si512();
+        __m512 value[4];
+        _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
+            const __m512 level = levels_of(depth, t, _mm512_srli_epi32(vector, 8 * j));
+            value[j] = _mm512_fmadd_ps(level, _mm512_set1_ps(scale[k + j]),
+                                       _mm512_set1_ps(shift[k + j]));
         }
-        for (int v = 0; v < UNIT; v++) {
-            const int k = column + v / strips * 4;
-            uint8_t *at = out + v % strips * TILE_BYTES + k / 2 * VECTOR;
-            uint8_t *left = rest ? rest + (at - out) : NULL;
-            const __m512i vector = _mm512_load_si512(codes[v]);
-            __m512 value[4];
-            for (int j = 0; j < 4; j++) {
-                const __m512 level = is_inside ? levels_of(t, _mm512_srli_epi32(vector, 8 * j))
-                                               : _mm512_setzero_ps();
-                value[j] = _mm512_fmadd_ps(level, _mm512_set1_ps(scale[k + j]),
-                                           _mm512_set1_ps(shift[k + j]));
-            }
-            put_pair(value[0], value[1], at, left);
-            put_pair(value[2], value[3], at + VECTOR, left ? left + VECTOR : NULL);
-        }
+        put_pair(value[0], value[1], at, left);
+        put_pair(value[2], value[3], at + VECTOR, left ? left + VECTOR : NULL);
     }
 }
+
+/* One step of a run: `count` ≤ 32 columns, whose units begin at `unit`, for all strips. */
+INLINE void expand_step(const int depth, const cvxq_matrix *w, const uint8_t *unit,
+                        const int strips, int count, const float *scale, const float *shift,
+                        uint8_t *out, uint8_t *rest) {
+    const level_table table = table_of(w, depth);
+    const int per_unit = 4 * UNIT / strips;
+    int column = 0;
+    for (; column < count; column += per_unit, unit += VECTOR * depth)
+        expand_unit(depth, &table, unit, strips, scale + column, shift + column,
+                    out + column / 2 * VECTOR, rest ? rest + column / 2 * VECTOR : NULL);
+    for (int s = 0; s < strips; s++)
+        for (int pair = column / 2; pair < STEP / 2; pair++) {
+            _mm512_storeu_si512(out + s * TILE_BYTES + pair * VECTOR, _mm512_setzero_si512());
+            if (rest)
+                _mm512_storeu_si512(rest + s * TILE_BYTES + pair * VECTOR, _mm512_setzero_si512());
+        }
+}
+
+typedef void (*expander)(const cvxq_matrix *, const uint8_t *, int, int, const float *,
+                         const float *, uint8_t *, uint8_t *);
+#define EXPANDER(DEPTH)                                                                          \
+    TARGET static void expand_##DEPTH(const cvxq_matrix *w, const uint8_t *unit, int strips,     \
+                                      int count, const float *scale, const float *shift,         \
+                                      uint8_t *out, uint8_t *rest) {                             \
+        uint8_t *split = DEPTH == SPLIT ? rest : NULL;                                           \
+        if (strips == 4) {                                                                       \
+            expand_step(DEPTH, w, unit, 4, count, scale, shift, out, split);                     \
+        } else {                                                                                 \
+            expand_step(DEPTH, w, unit, strips, count, scale, shift, out, split);                \
+        }                                                                                        \
+    }
+EXPANDER(0)
+EXPANDER(1)
+EXPANDER(2)
+EXPANDER(3)
+EXPANDER(4)
+EXPANDER(5)
+EXPANDER(6)
+EXPANDER(7)
+EXPANDER(8)
+static const expander EXPANDERS[9] = {expand_0, expand_1, expand_2, expand_3, expand_4,
+                                      expand_5, expand_6, expand_7, expand_8};
 
 INLINE void configure(void) {
     struct {
@@ -224,7 +260,6 @@ TARGET static void multiply_tile(const cvxq_wide *wide, const cvxq_matrix *w,
     const int per_unit = (int)unit_columns(tile->strips);
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
-        const level_table table = table_of(w, run->depth);
         const int is_split = run->depth == SPLIT;
         for (int64_t i = 0; i < run->count; i += STEP) {
             const int count = (int)min_of(STEP, run->count - i);
@@ -236,7 +271,7 @@ TARGET static void multiply_tile(const cvxq_wide *wide, const cvxq_matrix *w,
             }
             uint8_t *out = b->weights + b->steps * 4 * TILE_BYTES;
             uint8_t *rest = is_split ? out + 4 * TILE_BYTES : NULL;
-            expand_step(&table, unit, tile->strips, count, scale, shift, out, rest);
+            EXPANDERS[run->depth](w, unit, tile->strips, count, scale, shift, out, rest);
             unit += ceil_div(count, per_unit) * VECTOR * run->depth;
             b->inputs[b->steps++] = wide->high + run->first + i;
             if (is_split) {
