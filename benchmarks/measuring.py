@@ -225,9 +225,9 @@ class Bench:
         """
         folder = self.work / "cvxq" / f"{self.name}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
-        file, report, stamp = (folder / end for end in ("model.cvxq", "report.json", "stamp"))
+        file, stamp = folder / "model.cvxq", folder / "stamp.json"
         command = [sys.executable, "-m", "cvxq.cli", "convert", self.model, "-o", str(file)]
-        command += ["--report", str(report), *arguments]
+        command += arguments
         if sampling is not None:
             command += ["--calibration", "self", "--sequences", str(sampling.count)]
             command += ["--length", str(sampling.length), "--seed", str(sampling.seed)]
@@ -243,7 +243,8 @@ class Bench:
             stamp.write_text(json.dumps({"of": known, "seconds": seconds}))
         if sampling is not None:
             check_same_sequences(file, self.sequences(sampling))
-        rate = json.loads(report.read_text())["rate_bits_per_weight"]
+        with Reader(file) as reader:
+            rate = json.loads(reader.file("report.json"))["rate_bits_per_weight"]
         network = load(file, weights="dense").network
         made = Sized(rate, file.stat().st_size, json.loads(stamp.read_text())["seconds"])
         return self._measured(folder, network, made)

@@ -28,8 +28,14 @@ peers are counted as if packed tightly; files of peers other than llama.cpp keep
 head in 16 bits, as their users do, and llama.cpp's are counted without their vocabulary, in place
 of which everyone is charged the model's own. In table B, cvxq's rows are of the first seed.
 
+Not every peer can pack every matrix. AutoRound and GPTQModel leave those in 16 bits that have a
+side which is no multiple of 32; llama.cpp's K- and I-quants need rows that are multiples of 256,
+its other types (IQ4_NL, Q4_0, Q5_0) multiples of 32. Where peers differ in the matrices they
+quantize, there is one table A for each set, and cvxq quantizes that very set. LLM Compressor wants
+groups that divide the rows, and gets the nearest such size where 32, 64 or 128 do not.
+
 Seconds are wall clock; those of the peers leave out starting Python and importing their packages,
-which takes some of them longer than the work, and cvxq's count everything, sampling the
+which takes some of them longer than the work; cvxq's count everything, sampling the
 calibration sequences included. RTN is `cvxq convert --method rtn`, with 8-bit scales and offsets
 along the input."""
 
