@@ -46,7 +46,6 @@ POINTERS = {
     "fp32": "scales units means steps partial top largest mean_steps levels",
 }
 TYPES = {name: f"*{kind}" for kind, names in POINTERS.items() for name in names.split()}
-ALIGNED = {"x_stride", "out_stride", "slots", "columns"}
 
 ALU = ("LOP3", "SHF", "PRMT")
 FMA = ("IDP", "IMAD", "FFMA", "FMUL", "FADD", "HFMA2", "HMUL2", "HADD2")
@@ -106,7 +105,7 @@ def full_variants(rows: int) -> dict[str, Variant]:
     tile = {"ROWS": rows, "HAS_MEANS": True}
     return {
         "matvec": matvec_variant(ALL_DEPTHS, rows),
-        "matvec of 4": matvec_variant(ALL_DEPTHS, rows, 4),
+        "matvec of 4": matvec_variant(0b11110, rows, 4),
         "gemm": gemm_variant(ALL_DEPTHS, rows),
         "repack": Variant(repack_kernel, {"ROWS": rows}, 4),
         "expand": Variant(expand_kernel, tile | {"DEPTHS": ALL_DEPTHS, "NATURAL": True}, 4),
@@ -123,7 +122,7 @@ def compile_for(variant: Variant, arch: int) -> Any:
         name: "constexpr" if name in variant.constants else TYPES.get(name, "i32") for name in names
     }
     hint = [["tt.divisibility", 16]]
-    aligned = [n for n in names if signature[n].startswith("*") or n in ALIGNED]
+    aligned = [n for n in names if signature[n].startswith("*")]
     source = ASTSource(
         variant.kernel, signature, variant.constants, {(names.index(n),): hint for n in aligned}
     )

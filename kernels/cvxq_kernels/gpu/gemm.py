@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from cvxq_kernels.gpu.codes import chunk_codes, in_order, load_nibbles
+from cvxq_kernels.gpu.plan import NOT_SPECIALIZED
 from cvxq_kernels.gpu.snippets import permute
 
 
@@ -105,7 +106,7 @@ def _operand(
         return tl.load(halves + (1 << DEPTH) + chunk_codes(pointers, ROWS, DEPTH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def gemm_kernel(
     words, tiles, runs, chunks, order, scale_codes, scales, half_words, halves, units, top, row_of,
     x, largest, batch, means, clusters, bias, out, out_stride, partial, arrived, splits,

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from cvxq_kernels.gpu.codes import load_nibbles, load_quad
+from cvxq_kernels.gpu.plan import NOT_SPECIALIZED
 from cvxq_kernels.gpu.snippets import dot4, permute
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding it leaves the nearest integer in the low bits
@@ -150,7 +151,7 @@ def _high_run(
     return totals
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def matvec_kernel(
     words, tiles, runs, chunks, order, scale_codes, scales, byte_words, halves, units, row_of,
     x, x_stride, batch, means, clusters, bias, out, out_stride,

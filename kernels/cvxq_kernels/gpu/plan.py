@@ -10,6 +10,9 @@ LEAST_CHUNKS = 4  # of a program: fewer do not repay its prologue
 MATVEC_ROWS = 8  # rows of x that `matvec` takes at a time
 GEMM_ROWS = 256  # rows of x that `gemm` takes at a time
 
+# Sizes that no kernel gains from knowing: without this, Triton compiles anew for many of them.
+NOT_SPECIALIZED = ("x_stride", "batch", "clusters", "out_stride", "slots", "splits")
+
 
 @dataclass(frozen=True)
 class Plan:
