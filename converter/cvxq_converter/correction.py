@@ -107,7 +107,7 @@ def install(
             continue
         before = loaded.original_biases.get(matrix.name, torch.zeros(len(original)))
         shift = output_shift(original, quantized, stats.input_mean)
-        corrected = _to_16_bits(before.to(shift) - shift)
+        corrected = to_16_bits(before.to(shift) - shift)
         loaded.set_bias(matrix, corrected)
         if matrix.name in gaining:
             assert matrix.bias_name is not None
@@ -115,7 +115,7 @@ def install(
     return added
 
 
-def _to_16_bits(value: torch.Tensor) -> torch.Tensor:
+def to_16_bits(value: torch.Tensor) -> torch.Tensor:
     """Round to what the file stores: float16, or bfloat16 if that would overflow."""
     half = value.half()
     return (half if bool(half.isfinite().all()) else value.bfloat16()).float()

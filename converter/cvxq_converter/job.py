@@ -13,7 +13,7 @@ gain), the other half for the figures that are reported and that a target is hel
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +51,8 @@ from cvxq_converter.rtn import quantize_rtn, rtn_codebook
 from cvxq_converter.stages import Progress, Stages
 from cvxq_converter.statistics import MatrixStatistics, measure
 from cvxq_converter.target import Target, TargetResult, search_rate
+from cvxq_converter.teaching import Lesson, make_lessons
+from cvxq_converter.tuning import tune
 
 HELD_BACK = 8  # one sequence in eight is kept from the measurement
 TRIAL_RATES = (2.25, 3.0, 4.0, 5.5)  # at which a measurement checks its prediction
@@ -72,6 +74,7 @@ class Prepared:
     choosing: Reference | None
     certifying: Reference | None
     feedback: Feedback | None = None
+    lessons: list[Lesson] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -223,12 +226,13 @@ def prepare(
     training, held_back = split_sequences(sequences)
     with stages.stage("reference"):
         choosing, certifying = _references(loaded, held_back)
+        lessons = make_lessons(loaded.network, training) if options.tune else []
     if measurement is not None:
         statistics = measurement.statistics_for(loaded)
     else:
         statistics = _measure(loaded, training, options, stages)
     feedback = Feedback(loaded, training, statistics)
-    return Prepared(loaded, sequences, statistics, choosing, certifying, feedback)
+    return Prepared(loaded, sequences, statistics, choosing, certifying, feedback, lessons)
 
 
 def quantize(prepared: Prepared, options: ConversionOptions, stages: Stages) -> Quantized:
@@ -259,6 +263,17 @@ def quantize(prepared: Prepared, options: ConversionOptions, stages: Stages) -> 
             write_empty,
             feedback=feedback,
         )
+    if prepared.lessons and prepared.choosing is not None:
+        with stages.stage("tune") as done:
+            result = tune(
+                loaded,
+                result,
+                prepared.lessons,
+                prepared.choosing,
+                options.tune,
+                options.seed,
+                done,
+            )
     if prepared.certifying is not None and prepared.certifying is not prepared.choosing:
         with stages.stage("certify"):
             quality = divergence(loaded.network, prepared.certifying)

@@ -25,7 +25,8 @@ class LoadedModel:
     """A network, the matrices to quantize and what they were before.
 
     names: network parameter → checkpoint tensor. originals: matrix name → (N, K).
-    original_biases: matrix name → (N,). aliases: other name → tensor name.
+    original_biases: matrix name → (N,). original_vectors: parameter name → norms and the like,
+    biases of matrices excepted. aliases: other name → tensor name.
     """
 
     source: Source
@@ -34,6 +35,7 @@ class LoadedModel:
     matrices: list[Matrix]
     originals: dict[str, torch.Tensor]
     original_biases: dict[str, torch.Tensor]
+    original_vectors: dict[str, torch.Tensor]
     aliases: dict[str, str]
 
     @property
@@ -60,9 +62,11 @@ class LoadedModel:
         module.bias = value
 
     def restore(self) -> None:
-        """Put the original weights and biases back."""
+        """Put the original weights, biases and other vectors back."""
         for matrix in self.matrices:
             self.install(matrix, self.originals[matrix.name])
+        for name, value in self.original_vectors.items():
+            self.network.get_parameter(name).data.copy_(value)
         self.restore_biases()
 
     def restore_biases(self) -> None:
@@ -117,8 +121,19 @@ def load_model(source: Source, options: ConversionOptions) -> LoadedModel:
             m.name: m.weight.clone() if options.replaces_weights else m.weight for m in matrices
         },
         original_biases=biases,
+        original_vectors=_vectors(network, matrices),
         aliases={alias: m.name for m in found for alias in m.aliases},
     )
+
+
+def _vectors(network: Any, matrices: list[Matrix]) -> dict[str, torch.Tensor]:
+    """Copies of the one-dimensional parameters that are not the bias of a matrix."""
+    biases = {f"{m.input_module_name}.bias" for m in matrices}
+    return {
+        name: parameter.data.clone()
+        for name, parameter in network.named_parameters()
+        if parameter.ndim == 1 and name not in biases
+    }
 
 
 def is_kept(matrix: Matrix, patterns: tuple[str, ...]) -> bool:

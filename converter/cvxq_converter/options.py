@@ -53,6 +53,7 @@ class ConversionOptions:
     means: bool = True
     feedback: bool = True  # quantization errors are pushed onto the columns still to come
     correct_biases: bool = True
+    tune: int = 0  # steps of `tuning`
     seed: int = 0
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -71,6 +72,8 @@ class ConversionOptions:
         for value in losses:
             if value is not None and not 0 < value < math.inf:
                 raise ConversionError(f"a largest loss of {value:g}, allowed are numbers above 0")
+        if self.tune and not self.replaces_weights:
+            raise ConversionError("--tune needs calibration sequences and --method cvxq")
         if self.seeks_rate and (not self.replaces_weights or self.iterations > 1):
             raise ConversionError(
                 "a largest KL or increase of perplexity needs calibration, --method cvxq and a "

@@ -21,6 +21,9 @@ import torch
 from .calibration import cache_bytes, context_length, sampling_batch
 from .checkpoint import Source
 from .errors import ConversionError
+from .hessian import MEMORY as HESSIAN_BYTES
+from .teaching import KEPT
+from .tuning import BATCH
 
 FULL_SEQUENCES, FULL_LENGTH = 128, 2048  # the papers' amount; the default on a GPU
 CPU_LENGTH = 512  # shorter documents cost less per token and sample as many contexts
@@ -30,6 +33,7 @@ NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
 LEAST_SEQUENCES, LEAST_LENGTH = 8, 64
 
 _OPERATIONS_PER_LAYER = 50  # small tensor operations of one block, forward
+_OPERATIONS_PER_COLUMN = 120  # small tensor operations for each column, with feedback
 _BASE_BYTES = 450 << 20  # interpreter, torch and transformers, loaded
 _QUANTIZER_PASSES = 45  # element-wise passes per weight: 13 scales, 3–4 passes each
 _QUANTIZER_BYTES = 14  # per weight of the matrix at hand: codes, permuted copy, dequantized copy
@@ -76,6 +80,10 @@ class _Shape:
     parameters: int
     matrix_weights: int
     largest_weights: int
+    largest_inputs: int
+    inputs: int  # summed over the matrices
+    squared_inputs: int  # Σ K²
+    pushed: int  # Σ N K²
     layers: int
     hidden: int
     inner: int
@@ -96,6 +104,7 @@ def preflight(
     keeps_originals: bool = True,
     is_measured: bool = False,
     trials: int = 1,
+    tune: int = 0,
     speed: Speed | None = None,
 ) -> Preflight:
     """Estimate a conversion of `source` and choose the amount of calibration.
@@ -103,6 +112,7 @@ def preflight(
     sequences, length: as asked for, or None for the default. bits: rate, or an upper bound of it.
     keeps_originals: whether original weights stay in memory beside the quantized ones.
     is_measured: whether calibration and measurement lie in a file. trials: rates to quantize at.
+    tune: steps after each quantization.
     speed: of this machine; measured if not given.
     """
     shape = _shape_of(source)
@@ -116,7 +126,12 @@ def preflight(
         measuring = count * _backward_seconds(shape, speed, tokens)
         seconds += (sampling if calibration == "self" else 0) + iterations * measuring
     seconds += max(1, iterations) * trials * _quantizing_seconds(shape, speed)
+    if count:
+        feedback = _feedback_seconds(shape, speed, count * tokens)
+        seconds += max(iterations, 1) * feedback[0] + max(1, iterations) * trials * feedback[1]
+        seconds += trials * tune * BATCH * _backward_seconds(shape, speed, tokens)
     memory = _peak_memory(source, shape, dtype, count, tokens, bits, keeps_originals)
+    memory += 12 * KEPT * count * tokens if tune else 0
     # Everything outside the matrices is stored in 16 bits; the header is small.
     rest = (shape.parameters - shape.matrix_weights) * 2
     carried = sum(path.stat().st_size for path in source.files.values())
@@ -232,11 +247,16 @@ def _shape_of(source: Source) -> _Shape:
         return next((v for v in values if isinstance(v, int) and v > 0), 0)
 
     sizes = [info.shape[0] * info.shape[1] for info in source.tensors.values() if _is_matrix(info)]
+    inputs = [info.shape[1] for info in source.tensors.values() if _is_matrix(info)]
     hidden = find("hidden_size", "n_embd", "d_model")
     return _Shape(
         parameters=source.parameters,
         matrix_weights=sum(sizes),
         largest_weights=max(sizes, default=0),
+        largest_inputs=max(inputs, default=0),
+        inputs=sum(inputs),
+        squared_inputs=sum(k * k for k in inputs),
+        pushed=sum(n * k for n, k in zip(sizes, inputs, strict=True)),
         layers=find("num_hidden_layers", "n_layer"),
         hidden=hidden,
         inner=find("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
@@ -274,6 +294,14 @@ def _quantizing_seconds(shape: _Shape, speed: Speed) -> float:
     return calls + _QUANTIZER_PASSES / 3 * shape.matrix_weights / speed.elements
 
 
+def _feedback_seconds(shape: _Shape, speed: Speed, tokens: int) -> tuple[float, float]:
+    """Of Hessians and their factors, once; and of pushing errors on, for every quantization."""
+    moments = 2.0 * shape.squared_inputs * tokens + 2.0 * shape.matrix_weights * tokens
+    factors = 2.0 * shape.squared_inputs * shape.largest_inputs  # in float64, half as fast
+    calls = shape.inputs * _OPERATIONS_PER_COLUMN * speed.call_seconds
+    return (moments + factors) / speed.flops, calls + shape.pushed / speed.flops
+
+
 def _peak_memory(
     source: Source,
     shape: _Shape,
@@ -291,6 +319,8 @@ def _peak_memory(
     quantizing = shape.largest_weights * _QUANTIZER_BYTES
     measuring = 0
     if count:
+        factors = max(min(4 * shape.squared_inputs, HESSIAN_BYTES), 4 * shape.largest_inputs**2)
+        quantizing += factors + 24 * shape.largest_inputs**2  # a few float64 copies of one
         activations = shape.layers * tokens * (12 * shape.hidden + 4 * shape.inner) * element
         logits = 2 * tokens * shape.vocabulary * element
         block = (shape.matrix_weights // max(1, shape.layers) + shape.largest_weights) * element

@@ -174,12 +174,13 @@ class TokenWeights:
         self.sequences: list[Tensor] = []
 
     def watch(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        """Forward hook: wait for the gradient of the output (1, L, N)."""
+        """Forward hook: wait for the gradient of the output (…, N) of one sequence."""
         output.register_hook(self._add)
 
     def _add(self, gradient: Tensor) -> None:
-        norm = torch.linalg.vector_norm(gradient[0], dim=-1, dtype=torch.float32)
-        self.sequences.append(norm.square_().cpu())
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(gradient.flatten(0, -2), dim=-1, dtype=wide)
+        self.sequences.append(norm.square_().float().cpu())
 
     def value(self) -> NDArray[np.float32] | None:
         """Return (S, L), or None if the module never ran."""
