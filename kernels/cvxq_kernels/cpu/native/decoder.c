@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "decoder_math.h"
+#include "internal.h"
 
 #define ROWS 16                /* rows of attention that one task computes together */
 #define SERIAL_ELEMENTS 4096   /* below this many, activations stay on one thread */
@@ -27,7 +28,7 @@ struct cvxq_decoder {
     float *scratch;
     int64_t scratch_floats, part_floats;
     float *stream, *input, *query, *key, *value, *branch, *gate, *up, *cosine, *sine, *parts;
-    int64_t products, total;
+    int64_t products, attended, total;
     /* what the tasks of this call work on */
     int count, layer, exact;
     int64_t start;
@@ -57,11 +58,6 @@ static const cvxq_decoder_math *best_math(void)
 /* Floats of `count` rows of `width`, rounded up so that what follows is aligned as well. */
 static int64_t span(int64_t count, int64_t width) { return (count * width + 15) / 16 * 16; }
 
-static float *aligned(float *memory)
-{
-    return (float *)(((uintptr_t)memory + 63) / 64 * 64);
-}
-
 static int reserve_scratch(cvxq_decoder *decoder)
 {
     const cvxq_decoder_shape *s = &decoder->shape;
@@ -86,17 +82,23 @@ static int reserve_scratch(cvxq_decoder *decoder)
         {&decoder->parts, decoder->threads * decoder->part_floats},
     };
     const int places = (int)(sizeof plan / sizeof *plan);
-    int64_t floats = 16;
+    int64_t floats = 0;
     for (int i = 0; i < places; i++) floats += plan[i].floats;
-    decoder->scratch = malloc((size_t)floats * sizeof(float));
+    decoder->scratch = cvxq_arena_new((size_t)floats * sizeof(float));
     if (decoder->scratch == NULL) return 1;
     decoder->scratch_floats = floats;
-    float *next = aligned(decoder->scratch);
+    float *next = decoder->scratch;
     for (int i = 0; i < places; i++) {
         *plan[i].place = next;
         next += plan[i].floats;
     }
     return 0;
+}
+
+static int64_t block_floats(const cvxq_decoder *decoder)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    return (int64_t)s->layers * s->kv_heads * CVXQ_BLOCK * (s->head_dim + padded(s->head_dim));
 }
 
 cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
@@ -126,19 +128,15 @@ cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
 void cvxq_decoder_free(cvxq_decoder *decoder)
 {
     if (decoder == NULL) return;
-    for (int i = 0; i < decoder->held; i++) free(decoder->memory[i]);
+    for (int i = 0; i < decoder->held; i++)
+        cvxq_arena_free(decoder->memory[i], (size_t)block_floats(decoder) * sizeof(float));
     free(decoder->memory);
     free(decoder->keys);
     free(decoder->values);
     free(decoder->layers);
-    free(decoder->scratch);
+    if (decoder->scratch != NULL)
+        cvxq_arena_free(decoder->scratch, (size_t)decoder->scratch_floats * sizeof(float));
     free(decoder);
-}
-
-static int64_t block_floats(const cvxq_decoder *decoder)
-{
-    const cvxq_decoder_shape *s = &decoder->shape;
-    return (int64_t)s->layers * s->kv_heads * CVXQ_BLOCK * (s->head_dim + padded(s->head_dim));
 }
 
 /* Hold keys and values of all layers for the first `positions` positions. */
@@ -149,9 +147,9 @@ static int hold(cvxq_decoder *decoder, int64_t positions)
     const int value_floats = CVXQ_BLOCK * padded(s->head_dim);
     while ((int64_t)decoder->held * CVXQ_BLOCK < positions) {
         const int block = decoder->held;
-        float *memory = calloc((size_t)block_floats(decoder) + 16, sizeof(float));
+        float *memory = cvxq_arena_new((size_t)block_floats(decoder) * sizeof(float));
         if (memory == NULL) return 1;
-        float *next = aligned(memory);
+        float *next = memory;
         for (int i = 0; i < s->layers * s->kv_heads; i++) {
             decoder->keys[(int64_t)i * decoder->blocks + block] = next;
             decoder->values[(int64_t)i * decoder->blocks + block] = next + key_floats;
@@ -306,7 +304,9 @@ static void attention(cvxq_decoder *decoder)
     run(decoder, prepare_rows, decoder->count == 1);
     const int64_t seen = decoder->start + decoder->count;
     const int64_t work = seen * decoder->count * s->heads * s->head_dim * 2;
+    const int64_t begin = now();
     run(decoder, attend_rows, work < SERIAL_PRODUCTS);
+    decoder->attended += now() - begin;
     multiply(decoder, &layer->o, 1, decoder->query, decoder->count, &decoder->branch);
 }
 
@@ -355,7 +355,9 @@ static void embed(cvxq_decoder *decoder, const int64_t *ids)
     const cvxq_decoder_shape *s = &decoder->shape;
     const int64_t all = (int64_t)decoder->count * s->embedding;
     float *target = s->project_in != NULL ? decoder->input : decoder->stream;
+    const int64_t begin = now();
     cvxq_rows(decoder->pool, s->embed, ids, decoder->count, target);
+    decoder->products += now() - begin;
     if (s->embedding_scale != 1.0f) decoder->math->scale(target, s->embedding_scale, (int)all);
     if (s->project_in != NULL)
         multiply(decoder, &s->project_in, 1, decoder->input, decoder->count, &decoder->stream);
@@ -432,9 +434,11 @@ int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int6
     return 0;
 }
 
-void cvxq_decoder_clock(const cvxq_decoder *decoder, int64_t *products, int64_t *total)
+void cvxq_decoder_clock(const cvxq_decoder *decoder, int64_t *products, int64_t *attention,
+                        int64_t *total)
 {
     *products = decoder->products;
+    *attention = decoder->attended;
     *total = decoder->total;
 }
 

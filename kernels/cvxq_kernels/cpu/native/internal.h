@@ -227,9 +227,6 @@ void cvxq_transposed_item(const cvxq_job *job, const cvxq_item *item, void *scra
 size_t cvxq_transposed_scratch(const cvxq_matrix *w);
 void cvxq_transposed_row(const cvxq_matrix *w, int64_t row, float *out);
 
-/* y[m, targets of the tile] = sums + mean + bias. */
-void cvxq_packed_store(const cvxq_job *job, int64_t tile, int64_t m, const float *sums, float mean);
-
 /* wide_amx.c: many inputs at once, for packed matrices with one order of columns. */
 typedef struct {
     uint16_t *high, *low; /* (padded M, pitch) bfloat16: inputs in order, what rounding left */

@@ -45,8 +45,7 @@ size_t cvxq_packed_scratch(const cvxq_matrix *w, int exact) {
     return lay_out(w, exact, NULL, &space);
 }
 
-void cvxq_packed_store(const cvxq_job *job, int64_t tile, int64_t m, const float *sums,
-                       float mean) {
+static void store(const cvxq_job *job, int64_t tile, int64_t m, const float *sums, float mean) {
     const cvxq_matrix *w = job->weight;
     const int32_t *targets = w->targets + tile * TILE;
     float *y = job->y + m * w->outputs;
@@ -119,7 +118,7 @@ void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, void *scratch)
                 ops->tile(w, cluster, &w->tiles[t], space.inputs, batch, space.sums);
             }
             for (int b = 0; b < batch; b++)
-                cvxq_packed_store(job, t, m + b, space.sums + b * TILE, space.inputs[b].mean);
+                store(job, t, m + b, space.sums + b * TILE, space.inputs[b].mean);
         }
     }
 }

@@ -285,6 +285,23 @@ TARGET static void multiply_tile(const cvxq_wide *wide, const cvxq_matrix *w,
     multiply_batch(b);
 }
 
+/* y of every input = sums + bias, each lane to its own output. */
+TARGET static void store_tile(const cvxq_job *job, int64_t tile, const float *sums) {
+    const cvxq_matrix *w = job->weight;
+    for (int strip = 0; strip < w->tiles[tile].strips; strip++) {
+        const __m512i target =
+            _mm512_loadu_si512(w->targets + tile * TILE + strip * STRIP);
+        const __mmask16 mask = _mm512_cmpge_epi32_mask(target, _mm512_setzero_si512());
+        __m512 bias = _mm512_setzero_ps();
+        if (w->bias) bias = _mm512_mask_i32gather_ps(bias, mask, target, w->bias, 4);
+        for (int64_t m = 0; m < job->m; m++) {
+            const __m512 sum = _mm512_loadu_ps(sums + m * TILE + strip * STRIP);
+            _mm512_mask_i32scatter_ps(job->y + m * w->outputs, mask, target,
+                                      _mm512_add_ps(sum, bias), 4);
+        }
+    }
+}
+
 TARGET void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
                            void *scratch) {
     const cvxq_matrix *w = job->weight;
@@ -298,7 +315,7 @@ TARGET void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvx
         b.strips = tile->strips;
         b.is_first = 1;
         multiply_tile(wide, w, &w->clusters[item->cluster], tile, item->cluster * w->inputs, &b);
-        for (int64_t m = 0; m < job->m; m++) cvxq_packed_store(job, t, m, b.sums + m * TILE, 0);
+        store_tile(job, t, b.sums);
     }
     _tile_release();
 }
