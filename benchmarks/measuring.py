@@ -123,7 +123,9 @@ class Bench:
         `windows` windows are used.
         """
         work.mkdir(parents=True, exist_ok=True)
-        self.model, self.name, self.work = str(model.resolve()), model.resolve().name, work
+        model = model.resolve()
+        self.model, self.work = str(model), work
+        self.name = model.parent.name if model.name == "model" else model.name
         self.original = load_checkpoint(self.model)
         subject = load_subject(self.model)
         self.tokenizer = subject.tokenizer
@@ -223,7 +225,7 @@ class Bench:
 
         sampling: None for a method that does without calibration.
         """
-        folder = self.work / "cvxq" / f"{self.name}-{name}"
+        folder = self.work / "cvxq" / f"{self.name}-{self.digest[:8]}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         file, stamp = folder / "model.cvxq", folder / "stamp.json"
         command = [sys.executable, "-m", "cvxq.cli", "convert", self.model, "-o", str(file)]
