@@ -90,8 +90,9 @@ def _round(session: Session, prompt: list[int], tokens: int) -> tuple[float, flo
 
 
 def overhead_seconds_per_layer(decoder: NativeDecoder, tokens: int) -> float:
-    """Seconds of decoding a token that one layer spends outside of matrix products, the mean over
-    `tokens` tokens.
+    """Seconds that one layer spends beside matrices and attention when a token is decoded.
+
+    The mean over `tokens` tokens.
     """
     decoder.rewind(0)
     decoder.feed([0])

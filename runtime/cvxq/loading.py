@@ -36,8 +36,8 @@ def load(
 
     weights: "packed" keeps matrices packed; "dense" expands all of them while loading and runs
     them through transformers, as does a dtype, the floating type to compute in (None: float32).
-    device: "cpu", "cuda" or "cuda:N".  threads: of the CPU, all cores if None.  check: compare
-    every tensor with its checksum as it is read (the header always is).
+    device: "cpu", "cuda" or "cuda:N".  threads: of the CPU, as many as help if None.
+    check: compare every tensor with its checksum as it is read (the header always is).
     Raises OSError when the file cannot be read, `cvxq_format.FormatError` when it is not a sound
     container, UnsupportedModelError when transformers lacks the architecture, and
     InconsistentFileError when tensors and architecture do not fit each other.

@@ -215,11 +215,13 @@ class Decoder:
                 f"below {self.shape.capacity}"
             )
 
-    def clock(self) -> tuple[float, float]:
-        """Seconds spent so far in matrix products, and altogether."""
-        products, total = ctypes.c_int64(), ctypes.c_int64()
-        self._library.cvxq_decoder_clock(self._handle, ctypes.byref(products), ctypes.byref(total))
-        return products.value / 1e9, total.value / 1e9
+    def clock(self) -> tuple[float, float, float]:
+        """Seconds spent so far with matrices, in attention, and altogether."""
+        products, attention, total = ctypes.c_int64(), ctypes.c_int64(), ctypes.c_int64()
+        self._library.cvxq_decoder_clock(
+            self._handle, ctypes.byref(products), ctypes.byref(attention), ctypes.byref(total)
+        )
+        return products.value / 1e9, attention.value / 1e9, total.value / 1e9
 
     @property
     def nbytes(self) -> int:
@@ -279,7 +281,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     ]
     clock = ctypes.POINTER(int64)
     library.cvxq_decoder_clock.restype = None
-    library.cvxq_decoder_clock.argtypes = [pointer, clock, clock]
+    library.cvxq_decoder_clock.argtypes = [pointer, clock, clock, clock]
     library.cvxq_decoder_bytes.restype = int64
     library.cvxq_decoder_bytes.argtypes = [pointer]
     return library

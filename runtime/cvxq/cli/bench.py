@@ -143,7 +143,7 @@ def describe_path(model: Model, tokens: int) -> dict[str, Any]:
 def describe(record: dict[str, Any]) -> list[str]:
     """Return the figures as lines for a reader."""
     peak, overhead = record["peak_memory_bytes"], record["overhead_seconds_per_layer"]
-    outside = [] if overhead is None else [f"layers   {1e6 * overhead:.1f} µs each beside products"]
+    outside = [] if overhead is None else [f"layers   {1e6 * overhead:.1f} µs each beside matrices"]
     return [
         f"load     {record['load_seconds']:.3f} s, {bytes_text(record['file_bytes'])} bytes, "
         f"weights {record['weights']}, {record['path']} path on {record['device']}, "

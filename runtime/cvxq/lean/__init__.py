@@ -16,7 +16,8 @@ __all__ = ["Decoder", "NotLeanError", "open_decoder"]
 def open_decoder(reader: Reader, device: str = "cpu", threads: int | None = None) -> Decoder:
     """Make the decoder of an open file; the file may be closed afterwards.
 
-    device: "cpu", "cuda" or "cuda:N", already checked; threads: of the CPU, all cores if None.
+    device: "cpu", "cuda" or "cuda:N", already checked; threads: of the CPU, as many as help if
+    None.
     Raises NotLeanError, with the reason in one line, where transformers has to run the model.
     """
     needed_part(reader, "config.json")

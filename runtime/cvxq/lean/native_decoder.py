@@ -18,6 +18,7 @@ from cvxq.lean.errors import NotLeanError
 from cvxq.lean.spec import DecoderSpec
 from cvxq.lean.weights import DecoderWeights, LayerWeights, read_floats
 
+BYTES_PER_THREAD = 4 << 20  # of a file: what a core reads in less time than threads take to meet
 CHUNK_TOKENS = 256  # read per call of a prompt; Ctrl-C is felt between two calls
 
 Floats = npt.NDArray[np.float32]
@@ -38,8 +39,8 @@ class NativeDecoder:
     ) -> None:
         """Repack the weights of the open file.
 
-        threads: all cores if None; chunk: tokens per call of a prompt; exact: products in float32
-        throughout, which is slow.  Raises NotLeanError where the native library is missing.
+        threads: as many as help if None; chunk: tokens per call of a prompt; exact: products in
+        float32 throughout, which is slow.  Raises NotLeanError without the native library.
         """
         if not cpu.is_available():
             raise NotLeanError(f"the native library is missing: {cpu.why_not()}")
@@ -48,7 +49,7 @@ class NativeDecoder:
         self.length = 0
         self.holder: ReferenceType[object] | None = None
         self.layers = spec.layers
-        self.threads = threads or available_cores()
+        self.threads = threads or useful_threads(reader.path.stat().st_size)
         self.chunk = min(chunk, spec.context)
         self.exact = exact
         pool = cpu.Pool(self.threads)
@@ -90,9 +91,9 @@ class NativeDecoder:
         self.length = min(self.length, length)
 
     def overhead_seconds(self) -> float:
-        """Seconds spent so far in the forward pass outside of matrix products."""
-        products, total = self._native.clock()
-        return total - products
+        """Seconds spent so far in the forward pass outside of matrix products and attention."""
+        products, attention, total = self._native.clock()
+        return total - products - attention
 
 
 def _dense(value: RawTensor) -> npt.NDArray[Any]:
@@ -102,11 +103,13 @@ def _dense(value: RawTensor) -> npt.NDArray[Any]:
     return value.to_float32().reshape(value.shape)
 
 
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def useful_threads(file_bytes: int) -> int:
+    """How many threads decode fastest: a core for every few megabytes of weights, all at most.
+
+    Threads meet a dozen times in a layer, which costs small models more than it gains.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, 1 + file_bytes // BYTES_PER_THREAD)
 
 
 class _Parts:
