@@ -36,7 +36,8 @@ _RUNNING = (
     click.option("--weights", type=click.Choice(["packed", "dense"]), default="packed",
                  show_default=True, help="Keep matrices packed in memory, or expand them once."),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: as many as help."),
+    click.option("--threads", type=click.IntRange(min=1),
+                 help="CPU threads; default: as many as help."),
 )  # fmt: skip
 
 
