@@ -94,6 +94,7 @@ def command(
         from cvxq_converter.page import write_report
 
         write_report(report, result.to_json(), summarize(output).record())
+        announce(f"report: {report / 'index.html'}")
     print_table(str(output), ("measure", "value"), closing_rows(result))
 
 
