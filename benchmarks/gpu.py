@@ -62,7 +62,8 @@ def convert_to(bits: int, model: Path, output: Path, **options: Any) -> dict[str
 
 def measure_kernels(dry: bool, seconds: float) -> None:
     """Let `gpu_kernels.py` print its tables; StepError if it fails or takes too long."""
-    words = [sys.executable, str(HERE / "gpu_kernels.py"), *(["--dry-run"] if dry else [])]
+    words = [sys.executable, str(HERE / "gpu_kernels.py"), "--minutes", f"{seconds / 60 - 0.3:.1f}"]
+    words += ["--dry-run"] if dry else []
     try:
         status = subprocess.run(words, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired:
@@ -209,7 +210,7 @@ def main() -> int:
             measure_decoding(shape, setting, device, work)
         if options.part != "decoding":
             say("\n## Kernels\n")
-            measure_kernels(dry, max(1.0, end - time.monotonic()))
+            measure_kernels(dry, max(60.0, end - time.monotonic()))
     except StepError as error:
         print(f"gpu: {error}", file=sys.stderr)
         return 1

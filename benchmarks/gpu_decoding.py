@@ -7,6 +7,7 @@ layers.  Each layer read is a copy of its own in the GPU's memory, so every byte
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import statistics
@@ -206,6 +207,7 @@ def _prompt(vocabulary: int, count: int) -> list[int]:
 
 def reset_peak(device: str) -> None:
     """Give unused memory back and forget the peak so far."""
+    gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -14,8 +14,8 @@ from cvxq_kernels.decode.norm import Norm
 
 _KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _PROGRAMS = 256  # of attention: about two for each multiprocessor of a large GPU
-_LONGEST_SPLIT = 64  # splits at most: their joining is one program's work
-_TEXT_BLOCK = 64  # tokens per step of a program
+_MOST_SPLITS = 64  # their joining is one program's work
+_TEXT_BLOCK = 32  # tokens per step of a program; with 64, registers spill
 _SMALLEST_TILE = 16  # of a matrix product
 
 
@@ -88,7 +88,7 @@ def attend_one(
     kv_heads, capacity, width = keys.shape
     heads = q.shape[1]
     group = heads // kv_heads
-    splits = triton.next_power_of_2(max(1, min(_LONGEST_SPLIT, _PROGRAMS // kv_heads)))
+    splits = triton.next_power_of_2(max(1, min(_MOST_SPLITS, _PROGRAMS // kv_heads)))
     block = max(_SMALLEST_TILE, triton.next_power_of_2(width))
     largest = torch.empty((heads, splits), dtype=torch.float32, device=q.device)
     total = torch.empty_like(largest)
@@ -102,7 +102,7 @@ def attend_one(
         BLOCK=block, LENGTH=_TEXT_BLOCK, num_warps=4,
     )  # fmt: skip
     kernel.join_kernel[(heads,)](
-        largest, total, partial, out, width, SPLITS=splits, BLOCK=block, num_warps=1
+        largest, total, partial, out, width, SPLITS=splits, BLOCK=block, num_warps=4
     )
     return out
 

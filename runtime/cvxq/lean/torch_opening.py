@@ -7,7 +7,7 @@ a device holds it to that).  The CUDA context itself, which no tensor shares, co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,25 @@ def open_torch_decoder(
         return GpuWeight.fused(weights, target)
 
     weights = load_weights(spec, found, reader, target, dtype, pack if keep_packed else None)
+    tune_alike(weights.multiplied(), dtype)
     return TorchDecoder(TorchNetwork(spec, weights, target, dtype))
+
+
+def tune_alike(weights: Iterable[Weight], dtype: torch.dtype) -> None:
+    """Choose how packed weights are multiplied by one row, measured once for each shape.
+
+    The first time on a device takes seconds, later ones recall what was found.
+    """
+    from cvxq_kernels.gpu import GpuWeight
+
+    first: dict[tuple[object, ...], GpuWeight] = {}
+    for weight in weights:
+        if isinstance(weight, GpuWeight):
+            alike = (weight.shape, weight.matrix.rows, weight.matrix.depths)
+            if alike not in first:
+                weight.tune((1,), dtype)
+                first[alike] = weight
+            weight.plans.update(first[alike].plans)
 
 
 def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:

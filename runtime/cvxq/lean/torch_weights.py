@@ -104,17 +104,19 @@ class TorchWeights:
 
     def matrix_bytes(self) -> int:
         """Bytes of device memory that the matrices take, shared ones once."""
-        return sum(weight.nbytes for weight in {*self._multiplied(), self.embedding})
+        return sum(weight.nbytes for weight in {*self.multiplied(), self.embedding})
 
     def bytes_per_token(self) -> int:
         """Bytes of matrices that predicting one token reads: all, but one row of embeddings."""
-        return sum(weight.nbytes for weight in self._multiplied())
+        return sum(weight.nbytes for weight in self.multiplied())
 
-    def _multiplied(self) -> set[Weight]:
+    def multiplied(self) -> list[Weight]:
+        """All weights that some input is multiplied by, in a fixed order."""
         linears = [self.project_in, self.project_out, self.head]
         for layer in self.layers:
             linears += [layer.qkv, layer.o, layer.up, layer.down]
-        return {weight for linear in linears if linear for weight in linear.weights}
+        found = [weight for linear in linears if linear for weight in linear.weights]
+        return list(dict.fromkeys(found))
 
 
 def load_weights(

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGETS = (80, 90, 100)
+DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
 @pytest.mark.slow
@@ -63,12 +64,12 @@ COMPILED: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
             **dict.fromkeys(("capacity", "width", "group", "window"), INT),
             "scale": "fp32", "cap": "fp32",
         },
-        {"SPLITS": 8, "WINDOW": True, "CAP": True, "ROWS": 16, "BLOCK": 128, "LENGTH": 64},
+        {"SPLITS": 8, "WINDOW": True, "CAP": True, "ROWS": 16, "BLOCK": 256, "LENGTH": 32},
     ),
     "join": (
         kernel.join_kernel,
         {**dict.fromkeys(("largest", "total", "partial"), FLOAT), "out": HALF, "width": INT},
-        {"SPLITS": 8, "BLOCK": 128},
+        {"SPLITS": 64, "BLOCK": 256},
     ),
     "activate": (
         kernel.activate_kernel,
@@ -80,13 +81,18 @@ COMPILED: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", sorted(COMPILED))
-def test_compiles_without_spilling(name: str, target: int) -> None:
+def test_compiles_without_spilling(name: str, target: int, tmp_path: Path) -> None:
     """Every kernel, with all its options on, compiles for each target and keeps to registers."""
     function, types, constants = COMPILED[name]
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(function, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32))
-    assert compiled.asm["cubin"]
-    assert ".local" not in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 48 * 1024 or name == "attend"
-    assert compiled.metadata.shared <= 100 * 1024
+    options = {"num_warps": 8 if name == "norm" else 4}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    code = tmp_path / "kernel.cubin"
+    code.write_bytes(compiled.asm["cubin"])
+    listing = subprocess.run(
+        [DISASSEMBLER, "-c", str(code)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "EXIT" in listing
+    assert "STL" not in listing  # stores to local memory are registers that spilled
+    assert compiled.metadata.shared <= 48 * 1024  # what every GPU has without asking

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,11 +13,14 @@ from cvxq.generate import generate_tokens
 from cvxq.lean.decoder import DrawingDecoder
 from cvxq.lean.spec import read_spec
 from cvxq.lean.torch_decoder import TorchDecoder
-from cvxq.lean.torch_opening import compute_dtype, open_torch_decoder
+from cvxq.lean.torch_opening import compute_dtype, open_torch_decoder, tune_alike
+from cvxq.lean.torch_weights import DenseWeight
 from cvxq.lean.weights import find_weights
 from cvxq.model import Model, NetworkOptions
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader
+from cvxq_kernels import gpu
+from cvxq_kernels.gpu.plan import Plan
 
 MakeFile = Callable[..., Any]
 PROMPT = [5, 17, 80, 33, 2, 41]
@@ -109,6 +112,38 @@ def test_speed_is_that_of_drawing(model: Model, monkeypatch: pytest.MonkeyPatch)
     assert len(drawn) == (1 + 4) + 2 * (1 + 6)
     assert speed.prefill.mean > 0
     assert speed.decode.mean > 0
+
+
+class Matrix(NamedTuple):
+    rows: int
+    depths: int
+
+
+def test_one_weight_of_each_kind_is_tuned() -> None:
+    """Measuring takes a device; how often it happens, and who shares the result, does not."""
+    tuned: list[object] = []
+
+    class Stand(gpu.GpuWeight):
+        def __init__(self, shape: tuple[int, int], depths: int) -> None:
+            self.matrix, self.plans = Matrix(64, depths), {}  # type: ignore[assignment]
+            self.size = shape
+
+        @property
+        def shape(self) -> tuple[int, int]:
+            return self.size
+
+        def tune(self, batches: Any, dtype: torch.dtype) -> None:
+            tuned.append((self.shape, self.matrix.depths, batches, dtype))
+            self.plans[1] = Plan("matvec", len(tuned))
+
+    weights = [Stand((8, 4), 3), Stand((8, 4), 3), Stand((8, 4), 7), Stand((4, 4), 3)]
+    dense = DenseWeight(torch.zeros(2, 2))
+    tune_alike([*weights, dense], torch.float16)
+    assert tuned == [
+        (shape, depths, (1,), torch.float16)
+        for shape, depths in (((8, 4), 3), ((8, 4), 7), ((4, 4), 3))
+    ]
+    assert [weight.plans[1].splits for weight in weights] == [1, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
