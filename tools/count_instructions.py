@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
 TILE_BATCH = 16
-ALL_DEPTHS = 0b111111110  # bit B for depth B
+LOW_DEPTHS, ALL_DEPTHS = 0b11110, 0b111111110  # bit B for depth B
 
 # Types of the kernels' parameters: one name, one type, in all of them.
 POINTERS = {
@@ -94,24 +94,24 @@ def matvec_variant(depths: int, rows: int, batch: int = 1) -> Variant:
 def gemm_variant(depths: int, rows: int, tile_batch: int = TILE_BATCH) -> Variant:
     """The GEMM for `tile_batch` rows of input and the depths whose bits are set."""
     constants = {
-        "MT": tile_batch, "BATCH": tile_batch, "ROWS": rows, "DEPTHS": depths, "SPLIT": True,
+        "MT": tile_batch, "ROWS": rows, "DEPTHS": depths, "SPLIT": True,
         "HAS_MEANS": False, "HAS_BIAS": False, "PTX": True,
     }  # fmt: skip
     return Variant(gemm_kernel, constants)
 
 
 def full_variants(rows: int) -> dict[str, Variant]:
-    """All kernels as a mixture of all depths uses them."""
+    """All kernels as a mixture of depths uses them: 1–4 where each depth is a loop of its own."""
     tile = {"ROWS": rows, "HAS_MEANS": True}
     return {
-        "matvec": matvec_variant(ALL_DEPTHS, rows),
-        "matvec of 4": matvec_variant(0b11110, rows, 4),
-        "gemm": gemm_variant(ALL_DEPTHS, rows),
+        "matvec": matvec_variant(LOW_DEPTHS, rows),
+        "matvec of 4": matvec_variant(LOW_DEPTHS, rows, 4),
+        "gemm": gemm_variant(LOW_DEPTHS, rows),
         "repack": Variant(repack_kernel, {"ROWS": rows}, 4),
         "expand": Variant(expand_kernel, tile | {"DEPTHS": ALL_DEPTHS, "NATURAL": True}, 4),
         "rows": Variant(rows_kernel, tile | {"WIDTH": 16}, 4),
         "means": Variant(means_kernel, {"WIDTH": WIDTH}, 4),
-        "transpose": Variant(transpose_kernel, {"BATCH": TILE_BATCH, "BLOCK": 1024}, 4),
+        "transpose": Variant(transpose_kernel, {"BLOCK": 1024}, 4),
     }
 
 
@@ -122,7 +122,7 @@ def compile_for(variant: Variant, arch: int) -> Any:
         name: "constexpr" if name in variant.constants else TYPES.get(name, "i32") for name in names
     }
     hint = [["tt.divisibility", 16]]
-    aligned = [n for n in names if signature[n].startswith("*")]
+    aligned = [n for n in names if signature[n].startswith("*") or n == "padded_batch"]
     source = ASTSource(
         variant.kernel, signature, variant.constants, {(names.index(n),): hint for n in aligned}
     )

@@ -23,11 +23,12 @@ from cvxq_kernels.gpu.snippets import permute
 
 @triton.jit
 def transpose_kernel(
-    x, x_stride, batch, columns, out, largest, BATCH: tl.constexpr, BLOCK: tl.constexpr
+    x, x_stride, batch, columns, out, largest, padded_batch, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out[k, m] = x[m, k] / largest[m], 0 for m ≥ batch; grid (BATCH, blocks of columns).
+    """out[k, m] = x[m, k] / largest[m], 0 for m ≥ batch; grid (padded_batch, blocks of columns).
 
-    x: (batch, columns); out: (columns, BATCH) float16; largest: (BATCH,) float32, 1 where x is 0.
+    x: (batch, columns); out: (columns, padded_batch) float16; largest: (padded_batch,) float32, 1
+    where x is 0.
     Every program finds the row's largest magnitude itself: cheaper than waiting for another.
     """
     m = tl.program_id(0)
@@ -42,7 +43,7 @@ def transpose_kernel(
     column = tl.program_id(1) * BLOCK + lane
     wanted = (column < columns) & (m < batch)
     value = tl.load(x + m * x_stride + column, mask=wanted, other=0).to(tl.float32) / top
-    tl.store(out + column * BATCH + m, value, mask=column < columns)
+    tl.store(out + column * padded_batch + m, value, mask=column < columns)
     tl.store(largest + m, top)
 
 
@@ -109,13 +110,14 @@ def _operand(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def gemm_kernel(
     words, tiles, runs, chunks, order, scale_codes, scales, half_words, halves, units, top, row_of,
-    x, largest, batch, means, clusters, bias, out, out_stride, partial, arrived, splits,
-    MT: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr,
+    x, largest, batch, padded_batch, means, clusters, bias, out, out_stride,
+    partial, arrived, splits, MT: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr,
     SPLIT: tl.constexpr, HAS_MEANS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """out[m, row_of[i]] for m < batch; grid (tiles, splits, BATCH // MT).
+    """out[m, row_of[i]] for m < batch; grid (tiles, splits, padded_batch // MT).
 
-    x: (K, BATCH) float16 and largest: (BATCH,) from `transpose_kernel`; the rest as in `matvec`.
+    x: (K, padded_batch) float16 and largest: (padded_batch,) float32, from `transpose_kernel`; the
+    rest as in `matvec`.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -150,7 +152,7 @@ def gemm_kernel(
                 column = tl.load(order + (entry >> 10) + lane, mask=inside, other=0)
                 code = tl.load(scale_codes + (chunk_base + chunk) * 32 + lane).to(tl.int32)
                 scale = (tl.load(scales + code, mask=inside, other=0) * unit).to(tl.float16)
-                acts = tl.load(x + column[:, None] * BATCH + m[None, :]) * scale[:, None]
+                acts = tl.load(x + column[:, None] * padded_batch + m[None, :]) * scale[:, None]
                 pointers = run + chunk * (depth * ROWS) + row
                 levels = _operand(pointers, halves, half_words + 8 * depth + zero, ROWS, depth, PTX)
                 total = tl.dot(tl.trans(acts), tl.trans(levels), total)
@@ -159,7 +161,7 @@ def gemm_kernel(
     padded = tl.num_programs(0) * ROWS
     place = m[:, None] * padded + (tile * ROWS + row)[None, :]
     if SPLIT:
-        tl.store(partial + split * (BATCH * padded) + place, total)
+        tl.store(partial + split * (padded_batch * padded) + place, total)
         tl.debug_barrier()
         counter = arrived + tl.program_id(2) * tl.num_programs(0) + tile
         if tl.atomic_add(counter, 1) != splits - 1:
@@ -167,7 +169,9 @@ def gemm_kernel(
         tl.store(counter, 0)
         total = tl.load(partial + place, cache_modifier=".cg")
         for other in range(1, splits):
-            total += tl.load(partial + other * (BATCH * padded) + place, cache_modifier=".cg")
+            total += tl.load(
+                partial + other * (padded_batch * padded) + place, cache_modifier=".cg"
+            )
     if HAS_MEANS:
         total += tl.load(means + m * clusters + cluster, mask=m < batch, other=0)[:, None]
     if HAS_BIAS:

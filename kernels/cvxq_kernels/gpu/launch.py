@@ -71,18 +71,18 @@ def gemm(
     transposed = work.take("transposed", inputs * batch, torch.float16)
     largest = work.take("largest", batch, torch.float32)
     transpose_kernel[(batch, triton.cdiv(inputs, TRANSPOSE_BLOCK))](
-        x, x.stride(0), len(x), inputs, transposed, largest, BATCH=batch, BLOCK=TRANSPOSE_BLOCK
+        x, x.stride(0), len(x), inputs, transposed, largest, batch, BLOCK=TRANSPOSE_BLOCK
     )
     means, clusters = _means(weight, x)
     grid = (tiles, plan.splits, batch // plan.tile_batch)
     gemm_kernel[grid](
         matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order, matrix.scale_codes,
         matrix.scales, matrix.half_words, matrix.halves, matrix.units, matrix.top, matrix.row_of,
-        transposed, largest, len(x), means, clusters, out if bias is None else bias,
+        transposed, largest, len(x), batch, means, clusters, out if bias is None else bias,
         out, out.stride(0),
         work.take("partial", plan.splits * batch * tiles * matrix.rows, torch.float32),
         work.take("arrived", tiles * grid[2], torch.int32), plan.splits,
-        MT=plan.tile_batch, BATCH=batch, ROWS=matrix.rows, DEPTHS=depth_set(matrix.depths),
+        MT=plan.tile_batch, ROWS=matrix.rows, DEPTHS=depth_set(matrix.depths),
         SPLIT=plan.splits > 1, HAS_MEANS=matrix.mean_codes is not None, HAS_BIAS=bias is not None,
         PTX=uses_ptx(weight.device), num_warps=1, num_stages=1,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def candidates(batch: int, tiles: int, chunks: int, processors: int) -> Iterator
     }  # fmt: skip
     if batch <= 2 * MATVEC_ROWS:
         for split in sorted(splits):
-            for unroll in (1, 2, 4):
+            for unroll in (2, 4):
                 yield Plan("matvec", split, unroll)
     widths = [width for width in (16, 32, 64) if width == 16 or width < 2 * batch]
     for split in sorted(splits):
