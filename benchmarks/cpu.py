@@ -67,14 +67,16 @@ def run(command: Sequence[object], **options: Any) -> str:
     return done.stdout
 
 
-def prepare(work: Path) -> tuple[list[Path], list[Path], LlamaCpp]:
+def prepare(
+    work: Path, rates: Sequence[float], types: Sequence[str]
+) -> tuple[list[Path], list[Path], LlamaCpp]:
     """Make whatever is missing: containers, GGUF files, llama.cpp; returns where they are."""
     model = work / "model"
     if not (model / "model.safetensors.index.json").exists():
         say("making the random model")
         run([sys.executable, BENCHMARKS / "random_model.py", model])
-    ours = [work / f"cvxq-{rate:g}.cvxq" for rate in RATES]
-    for rate, path in zip(RATES, ours, strict=True):
+    ours = [work / f"cvxq-{rate:g}.cvxq" for rate in rates]
+    for rate, path in zip(rates, ours, strict=True):
         if not path.exists():
             say(f"converting to {rate:g} bits")
             options = ["--bits", f"{rate:g}", "--calibration", "none"]
@@ -85,8 +87,8 @@ def prepare(work: Path) -> tuple[list[Path], list[Path], LlamaCpp]:
         say("making the GGUF file")
         module = [sys.executable, "-m", "peers.plain_gguf", model, source, peer.gguf_package]
         run(module, cwd=BENCHMARKS)
-    theirs = [work / f"{kind}.gguf" for kind in TYPES]
-    for kind, path in zip(TYPES, theirs, strict=True):
+    theirs = [work / f"{kind}.gguf" for kind in types]
+    for kind, path in zip(types, theirs, strict=True):
         if not path.exists():
             say(f"quantizing to {kind}")
             part = path.with_suffix(".part")
@@ -309,6 +311,8 @@ def page(kernel: list[str], rows: list[Row], bandwidth: float, threads: int, pee
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=WORK, help="folder of models (20 GB)")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="only these of ours")
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES, help="only these peers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prepare", action="store_true", help="only make what is missing")
     parser.add_argument("--kernel", action="store_true", help="only measure the products")
@@ -319,11 +323,11 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     if options.kernel:
-        ours = [path for rate in RATES if (path := options.work / f"cvxq-{rate:g}.cvxq").exists()]
+        ours = [options.work / f"cvxq-{rate:g}.cvxq" for rate in options.rates]
         theirs: list[Path] = []
         peer = None
     else:
-        ours, theirs, peer = prepare(options.work)
+        ours, theirs, peer = prepare(options.work, options.rates, options.types)
     if options.prepare:
         return 0
     pool = Pool(options.threads)
