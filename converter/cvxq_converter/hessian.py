@@ -96,7 +96,8 @@ def input_hessians(
     for matrix in matrices:
         stats = statistics.get(matrix.name)
         if stats is not None and stats.lookup_moment is not None:
-            found[matrix.name] = torch.from_numpy(stats.lookup_moment).to(matrix.parameter.device)
+            moment = torch.tensor(stats.lookup_moment, device=matrix.parameter.device)  # a copy
+            found[matrix.name] = moment
     users: dict[str, list[Matrix]] = {}
     for matrix in matrices:
         module, stats = matrix.input_module_name, statistics.get(matrix.name)
