@@ -10,6 +10,9 @@
 #include <arm_neon.h>
 
 #define TARGET
+#ifndef ONE_INPUT
+#define ONE_INPUT
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {

@@ -22,7 +22,7 @@ static void round_block(const float *y, int count, int depth, float unit, int64_
     for (int i = 0; i < BLOCK; i++) {
         const int32_t value = i < count && is_finite ? (int32_t)rintf(y[i] * inverse) : 0;
         const int32_t upper = depth <= NARROW ? value : (value + 128) >> 8;
-        const int32_t lower = value - (upper << 8);
+        const int32_t lower = value - upper * 256;
         high[i] = (int8_t)upper;
         if (depth > NARROW) low[i] = (int8_t)lower;
         sum += upper;
