@@ -245,6 +245,15 @@ def head(columns: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
 
 
+READING = """\
+Bits held per weight count everything that a product reads: codes padded to whole units, a byte for
+each group's scale, four bytes per row. The kernels' share of reading is a median over passes, each
+beside plain loads in the same second, because on a shared machine other tenants take bandwidth and
+clock. Bounds, counted in instructions: at depths 1 to 4 a product needs 2.3 to 2.7 vector
+instructions per 64 weights and waits for memory; at 7 and 8 it needs some ten, which is about what
+memory delivers. What remains is the rounding of the inputs for every cluster of 64 rows."""
+
+
 def model_line(row: Row, bandwidth: float) -> str:
     """One row of the table of models."""
     reading = row.decode[0] * row.file_bytes
@@ -295,7 +304,7 @@ def page(kernel: list[str], rows: list[Row], bandwidth: float, threads: int, pee
         f"Reading memory reached {bandwidth / GB:.1f} GB/s.",
     ]
     if kernel:
-        lines += ["", "## Products alone", "", *head(KERNEL_COLUMNS), *kernel]
+        lines += ["", "## Products alone", "", *head(KERNEL_COLUMNS), *kernel, "", READING]
     if rows:
         lines += ["", f"## Whole models, beside llama.cpp (llama-cpp-python {peer})", ""]
         lines += [f"{PROMPT} tokens of prompt, {TOKENS} generated, {REPEATS} repeats.", ""]

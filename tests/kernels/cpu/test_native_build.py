@@ -42,7 +42,21 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         pytest.skip("this compiler has no sanitizers")
     driver = tmp_path / "driver"
     sources = [*kernel_sources(), str(DRIVER)]
-    run([cc, *FLAGS, "-O1", "-g", "-DONE_INPUT", *checks, f"-I{NATIVE}", *sources, "-lm", "-o", str(driver)])
+    run(
+        [
+            cc,
+            *FLAGS,
+            "-O1",
+            "-g",
+            "-DONE_INPUT",
+            *checks,
+            f"-I{NATIVE}",
+            *sources,
+            "-lm",
+            "-o",
+            str(driver),
+        ]
+    )
     run([str(driver)])
 
 
