@@ -50,7 +50,10 @@ def _prologue(
         column = tl.load(order + (entry >> 10)[:, None] + lane, mask=valid, other=0)
         place = chunk[:, None] * 32 + lane
         code = tl.load(scale_codes + place, mask=inside[:, None], other=0)
-        scale = tl.load(scales + code.to(tl.int32))
+        # The hints are for Triton 3.6, which orders the lanes of gathers and of plain loads alike
+        # only if it believes in neighbours; without alignment it cannot merge them into one load.
+        scale = tl.load(scales + tl.max_contiguous(code.to(tl.int32), [1, 2]))
+        column = tl.max_contiguous(column, [1, 2])
         for m in tl.static_range(M):
             wanted = valid & (m < batch)
             value = tl.load(x + m * x_stride + column, mask=wanted, other=0).to(tl.float32) * scale
