@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -73,7 +73,8 @@ def measure(source: str, text: str, context: int, device: str) -> evaluate.Perpl
     """Perplexity over non-overlapping windows of `context` tokens."""
     subject = load_subject(source)
     windows = evaluate.windows(evaluate.token_ids(subject.tokenizer, text), context)
-    return evaluate.perplexity(subject.network.to(device), windows, show_progress)
+    network = cast(transformers.PreTrainedModel, subject.network)  # expanded weights need no lean decoder
+    return evaluate.perplexity(network.to(device), windows, show_progress)
 
 
 @dataclass(frozen=True)
