@@ -73,7 +73,8 @@ def measure(source: str, text: str, context: int, device: str) -> evaluate.Perpl
     """Perplexity over non-overlapping windows of `context` tokens."""
     subject = load_subject(source)
     windows = evaluate.windows(evaluate.token_ids(subject.tokenizer, text), context)
-    network = cast(transformers.PreTrainedModel, subject.network)  # expanded weights need no lean decoder
+    # With expanded weights, what predicts is always a network.
+    network = cast(transformers.PreTrainedModel, subject.network)
     return evaluate.perplexity(network.to(device), windows, show_progress)
 
 
