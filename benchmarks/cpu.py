@@ -15,6 +15,7 @@ weights per token times tokens per second, as a share of what plain loads reach 
 import argparse
 import datetime
 import json
+import math
 import subprocess
 import sys
 import time
@@ -125,34 +126,41 @@ def measure_ours(path: Path, weights: int, threads: int) -> Row:
 
 
 def measure_theirs(path: Path, weights: int, threads: int, peer: LlamaCpp) -> Row:
-    """One GGUF file with `llama-bench`, whose process is watched for its memory."""
+    """One GGUF file with `llama-bench`, whose process is watched for its memory.
+
+    Prefill is measured apart and is NaN where llama-bench crashes in it, as the version of 2026-11
+    does for types that it puts on AMX.
+    """
     command: list[object] = [peer.tool("llama-bench"), "-m", path, "-t", threads, "-o", "json"]
-    command += ["-p", PROMPT, "-n", TOKENS, "-r", REPEATS]
+    command += ["-r", REPEATS]
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, resident_bytes(process.pid))
-        time.sleep(0.05)
-    said = process.stdout.read() if process.stdout else b""
-    if process.returncode:
+    decode, peak = watch([*command, "-p", 0, "-n", TOKENS])
+    spent = time.perf_counter() - started
+    if decode is None:
         raise SystemExit(f"cpu: llama-bench failed on {path}")
-    results = {bool(entry["n_gen"]): entry for entry in json.loads(said)}
-    spent = sum(sum(entry["samples_ns"]) / 1e9 for entry in results.values())
-    warm_ups = sum(entry["avg_ns"] / 1e9 for entry in results.values() if not entry["n_gen"])
+    prefill, peak_prefill = watch([*command, "-p", PROMPT, "-n", 0])
     size = path.stat().st_size
-    decode, prefill = results[True], results[False]
     return Row(
         path.stem,
         8 * size / weights,
         size,
         (decode["avg_ts"], decode["stddev_ts"]),
-        (prefill["avg_ts"], prefill["stddev_ts"]),
-        peak,
-        max(0.0, time.perf_counter() - started - spent - warm_ups),
+        (prefill["avg_ts"], prefill["stddev_ts"]) if prefill else (math.nan, math.nan),
+        max(peak, peak_prefill),
+        max(0.0, spent - sum(decode["samples_ns"]) / 1e9),
     )
+
+
+def watch(command: Sequence[object]) -> tuple[dict[str, Any] | None, int]:
+    """Run llama-bench for one measurement: what it reports, None if it fails, and peak memory."""
+    words = [str(word) for word in command]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, resident_bytes(process.pid))
+        time.sleep(0.05)
+    said = process.stdout.read() if process.stdout else b""
+    return (None if process.returncode else json.loads(said)[0]), peak
 
 
 def resident_bytes(process: int) -> int:
@@ -257,10 +265,12 @@ memory delivers. What remains is the rounding of the inputs for every cluster of
 def model_line(row: Row, bandwidth: float) -> str:
     """One row of the table of models."""
     reading = row.decode[0] * row.file_bytes
+    is_measured = not math.isnan(row.prefill[0])
+    prefill = f"{row.prefill[0]:.0f} ± {row.prefill[1]:.0f}" if is_measured else "crashes"
     return (
         f"| {row.name} | {row.bits:.2f} | {row.file_bytes / 1e6:.0f} "
         f"| {row.decode[0]:.1f} ± {row.decode[1]:.1f} | {reading / GB:.1f} "
-        f"| {reading / bandwidth:.0%} | {row.prefill[0]:.0f} ± {row.prefill[1]:.0f} "
+        f"| {reading / bandwidth:.0%} | {prefill} "
         f"| {row.resident_bytes / 1e6:.0f} | {row.load_seconds:.2f} |"
     )
 
@@ -275,7 +285,7 @@ def claims(rows: Sequence[Row]) -> list[str]:
         if rate in ours and peers:
             best = max(peers, key=lambda row: row.decode[0])
             ratio = ours[rate].decode[0] / best.decode[0]
-            quick = max(row.prefill[0] for row in peers)
+            quick = max((row.prefill[0] for row in peers if row.prefill[0] > 0), default=math.nan)
             lines.append(
                 f"- {rate} bits: decodes {ratio:.2f} times as fast as {best.name} (wanted "
                 f"{factor}), prefill {ours[rate].prefill[0] / quick:.2f} times the fastest"
