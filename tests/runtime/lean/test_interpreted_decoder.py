@@ -12,6 +12,7 @@ import pytest
 
 @pytest.mark.slow
 def test_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
     file = Path(__file__).with_name("interpreted_decoder.py")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],

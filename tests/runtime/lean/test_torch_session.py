@@ -19,8 +19,6 @@ from cvxq.lean.weights import find_weights
 from cvxq.model import Model, NetworkOptions
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader
-from cvxq_kernels import gpu
-from cvxq_kernels.gpu.plan import Plan
 
 MakeFile = Callable[..., Any]
 PROMPT = [5, 17, 80, 33, 2, 41]
@@ -121,6 +119,10 @@ class Matrix(NamedTuple):
 
 def test_one_weight_of_each_kind_is_tuned() -> None:
     """Measuring takes a device; how often it happens, and who shares the result, does not."""
+    pytest.importorskip("triton")
+    from cvxq_kernels import gpu
+    from cvxq_kernels.gpu.plan import Plan
+
     tuned: list[object] = []
 
     class Stand(gpu.GpuWeight):
