@@ -1,9 +1,9 @@
 """A Llama's tokenizer.model through sentencepiece, to the same tokens as transformers gives.
 
 transformers turns the model into a byte-pair encoder of its own, which differs from sentencepiece
-around it: spaces are kept as they are; one is put in front of a text (with `legacy`, of every
-stretch between special tokens) unless there is one; special tokens written in a text count as such;
-decoding is done by the `tokenizers` library.
+around it: spaces are kept as they are; one is put in front of a text unless there is one; special
+tokens written in a text count as such; decoding is done by the `tokenizers` library.  With the old
+behaviour (`legacy`), its versions differ among themselves.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ class PieceCodec:
         whole: Mapping[str, int],
         begin: list[int],
         end: list[int],
-        every_stretch: bool,
     ) -> None:
-        """Put `begin` and `end` around texts; see the module for `every_stretch`.
+        """Put `begin` and `end` around texts.
 
         special, whole: tokens that texts are cut at, with their ids; whole ones are ordinary text.
         """
@@ -39,7 +38,6 @@ class PieceCodec:
         self._special = dict(special)
         self._ids = frozenset(special.values())
         self._begin, self._end = begin, end
-        self._every_stretch = every_stretch
         self._cuts = {**special, **whole}
         longest_first = sorted(self._cuts, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
@@ -60,8 +58,7 @@ class PieceCodec:
             if stretch in self._cuts:
                 ids.append(self._cuts[stretch])
             elif stretch:
-                leads = index == 0 or self._every_stretch
-                if leads and not stretch.startswith((" ", _SPACE)):
+                if index == 0 and not stretch.startswith((" ", _SPACE)):
                     stretch = " " + stretch
                 ids += self._processor.encode(stretch)
         return ids + self._end if add_special_tokens else ids
@@ -85,7 +82,9 @@ def read_piece_codec(
 ) -> PieceCodec | None:
     """Read a tokenizer.model, or return None for one that transformers treats in another way."""
     kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
-    if kind != "LlamaTokenizer" or model_type != "llama" or config.get("add_prefix_space"):
+    if kind != "LlamaTokenizer" or model_type != "llama":
+        return None
+    if config.get("legacy") is not False or config.get("add_prefix_space") is not None:
         return None
     proto = sentencepiece_model_pb2.ModelProto()
     try:
@@ -110,8 +109,7 @@ def read_piece_codec(
         [special[named[f"{name}_token"]]] if config.get(f"add_{name}_token", default) else []
         for name, default in (("bos", True), ("eos", False))
     ]
-    legacy = bool(config.get("legacy", False))
-    return PieceCodec(processor, special, whole, ends[0], ends[1], legacy)
+    return PieceCodec(processor, special, whole, ends[0], ends[1])
 
 
 def _is_plain(proto: Any) -> bool:
