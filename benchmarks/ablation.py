@@ -12,7 +12,7 @@ import argparse
 import datetime
 import platform
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from cvxq.evaluate import divergence, token_ids, windows
 from cvxq_converter.calibration import CalibrationOptions, make_sequences
 from cvxq_converter.checkpoint import load_network, load_tokenizer, open_source
 from cvxq_converter.correction import install
+from cvxq_converter.hessian import Feedback
 from cvxq_converter.iteration import make_plan, quantize_network
 from cvxq_converter.job import split_sequences
 from cvxq_converter.loaded import LoadedModel, load_model
@@ -29,9 +30,20 @@ from cvxq_converter.preflight import calibration_amount
 from cvxq_converter.quality import Reference, make_reference
 from cvxq_converter.stages import Stages
 from cvxq_converter.statistics import MatrixStatistics, measure, measure_groups
+from cvxq_converter.teaching import Lesson, make_lessons
+from cvxq_converter.tuning import tune
 
 ROOT = Path(__file__).resolve().parent.parent
-Calibrated = tuple[dict[str, MatrixStatistics], Reference]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was measured with one kind of calibration, and the original's predictions."""
+
+    statistics: dict[str, MatrixStatistics]
+    reference: Reference | None = None
+    feedback: Feedback | None = None
+    lessons: list[Lesson] = field(default_factory=list)
 
 
 def variants(text: str | None) -> dict[str, dict[str, object]]:
@@ -44,6 +56,9 @@ def variants(text: str | None) -> dict[str, dict[str, object]]:
         "bound 1/5": {"largest_error": 0.2},
         "bound 1/10": {"largest_error": 0.1},
         "compander's levels, not fitted": {"levels": "compander"},
+        "no error feedback": {"feedback": False},
+        "no error feedback, full gain (p = 1)": {"feedback": False, "gain": 1.0},
+        "tuned, 60 steps": {"tune": 60},
         "no gain (p = 0)": {"gain": 0.0},
         "half gain (p = ½)": {"gain": 0.5},
         "full gain (p = 1)": {"gain": 1.0},
@@ -91,20 +106,24 @@ class Bench:
             )
         return self._sequences[calibration]
 
-    def calibrated(
-        self, options: ConversionOptions
-    ) -> tuple[dict[str, MatrixStatistics], Reference | None]:
-        """Statistics of the original and the reference for the gain."""
+    def calibrated(self, options: ConversionOptions) -> Calibrated:
+        """Statistics of the original, the reference for the gain, and what is learnt from."""
         if options.calibration == "none":
-            return {}, None
+            return Calibrated({})
         key = (options.calibration, options.metric)
         if key not in self._calibrated:
             training, held = split_sequences(self.sequences(options.calibration))
             self.loaded.restore()
+            network = self.loaded.network
             statistics = measure(
-                self.loaded.network, self.loaded.matrices, training, options.metric, options.seed
+                network, self.loaded.matrices, training, options.metric, options.seed
             )
-            self._calibrated[key] = statistics, make_reference(self.loaded.network, held)
+            self._calibrated[key] = Calibrated(
+                statistics,
+                make_reference(network, held),
+                Feedback(self.loaded, training, statistics),
+                make_lessons(network, training),
+            )
         return self._calibrated[key]
 
     def _group_sensitivities(
@@ -122,7 +141,9 @@ class Bench:
         """KL (mean ± standard error) of one variant at one rate, as text."""
         by_group = bool(changes.pop("measured_groups", False))
         options = replace(self.options, bits=bits, **changes)  # type: ignore[arg-type]
-        statistics, reference = self.calibrated(options)
+        calibrated = self.calibrated(options)
+        statistics, reference = calibrated.statistics, calibrated.reference
+        feedback = calibrated.feedback
         stages = Stages(None)
         groups = self._group_sensitivities(statistics, options) if by_group else None
         for iteration in range(options.iterations):
@@ -135,9 +156,14 @@ class Bench:
                     options.metric,
                     options.seed,
                 )
+                feedback = Feedback(self.loaded, training, statistics)
             result = quantize_network(
-                self.loaded, statistics, reference, options, stages, _no_size, groups
+                self.loaded, statistics, reference, options, stages, _no_size, groups, feedback
             )
+        if options.tune and reference is not None:
+            steps, seed = options.tune, options.seed
+            lessons = calibrated.lessons
+            tune(self.loaded, result, lessons, reference, steps, seed, lambda *_: None)
         if reference is None:  # then the job leaves the network alone
             with torch.no_grad():
                 install(self.loaded, result.tensors, result.codebook, {}, [], options)
