@@ -47,7 +47,7 @@ from cvxq_converter.prediction import predict_curve
 from cvxq_converter.preflight import Preflight, preflight, refuse_what_cannot_fit
 from cvxq_converter.quality import LOGIT_LIMIT, Reference, divergence, make_reference
 from cvxq_converter.report import ConversionReport
-from cvxq_converter.rtn import quantize_rtn, rtn_codebook
+from cvxq_converter.rtn import quantize_network_rtn
 from cvxq_converter.stages import Progress, Stages
 from cvxq_converter.statistics import MatrixStatistics, measure
 from cvxq_converter.target import Target, TargetResult, search_rate
@@ -110,7 +110,7 @@ def convert(
         loaded = load_model(source, options)
     if options.method == "rtn":
         prepared = Prepared(loaded, torch.empty(0, 0, dtype=torch.int64), {}, None, None)
-        outcome = Outcome(_round_to_nearest(loaded, options, stages))
+        outcome = Outcome(quantize_network_rtn(loaded, options, stages))
     else:
         prepared = prepare(loaded, options, estimate, measurement, stages)
         if options.seeks_rate:
@@ -393,22 +393,3 @@ def _write_empty(
 ) -> None:
     report = make_report(prepared.loaded, empty, prepared.sequences, options)
     write_result(path, prepared.loaded, empty, prepared.sequences, options, report)
-
-
-@torch.no_grad()
-def _round_to_nearest(loaded: LoadedModel, options: ConversionOptions, stages: Stages) -> Quantized:
-    if options.bits is None or options.bits not in range(1, 9):
-        raise ConversionError("--method rtn takes whole --bits from 1 to 8, of the codes alone")
-    codebook = rtn_codebook()
-    tensors = {}
-    with stages.stage("quantize") as done:
-        for i, matrix in enumerate(loaded.matrices):
-            tensors[matrix.name] = quantize_rtn(
-                loaded.originals[matrix.name].cpu(),
-                int(options.bits),
-                options.group_size,
-                codebook,
-                matrix.source_orientation,
-            )
-            done(i + 1, len(loaded.matrices))
-    return Quantized(tensors, codebook)

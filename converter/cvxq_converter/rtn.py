@@ -15,6 +15,11 @@ from cvxq_format import Codebook, CompandedTensor, pack_codes
 from cvxq_converter.allocation import MODEL_THRESHOLDS, UNITS_PER_BIT
 from cvxq_converter.clustering import cluster_bounds
 from cvxq_converter.companding import scale_table
+from cvxq_converter.errors import ConversionError
+from cvxq_converter.iteration import Quantized
+from cvxq_converter.loaded import LoadedModel
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.stages import Stages
 
 SCALE_BITS = 8
 STEPS_PER_OCTAVE = 16
@@ -99,3 +104,25 @@ def quantize_rtn(
         permutation=None,
         packed_codes=pack_codes(codes.numpy()[None], depths, group_size, 1),
     )
+
+
+@torch.no_grad()
+def quantize_network_rtn(
+    loaded: LoadedModel, options: ConversionOptions, stages: Stages
+) -> Quantized:
+    """Quantize every matrix of a network; ConversionError unless the depth is a whole number."""
+    if options.bits is None or options.bits not in range(1, 9):
+        raise ConversionError("--method rtn takes whole --bits from 1 to 8, of the codes alone")
+    codebook = rtn_codebook()
+    tensors = {}
+    with stages.stage("quantize") as done:
+        for i, matrix in enumerate(loaded.matrices):
+            tensors[matrix.name] = quantize_rtn(
+                loaded.originals[matrix.name].cpu(),
+                int(options.bits),
+                options.group_size,
+                codebook,
+                matrix.source_orientation,
+            )
+            done(i + 1, len(loaded.matrices))
+    return Quantized(tensors, codebook)
