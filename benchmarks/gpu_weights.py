@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def copies(weight: GpuWeight, least_bytes: int) -> list[GpuWeight]:
     result = [weight]
     while len(result) * weight.nbytes < least_bytes:
         matrix = weight.matrix
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.clone()
             for field in fields(matrix)
             if isinstance(value := getattr(matrix, field.name), torch.Tensor)
