@@ -14,7 +14,7 @@ help:
 	@echo 'make clean    remove the environment and whatever was made'
 
 environment:
-	@$(PYTHON) tools/setup.py --venv $(VENV)
+	@$(PYTHON) tools/make_environment.py --venv $(VENV)
 
 demo: environment
 	$(RUN)/cvxq convert demo/model -o demo/demo.cvxq --bits 3 --report demo/report

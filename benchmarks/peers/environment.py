@@ -10,7 +10,7 @@ TOOLS = HERE.parent.parent / "tools"
 if str(TOOLS) not in sys.path:
     sys.path.append(str(TOOLS))
 
-from setup import (  # noqa: E402 (found through the line above)
+from make_environment import (  # noqa: E402 (found through the line above)
     DISK_CPU,
     Environment,
     SetupError,

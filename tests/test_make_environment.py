@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "setup.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "make_environment.py"
 GB = 10**9
 
 

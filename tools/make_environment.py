@@ -1,6 +1,6 @@
 """Make or refresh the virtual environment that the Makefile's targets run in.
 
-    python3 tools/setup.py [--venv .venv]
+    python3 tools/make_environment.py [--venv .venv]
 
 Needs nothing but Python's standard library. The environment is stamped with a digest of
 pyproject.toml, setup.py, the native sources, constraints.txt and this file: an unchanged one is
