@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cvxq_converter.loaded import LoadedModel
@@ -29,6 +32,7 @@ from cvxq_converter.sums import MatrixStatistics
 
 MEMORY = 4 << 30  # bytes of Hessians, float32, held at once; one matrix is always allowed
 Progress = Callable[[int, int], None]
+SMALLEST_SHARE = 1e-6  # of a column's input that is taken to remain unexplained
 
 
 class _AllSeenError(Exception):
@@ -55,12 +59,34 @@ class Feedback:
         self._statistics = statistics
         self._memory = memory
         self._factors: dict[str, InverseFactor] = {}
+        self._foresights: dict[str, NDArray[np.float64]] = {}
 
     def factor(self, name: str) -> InverseFactor | None:
         """The factor for one matrix; None for one that nothing was measured of."""
         if name not in self._factors:
             self._prepare(name)
         return self._factors.get(name)
+
+    def foresee(
+        self, statistics: Mapping[str, MatrixStatistics], progress: Progress | None = None
+    ) -> dict[str, MatrixStatistics]:
+        """Statistics for the allocation: columns whose errors others make up for count for less.
+
+        By the root of what remains unexplained, and within each matrix only: docs/decisions/0005.
+        """
+        foreseen = dict(statistics)
+        for done, (name, stats) in enumerate(statistics.items(), start=1):
+            if name not in self._foresights:
+                factor = self.factor(name)
+                if factor is not None:
+                    share = factor.unexplained.clamp(SMALLEST_SHARE, 1)
+                    self._foresights[name] = share.double().sqrt().cpu().numpy()
+            if name in self._foresights:
+                columns = stats.column_sensitivity * self._foresights[name]
+                foreseen[name] = replace(stats, column_sensitivity=columns)
+            if progress is not None:
+                progress(done, len(statistics))
+        return foreseen
 
     def _prepare(self, name: str) -> None:
         """Make the factors of this matrix and of those that follow, as many as fit."""

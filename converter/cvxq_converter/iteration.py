@@ -70,16 +70,21 @@ def quantize_network(
         return loaded.originals[plan.matrix.name]
 
     gained = layers_to_gain_bias(loaded, statistics, options)
+    feedback = feedback if options.feedback else None
+    foreseen = statistics
+    if feedback:
+        with stages.stage("hessians") as done:
+            foreseen = feedback.foresee(statistics, done)
     with stages.stage("allocate") as done:
         plans = []
         for i, matrix in enumerate(loaded.matrices):
             groups = (group_sensitivities or {}).get(matrix.name)
-            plans.append(make_plan(loaded, matrix, statistics, options, groups))
+            plans.append(make_plan(loaded, matrix, foreseen, options, groups))
             done(i + 1, len(loaded.matrices))
         thresholds = depth_thresholds(plans, weight_of, options)
         allocation = _allocate(loaded, plans, thresholds, gained, options, write_empty)
     with stages.stage("quantize") as done:
-        factor_of = feedback.factor if feedback and options.feedback else lambda _: None
+        factor_of = feedback.factor if feedback else lambda _: None
         encoded = encode_matrices(
             plans, weight_of, allocation, thresholds, options, done, factor_of
         )

@@ -377,8 +377,10 @@ def _measure(
 
 
 def _plans(prepared: Prepared, options: ConversionOptions) -> list[MatrixPlan]:
-    loaded = prepared.loaded
-    return [make_plan(loaded, m, prepared.statistics, options) for m in loaded.matrices]
+    loaded, statistics = prepared.loaded, prepared.statistics
+    if prepared.feedback is not None and options.feedback:
+        statistics = prepared.feedback.foresee(statistics)
+    return [make_plan(loaded, m, statistics, options) for m in loaded.matrices]
 
 
 def _predict(prepared: Prepared, plans: list[MatrixPlan], options: ConversionOptions) -> Curve:

@@ -53,10 +53,13 @@ class InverseFactor:
     """U with (P H Pᵀ + damping)⁻¹ = Uᵀ U, the columns of H being put in the order P.
 
     order: (K,) int64, falling diagonal of H; factor: (K, K) float32 upper triangular.
+    unexplained: (K,) float32, columns as in H: the share of each column's input that those after
+    it in the order cannot make up for.
     """
 
     order: torch.Tensor
     factor: torch.Tensor
+    unexplained: torch.Tensor
 
     @classmethod
     def of(cls, hessian: torch.Tensor) -> InverseFactor:
@@ -74,7 +77,9 @@ class InverseFactor:
         upper = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)
         identity = torch.eye(len(order), dtype=torch.float64, device=hessian.device)
         factor = torch.linalg.solve_triangular(upper, identity, upper=True)
-        return cls(order, factor.float())
+        unexplained = torch.empty_like(diagonal)
+        unexplained[order] = (upper.diagonal().square() / ordered.diagonal()).float()
+        return cls(order, factor.float(), unexplained)
 
 
 def means_pay(mean: torch.Tensor, mean_square: torch.Tensor, group_size: int) -> bool:

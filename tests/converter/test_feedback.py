@@ -198,6 +198,32 @@ def test_little_memory_takes_more_passes_and_gives_the_same(case: Case) -> None:
         assert len(piecewise._factors) == 1
 
 
+def test_columns_that_others_make_up_for_count_for_less(case: Case) -> None:
+    feedback = Feedback(case.loaded, case.sequences, case.statistics)
+    foreseen = feedback.foresee(case.statistics)
+    for matrix in case.loaded.matrices:
+        factor = feedback.factor(matrix.name)
+        assert factor is not None
+        before, after = case.statistics[matrix.name], foreseen[matrix.name]
+        assert np.array_equal(after.row_sensitivity, before.row_sensitivity)
+        share = after.column_sensitivity / before.column_sensitivity
+        assert (share <= 1).all()
+        last = factor.order[-1]  # nothing follows it
+        assert share[last] == pytest.approx(1, rel=1e-5)
+        assert share.min() < 0.9
+
+
+def test_the_unexplained_share_is_the_residual_of_a_regression() -> None:
+    hessian = random_hessian(5, 6, 6)
+    found = InverseFactor.of(hessian)
+    damped = hessian.double() + DAMPING * float(hessian.diagonal().double().mean()) * torch.eye(6)
+    first, rest = found.order[0], found.order[1:]
+    cross = damped[first, rest]
+    explained = cross @ torch.linalg.solve(damped[rest][:, rest], cross)
+    residual = 1 - explained / damped[first, first]
+    assert float(found.unexplained[first]) == pytest.approx(float(residual), rel=1e-4)
+
+
 def test_what_was_never_measured_has_no_factor(case: Case) -> None:
     name = case.loaded.matrices[0].name
     bare = replace(case.statistics[name], token_weights=None, lookup_moment=None)

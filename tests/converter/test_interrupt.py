@@ -46,7 +46,8 @@ def assert_untouched(output: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["load", "calibrate", "measure", "allocate", "quantize", "correct", "write"]
+    "stage",
+    ["load", "calibrate", "measure", "hessians", "allocate", "quantize", "correct", "write"],
 )
 def test_ctrl_c_in_any_stage(stage: str, save_network: Save, output: Path) -> None:
     def interrupt(current: str, done: int, total: int) -> None:
