@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cvxq_converter.bias import BIAS_BITS, gained_bias_pays, output_shift
-from cvxq_converter.correction import _to_16_bits
+from cvxq_converter.correction import to_16_bits
 from cvxq_converter.statistics import MatrixStatistics
 
 
@@ -35,7 +35,7 @@ def test_the_mean_output_of_a_batch_comes_back(seed: int) -> None:
     bias = rng.normal(0, 1, 16).astype(np.float16).astype(np.float64)
     mean = batch.mean(0).astype(np.float32)
     shift = output_shift(torch.from_numpy(weight), torch.from_numpy(quantized), mean)
-    corrected = _to_16_bits(torch.from_numpy(bias).float() - shift).double().numpy()
+    corrected = to_16_bits(torch.from_numpy(bias).float() - shift).double().numpy()
     before = (batch @ quantized.T + bias - (batch @ weight.T + bias)).mean(0)
     after = (batch @ quantized.T + corrected - (batch @ weight.T + bias)).mean(0)
     assert np.abs(before).max() > 0.05
@@ -44,8 +44,8 @@ def test_the_mean_output_of_a_batch_comes_back(seed: int) -> None:
 
 
 def test_biases_too_large_for_float16_become_bfloat16() -> None:
-    assert _to_16_bits(torch.tensor([1.0, 70000.0])).tolist() == [1.0, 70144.0]
-    assert _to_16_bits(torch.tensor([1.0009765625])).tolist() == [1.0009765625]
+    assert to_16_bits(torch.tensor([1.0, 70000.0])).tolist() == [1.0, 70144.0]
+    assert to_16_bits(torch.tensor([1.0009765625])).tolist() == [1.0009765625]
 
 
 def test_a_new_bias_pays_where_the_mean_carries_the_input() -> None:
