@@ -305,7 +305,7 @@ def seek(
 
     best, trials = search_rate(target, curve, attempt)
     if best is not trials[-1]:
-        attempt(best.rate_bits_per_weight)
+        made[:] = [quantize(prepared, options.at_rate(best.rate_bits_per_weight), stages)]
     found = TargetResult(target.option, target.asked, best.achieved, len(trials))
     return Outcome(made[0], found, curve.with_trials(trials))
 

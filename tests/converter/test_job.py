@@ -203,7 +203,7 @@ def test_the_file_runs_as_the_network_with_dequantized_weights(
     assert not verify(path)
     expected = dequantized(folder, path)
     original = AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    with torch.no_grad(), cvxq.load(path) as model:
+    with torch.no_grad(), cvxq.load(path, weights="dense") as model:  # the packed one rounds inputs
         logits = model.network(tokens(), use_cache=False).logits
         reference = expected(tokens(), use_cache=False).logits
         first = original(tokens(), use_cache=False).logits
@@ -374,9 +374,9 @@ def test_what_was_felt_before_a_matrix_was_pruned_still_holds(
         measured.append(found)
         return found
 
-    def note(loaded: Any, statistics: Any, *rest: Any) -> Any:
+    def note(loaded: Any, statistics: Any, *rest: Any, **named: Any) -> Any:
         used.append(dict(statistics))
-        return quantize_network(loaded, statistics, *rest)
+        return quantize_network(loaded, statistics, *rest, **named)
 
     monkeypatch.setattr("cvxq_converter.job.measure", measure_less)
     monkeypatch.setattr("cvxq_converter.job.quantize_network", note)
