@@ -41,7 +41,7 @@ def quantized(
     rng = np.random.default_rng(depth)
     levels = book.levels[depth - 1]
     base = make((ROWS, COLUMNS), seed=depth, group_size=64, means=False, permuted=False)
-    scales = base.scales(book)[0].repeat(64, axis=0).astype(np.float64)
+    scales = base.scales(book)[0].repeat(base.cluster_rows(), axis=0).astype(np.float64)
     weights = rng.standard_normal((ROWS, COLUMNS))
     codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, weights).astype(np.uint8)
     depths = np.full_like(base.depths, depth)

@@ -25,6 +25,7 @@ from cvxq_kernels import cpu
 pytestmark = pytest.mark.skipif(not cpu.is_available(), reason=cpu.why_not())
 
 MakeFile = Callable[..., Any]
+PRODUCT_ERROR = 0.03  # of packed weights, which round their inputs to 8 bits; share of the norm
 PROMPT = [5, 17, 80, 33, 2, 41]
 
 
@@ -87,7 +88,8 @@ def test_an_unknown_config_field_takes_the_transformers_path(make_file: MakeFile
         tokens = torch.tensor([PROMPT])
         with torch.inference_mode():
             expected = made.network(input_ids=tokens).logits[0, -1].numpy()
-        np.testing.assert_allclose(model.session().resume(PROMPT), expected, atol=1e-4, rtol=0)
+        found = np.asarray(model.session().resume(PROMPT))
+        assert np.linalg.norm(found - expected) <= PRODUCT_ERROR * np.linalg.norm(expected)
 
 
 def test_without_the_library_transformers_runs(
@@ -111,4 +113,4 @@ def test_the_network_is_there_for_who_asks(weights: Any, make_file: MakeFile) ->
         with torch.inference_mode():
             found = model.network(input_ids=tokens).logits
             expected = made.network(input_ids=tokens).logits
-        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+        assert (found - expected).norm() <= PRODUCT_ERROR * expected.norm()
