@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from cvxq_format import CompandedTensor, Reader
 from cvxq_kernels.cpu import Matrix, Pool, isa
-from cvxq_kernels.cpu.library import native
+from cvxq_kernels.cpu.loader import native
 from cvxq_kernels.cpu.matrix import matmul_many
 from packing import cpu_name
 from peers.llamacpp import FOLDER, LlamaCpp, build

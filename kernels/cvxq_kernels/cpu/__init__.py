@@ -8,7 +8,7 @@
 wraps it. Where the library is missing, `is_available()` is false and `why_not()` says what to do.
 """
 
-from cvxq_kernels.cpu.library import force_isa, is_available, isa, why_not
+from cvxq_kernels.cpu.loader import force_isa, is_available, isa, why_not
 from cvxq_kernels.cpu.matrix import Matrix, Pool
 
 __all__ = ["Matrix", "Pool", "force_isa", "is_available", "isa", "why_not"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cvxq_kernels.cpu.library import native
+from cvxq_kernels.cpu.loader import native
 from cvxq_kernels.cpu.matrix import Matrix, Pool
 
 Floats = npt.NDArray[np.float32]

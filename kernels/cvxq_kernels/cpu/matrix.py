@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from cvxq_format import Codebook, CompandedTensor
 
-from cvxq_kernels.cpu.library import Companded, native
+from cvxq_kernels.cpu.loader import Companded, native
 
 Floats = npt.NDArray[np.float32]
 

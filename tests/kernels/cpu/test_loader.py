@@ -9,26 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cvxq_kernels import cpu
-from cvxq_kernels.cpu import library
-from cvxq_kernels.cpu.library import native
+from cvxq_kernels.cpu import loader
+from cvxq_kernels.cpu.loader import native
 
 ROOT = Path(__file__).resolve().parents[3]
 NATIVE = ROOT / "kernels" / "cvxq_kernels" / "cpu" / "native"
 
 
 def test_missing_library_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "FOLDER", tmp_path)
-    library._load.cache_clear()
+    monkeypatch.setattr(loader, "FOLDER", tmp_path)
+    loader._load.cache_clear()
     try:
         assert not cpu.is_available()
         assert re.fullmatch(r".* missing from .*: install a C compiler .*", cpu.why_not())
         with pytest.raises(RuntimeError, match="install a C compiler"):
             native()
-        (tmp_path / f"_native{library.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
-        library._load.cache_clear()
+        (tmp_path / f"_native{loader.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
+        loader._load.cache_clear()
         assert re.fullmatch(r"the compiled CPU kernels cannot be loaded .*", cpu.why_not())
     finally:
-        library._load.cache_clear()
+        loader._load.cache_clear()
 
 
 def test_imports_neither_torch_nor_transformers() -> None:
@@ -50,7 +50,7 @@ def test_packed_weight_comes_when_asked_for() -> None:
 def test_declared_functions_are_those_of_the_header() -> None:
     header = (NATIVE / "cvxq.h").read_text()
     declared = set(re.findall(r"CVXQ_API [^;]*?\b(cvxq_\w+)\(", header))
-    assert set(library._FUNCTIONS) == declared - {"cvxq_pool_run", "cvxq_pool_barrier"}
+    assert set(loader._FUNCTIONS) == declared - {"cvxq_pool_run", "cvxq_pool_barrier"}
 
 
 def test_unknown_instruction_set_is_refused() -> None:
