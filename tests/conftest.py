@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads, as the command line does
@@ -63,3 +66,21 @@ def make_companded(
 def random_companded() -> Callable[..., CompandedTensor]:
     """Return a maker of random companded tensors: random_companded((N, K), seed, …)."""
     return make_companded
+
+
+@pytest.fixture(scope="session")
+def run_interpreted() -> Callable[[Path], str]:
+    """Run a file of tests in Triton's interpreter, which is chosen before Triton loads."""
+
+    def run(file: Path) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+        return done.stdout
+
+    return run

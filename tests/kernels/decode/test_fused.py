@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,11 @@ DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "n
 
 
 @pytest.mark.slow
-def test_under_the_interpreter() -> None:
+def test_under_the_interpreter(run_interpreted: Callable[[Path], str]) -> None:
     file = Path(__file__).with_name("interpreted_fused.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
+    said = run_interpreted(file)
+    assert " passed" in said
+    assert "skipped" not in said
 
 
 HALF, FLOAT, INT, LONG = "*fp16", "*fp32", "i32", "*i64"
