@@ -77,10 +77,7 @@ class Grid:
         mean, mean_square: of each group, in units. With means the search begins at the deviation
         about the mean, or where the mean comes within reach if that is higher.
         """
-        spread = mean_square
-        if self.mean_step > 0:
-            variance = (mean_square - mean.square()).clamp_min(0)
-            spread = torch.maximum(variance, (mean / MEAN_REACH).square())
+        spread = _spread(mean, mean_square, self.mean_step > 0)
         index = torch.bucketize(torch.log2(spread.clamp_min(1e-38)) / 2, self.middle) + 1
         return torch.where(spread > 0, index, torch.zeros_like(index))
 
@@ -109,9 +106,7 @@ def make_grid(
     mean, mean_square: (C, K) float64 moments of the groups, in weight units.
     """
     device = mean.device
-    variance = (mean_square - mean.square()).clamp_min(0) if with_means else mean_square
-    spread = torch.maximum(variance, (mean / MEAN_REACH).square()) if with_means else variance
-    top = float(spread.max()) ** 0.5
+    top = float(_spread(mean, mean_square, with_means).max()) ** 0.5
     unit = np.float32(top * 2 ** (HEADROOM_STEPS / STEPS_PER_OCTAVE))
     scales = torch.from_numpy(codebook.scale_table).to(device)
     steps = torch.log2(scales[1:].double())
@@ -124,6 +119,14 @@ def make_grid(
     ratio = (mean.abs() / float(unit)) * inverse[start]
     largest = min(float(ratio.max()), MEAN_REACH) * 2 ** (1 / STEPS_PER_OCTAVE)
     return Grid(unit, scales, inverse, middle, np.float32(largest / MEAN_LIMIT))
+
+
+def _spread(mean: torch.Tensor, mean_square: torch.Tensor, with_means: bool) -> torch.Tensor:
+    """What a group's scale has to span, squared."""
+    if not with_means:
+        return mean_square
+    variance = (mean_square - mean.square()).clamp_min(0)
+    return torch.maximum(variance, (mean / MEAN_REACH).square())
 
 
 def search(
