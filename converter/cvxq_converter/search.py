@@ -77,7 +77,7 @@ class Grid:
         mean, mean_square: of each group, in units. With means the search begins at the deviation
         about the mean, or where the mean comes within reach if that is higher.
         """
-        spread = _spread(mean, mean_square, self.mean_step > 0)
+        spread = _spread(mean, mean_square, bool(self.mean_step > 0))
         index = torch.bucketize(torch.log2(spread.clamp_min(1e-38)) / 2, self.middle) + 1
         return torch.where(spread > 0, index, torch.zeros_like(index))
 
