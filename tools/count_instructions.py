@@ -39,11 +39,11 @@ LOW_DEPTHS, ALL_DEPTHS = 0b11110, 0b111111110  # bit B for depth B
 POINTERS = {
     "i32": "words tiles runs chunks order byte_words half_words row_of arrived slot_tiles places "
     "place_of_row first_tiles tile_of first_rows",
-    "i64": "acts8 acts32 ids group_starts planes",
+    "i64": "acts8 acts32 scale_words ids group_starts planes",
     "u8": "scale_codes codes",
     "i8": "mean_codes",
     "fp16": "halves x out bias",
-    "fp32": "scales units means steps partial top largest mean_steps levels",
+    "fp32": "scales exact units means steps partial top largest mean_steps levels",
 }
 TYPES = {name: f"*{kind}" for kind, names in POINTERS.items() for name in names.split()}
 
@@ -86,7 +86,7 @@ def matvec_variant(depths: int, rows: int, batch: int = 1) -> Variant:
     """The matvec for the depths whose bits are set."""
     constants = {
         "M": batch, "ROWS": rows, "DEPTHS": depths, "SPLIT": True, "HAS_MEANS": False,
-        "HAS_BIAS": False, "UNROLL": 2, "WIDTH": WIDTH, "PTX": True,
+        "HAS_BIAS": False, "UNROLL": 2, "PTX": True,
     }  # fmt: skip
     return Variant(matvec_kernel, constants)
 
@@ -192,7 +192,7 @@ def measure(kernel: str, depth: int, arch: int, rows: int) -> Count:
     prologue: Counter[str] = Counter()
     if kernel == "matvec":
         prologue = opcodes(next(body for body in bodies if opcodes(body)["STG"]))
-    shared_by = WIDTH * rows
+    shared_by = 8 * rows
     known = (*ALU, *FMA, *LOADS)
     return Count(
         kernel=kernel,

@@ -47,8 +47,9 @@ def matvec(
     cells = rows * matrix.slots
     means, clusters = _means(weight, x)
     matvec_kernel[(tiles, plan.splits)](
-        matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order, matrix.scale_codes,
-        matrix.scales, matrix.byte_words, matrix.halves, matrix.units, matrix.row_of,
+        matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order,
+        matrix.scale_codes.view(torch.int64), matrix.scales, matrix.byte_words, matrix.exact,
+        matrix.units, matrix.row_of,
         x, x.stride(0), len(x), means, clusters, out if bias is None else bias, out, out.stride(0),
         work.take("acts8", 4 * cells, torch.int64),
         work.take("acts32", 16 * cells if depths >= 32 else 1, torch.int64),
@@ -57,7 +58,7 @@ def matvec(
         work.take("arrived", tiles, torch.int32), plan.splits,
         M=rows, ROWS=matrix.rows, DEPTHS=depths, SPLIT=plan.splits > 1,
         HAS_MEANS=matrix.mean_codes is not None, HAS_BIAS=bias is not None, UNROLL=plan.unroll,
-        WIDTH=WIDTH, PTX=uses_ptx(weight.device), num_warps=1,
+        PTX=uses_ptx(weight.device), num_warps=1,
     )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def expand_and_multiply(
     natural = not weight.matrix.shared_order
     expand(weight, dense, natural)
     if not natural:
-        x = x.index_select(1, weight.matrix.order)
+        x = x.index_select(1, weight.matrix.order[:inputs])
     if bias is None:
         return torch.mm(x, dense.t(), out=out)
     return torch.addmm(bias.to(x.dtype), x, dense.t(), out=out)

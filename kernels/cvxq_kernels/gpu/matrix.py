@@ -34,6 +34,7 @@ class DeviceMatrix:
     tiles: (T, 8) int32, the fields above; a tile's chunks use slots SLOT_BASE … of the scratch.
     runs: (C, 10) int32, the first chunk of depth B = 0 … 8 of a cluster, and the end.
     chunks: int32, start << 10 | depth << 6 | columns: its place in `order` after ORDER_BASE.
+    order: int32, the clusters' columns by depth, and 32 zeros: a chunk may be read as if full.
     scale_codes, mean_codes (or None): a byte per column of every chunk.
     scales: (matrices, 256) float32; mean_steps: (matrices,) float32; top: (C,) float32, the
     largest scale of a cluster. row_of: (T·rows,) int32, the output of a row, −1 for padding.
@@ -130,7 +131,9 @@ def arrange(weights: Sequence[PackedWeight], device: torch.device) -> DeviceMatr
         tiles=torch.cat(tiles),
         runs=torch.cat([part.runs for part in parts]),
         chunks=torch.cat([part.chunks for part in parts]),
-        order=torch.cat([part.order.reshape(-1) for part in parts]),
+        order=torch.nn.functional.pad(
+            torch.cat([part.order.reshape(-1) for part in parts]), (0, CHUNK)
+        ),
         scale_codes=torch.cat([part.scale_codes for part in parts]),
         mean_codes=None if all(m is None for m in means) else torch.cat(filled),
         scales=torch.stack([_padded(part.weight.scales) for part in parts]),

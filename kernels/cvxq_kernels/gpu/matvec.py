@@ -8,8 +8,8 @@ A program is one warp.  It owns a tile of ROWS stored rows and a share of the ch
    result goes to a scratch that only this program reads back, after a barrier: written by lanes in
    parallel, read at one address for all lanes, eight activations per load.
 2. One loop per depth.  Lanes are rows.  `permute` looks four levels up, `dot4` multiplies them with
-   four activations; one conversion and one multiply-add per chunk and row.  Depths 5–8 look 16-bit
-   levels up in memory (the table stays in L1) and multiply unrounded activations in float32.
+   four activations; one conversion and one multiply-add per chunk and row.  Depths 5–8 look
+   float32 levels up in memory (the table, 1 KiB, stays in L1) and multiply unrounded activations.
 3. Epilogue.  Partial sums go to a buffer; the last program of a tile to arrive adds them in order
    of the splits, so that results do not depend on who was last.  Bias, means and the permutation of
    rows cost nothing there.
@@ -20,8 +20,8 @@ of input and scale below 1e-36 count as zero.
 
 Road not taken: activations in registers or shared memory by `tl` alone.  Triton then converts
 layouts through shared memory with a barrier per word, 1.6 instead of 1.2 instructions per weight.
-Nor `tl.max_contiguous` on the gathers of the prologue, which would spare Triton 3.6 its changes of
-layout there (0.16 per weight): it is not true of them, and Triton 3.9 then leaves loads out.
+Nor tensors of (chunks, 32) in the prologue: their loads want different layouts, between which
+Triton 3.6 converts through shared memory (0.53 per weight).  Tensors of 32 lanes have only one.
 """
 
 from __future__ import annotations
@@ -34,37 +34,72 @@ from cvxq_kernels.gpu.plan import NOT_SPECIALIZED
 from cvxq_kernels.gpu.snippets import dot4, permute
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding it leaves the nearest integer in the low bits
-WIDTH = 8  # chunks that the prologue works on at a time: enough independent loads for one warp
+WIDTH = 8  # chunks that a program of `means_kernel` works on at a time
+
+
+@triton.jit
+def _pack4(a, b, c, d, PTX: tl.constexpr):
+    """The lowest bytes of four int32 as the bytes of one."""
+    return permute(permute(a, b, 0x40, PTX), permute(c, d, 0x40, PTX), 0x5410, PTX)
+
+
+@triton.jit
+def _pair(low, high):
+    """Two 32-bit values as an int64."""
+    low = low.to(tl.uint32, bitcast=True).to(tl.int64)
+    return (high.to(tl.uint32, bitcast=True).to(tl.int64) << 32) | low
 
 
 @triton.jit
 def _prologue(
-    x, x_stride, order, scale_codes, scales, units, chunks, acts8, acts32, steps, slots,
-    first, last, first_high, batch, M: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr,
+    x, x_stride, order, scale_words, scales, chunks, acts8, acts32, steps, slots,
+    first, last, first_high, batch, M: tl.constexpr, HIGH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Scale the inputs of chunks [first, last) into the scratch: int8, and float32 if HIGH."""
-    lane = tl.arange(0, 32)[None, :]
-    for start in range(first, last, WIDTH):
-        chunk = start + tl.arange(0, WIDTH)
-        inside = chunk < last
-        entry = tl.load(chunks + chunk, mask=inside, other=0)
-        valid = lane < (entry & 63)[:, None]
-        column = tl.load(order + (entry >> 10)[:, None] + lane, mask=valid, other=0)
-        place = chunk[:, None] * 32 + lane
-        code = tl.load(scale_codes + place, mask=inside[:, None], other=0)
-        scale = tl.load(scales + code.to(tl.int32))
+    """Scale the inputs of chunks [first, last) into the scratch: int8, and float32 if HIGH.
+
+    Eight chunks in a turn; lane l has columns 8(l % 4) … 8(l % 4) + 7 of chunk l // 4.
+    """
+    lane = tl.arange(0, 32)
+    shift = tl.full([32], _ROUND, tl.float32)
+    for start in range(first, last, 8):
+        # Lanes beyond the end repeat the last chunk, and write what is written there anyway.
+        chunk = tl.minimum(start + (lane >> 2), last - 1)
+        entry = tl.load(chunks + chunk)
+        part = lane & 3
+        width = (entry & 63) - 8 * part
+        place = chunk * 4 + part
+        both = tl.load(scale_words + place)
+        columns, factors = (), ()
+        for i in tl.static_range(8):
+            columns += (tl.load(order + (entry >> 10) + 8 * part + i),)
+            code = ((both >> (8 * i)) & 255).to(tl.int32)
+            factors += (tl.load(scales + code, mask=i < width, other=0),)
         for m in tl.static_range(M):
-            wanted = valid & (m < batch)
-            value = tl.load(x + m * x_stride + column, mask=wanted, other=0).to(tl.float32) * scale
-            largest = tl.max(tl.abs(value), axis=1)
+            row = x + tl.minimum(m, batch - 1) * x_stride
+            values = ()
+            largest = tl.zeros([32], tl.float32)
+            for i in tl.static_range(8):
+                value = tl.load(row + columns[i]).to(tl.float32) * factors[i]
+                values += (value,)
+                largest = tl.maximum(largest, tl.abs(value))
+            largest = tl.max(tl.reshape(largest, (8, 4)), axis=1)
+            largest = tl.broadcast_to(largest[:, None], (8, 4)).reshape(32)
             factor = tl.where(largest > 1e-36, 127.0 / tl.maximum(largest, 1e-36), 0.0)
-            rounded = (value * factor[:, None] + _ROUND).to(tl.int32, bitcast=True)
-            tl.store(acts8 + m * slots * 32 + place, rounded.to(tl.int8), mask=inside[:, None])
-            tl.store(steps + m * slots + chunk, largest * (1.0 / 127.0), mask=inside)
+            whole = ()
+            for i in tl.static_range(8):
+                whole += (tl.fma(values[i], factor, shift).to(tl.int32, bitcast=True),)
+            left = _pack4(whole[0], whole[1], whole[2], whole[3], PTX)
+            right = _pack4(whole[4], whole[5], whole[6], whole[7], PTX)
+            tl.store(acts8 + m * slots * 4 + place, _pair(left, right))
+            tl.store(steps + m * slots + chunk, largest * (1.0 / 127.0))
             if HIGH:
-                high = inside & (chunk >= first_high)
-                unit = tl.load(units + ((entry >> 6) & 15), mask=inside, other=0)
-                tl.store(acts32 + m * slots * 32 + place, value * unit[:, None], mask=high[:, None])
+                target = acts32 + m * slots * 16 + 4 * place
+                for i in tl.static_range(4):
+                    pair = _pair(
+                        values[2 * i].to(tl.int32, bitcast=True),
+                        values[2 * i + 1].to(tl.int32, bitcast=True),
+                    )
+                    tl.store(target + i, pair, mask=chunk >= first_high)
 
 
 @triton.jit
@@ -124,7 +159,7 @@ def _low_run(
             dot = _add(l2, tl.load(acts8 + slot * 4 + 2), dot, DEPTH, PTX)
             dot = _add(l3, tl.load(acts8 + slot * 4 + 3), dot, DEPTH, PTX)
             step = tl.load(steps + slot) * unit
-            sums += (totals[m] + dot.to(tl.float32) * step,)
+            sums += (tl.fma(dot.to(tl.float32), step, totals[m]),)
         totals = sums
     return totals
 
@@ -134,33 +169,32 @@ def _high_run(
     totals, words, acts32, slots, levels, first, last,
     DEPTH: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunks [first, last) of a depth of 5–8; levels: its 2^DEPTH float16."""
+    """Add the chunks [first, last) of a depth of 5–8; levels: its 2^DEPTH float32."""
     row = tl.arange(0, ROWS)
     for chunk in range(first, last):
         pointers = words + chunk * (DEPTH * ROWS) + row
         for quad in tl.static_range(8):
             codes = load_quad(pointers, ROWS, quad, DEPTH)
             for pair in tl.static_range(2):
-                left = tl.load(levels + ((codes >> (16 * pair)) & 255)).to(tl.float32)
-                right = tl.load(levels + ((codes >> (16 * pair + 8)) & 255)).to(tl.float32)
+                left = tl.load(levels + ((codes >> (16 * pair)) & 255))
+                right = tl.load(levels + ((codes >> (16 * pair + 8)) & 255))
                 sums = ()
                 for m in tl.static_range(M):
                     acts = tl.load(acts32 + (m * slots + chunk) * 16 + 2 * quad + pair)
                     first_act = acts.to(tl.int32).to(tl.float32, bitcast=True)
                     second_act = (acts >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-                    sums += (totals[m] + left * first_act + right * second_act,)
+                    sums += (tl.fma(right, second_act, tl.fma(left, first_act, totals[m])),)
                 totals = sums
     return totals
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def matvec_kernel(
-    words, tiles, runs, chunks, order, scale_codes, scales, byte_words, halves, units, row_of,
+    words, tiles, runs, chunks, order, scale_words, scales, byte_words, exact, units, row_of,
     x, x_stride, batch, means, clusters, bias, out, out_stride,
     acts8, acts32, steps, slots, partial, arrived, splits,
     M: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_MEANS: tl.constexpr, HAS_BIAS: tl.constexpr, UNROLL: tl.constexpr, WIDTH: tl.constexpr,
-    PTX: tl.constexpr,
+    HAS_MEANS: tl.constexpr, HAS_BIAS: tl.constexpr, UNROLL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """out[m, row_of[i]] for m < batch ≤ M; grid (tiles, splits). See `DeviceMatrix` for the rest.
 
@@ -182,11 +216,10 @@ def matvec_kernel(
     last = begin + count * (split + 1) // splits
     HIGH: tl.constexpr = DEPTHS >= 32
     _prologue(
-        x, x_stride, order + tl.load(info + 4), scale_codes + chunk_base * 32,
-        scales + tl.load(info + 5) * 256, units + 9, chunks + chunk_base,
-        acts8.to(tl.pointer_type(tl.int8)) + slot_base * 32,
-        acts32.to(tl.pointer_type(tl.float32)) + slot_base * 32, steps + slot_base, slots,
-        first, last, tl.load(ends + 5), batch, M, HIGH, WIDTH,
+        x, x_stride, order + tl.load(info + 4), scale_words + chunk_base * 4,
+        scales + tl.load(info + 5) * 256, chunks + chunk_base,
+        acts8 + slot_base * 4, acts32 + slot_base * 16, steps + slot_base, slots,
+        first, last, tl.load(ends + 5), batch, M, HIGH, PTX,
     )  # fmt: skip
     tl.debug_barrier()  # the scratch is read by other lanes than wrote it
     row = tl.arange(0, ROWS)
@@ -212,7 +245,7 @@ def matvec_kernel(
                 )  # fmt: skip
             else:
                 totals = _high_run(
-                    totals, run, acts32 + slot_base * 16, slots, halves + (1 << depth), here, there,
+                    totals, run, acts32 + slot_base * 16, slots, exact + (1 << depth), here, there,
                     depth, M, ROWS,
                 )  # fmt: skip
         base += (high - low).to(tl.int64) * (depth * ROWS)

@@ -11,6 +11,7 @@ import torch
 from cvxq_format import Codebook, CompandedTensor, unpack_codes
 from cvxq_kernels import PackedWeight
 from cvxq_kernels.gpu import GpuWeight, UnsupportedWeightError
+from cvxq_kernels.gpu.layout import CHUNK
 from cvxq_kernels.gpu.repack import unpack
 
 CODEBOOK = Codebook.default()
@@ -82,10 +83,10 @@ def test_dense_and_rows_are_bit_equal(
 def test_one_order_of_columns_serves_separable_depths(make: Make, device: torch.device) -> None:
     shared = GpuWeight.from_packed(make((33, 12), SEPARABLE[:, ::4]), device).matrix
     assert shared.shared_order
-    assert shared.order.shape == (12,)
+    assert shared.order.shape == (12 + CHUNK,)
     own = GpuWeight.from_packed(make((33, 12)), device).matrix
     assert not own.shared_order
-    assert own.order.shape == (3 * 12,)
+    assert own.order.shape == (3 * 12 + CHUNK,)
 
 
 def test_fused_weights_lie_below_each_other(make: Make, device: torch.device) -> None:
