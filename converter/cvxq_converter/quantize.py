@@ -18,10 +18,11 @@ import torch
 from cvxq_format import Codebook
 
 from cvxq_converter.clustering import Clustering
-from cvxq_converter.search import Choice, Grid, Tables, make_grid, search
+from cvxq_converter.search import Choice, Chosen, Grid, Tables, make_grid, search
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 BLOCK = 128  # columns whose errors are pushed onto the rest of the matrix at once
+FUSED_BLOCK = 32  # the same for the kernel, which keeps these errors in registers
 CHUNK = 1 << 16  # weights searched at once without feedback
 
 
@@ -79,7 +80,7 @@ class InverseFactor:
         factor = torch.linalg.solve_triangular(upper, identity, upper=True)
         unexplained = torch.empty_like(diagonal)
         unexplained[order] = (upper.diagonal().square() / ordered.diagonal()).float()
-        return cls(order, factor.float(), unexplained)
+        return cls(order, factor.float().contiguous(), unexplained)
 
 
 def means_pay(mean: torch.Tensor, mean_square: torch.Tensor, group_size: int) -> bool:
@@ -158,11 +159,8 @@ class _Columns:
         filled = torch.zeros(C * G, device=device)
         filled[self.slots] = 1
         self.filled = filled.view(C, G)
-        self.deep = torch.from_numpy(depths.T.astype(np.int64)).to(device)
-        self.codes = torch.zeros((K, C * G), dtype=torch.uint8, device=device)
-        self.scale_codes = torch.zeros((K, C), dtype=torch.uint8, device=device)
-        self.mean_codes = torch.zeros((K, C), dtype=torch.int8, device=device)
-        self.sums = torch.zeros((3, 9), dtype=torch.float64, device=device)
+        self.deep = torch.from_numpy(depths.T.astype(np.int64, order="C")).to(device)
+        self.chosen = Chosen.empty(K, C, G, device)
 
     def quantize_apart(self, moments: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Quantize every group on its own; moments: (C, K) in weight units."""
@@ -181,18 +179,62 @@ class _Columns:
         K, C, G = self.weights.shape
         weights = self.weights[order].view(K, C * G)
         shares = self.shares / self.shares.sum(1, keepdim=True)
-        for low in range(0, K, BLOCK):
-            high = min(low + BLOCK, K)
-            errors = torch.empty((high - low, C * G), device=weights.device)
-            for j in range(low, high):
-                column = weights[j].view(1, C, G)
-                shared = shares * column
-                moments = shared.sum(-1), (shared * column).sum(-1)
-                found = self._quantize(order[j : j + 1], column, moments)
-                error = (weights[j] - found.value.view(-1)) / factor[j, j]
-                errors[j - low] = error
-                weights[j + 1 : high].addr_(factor[j, j + 1 : high], error, alpha=-1)
+        fused = runs_fused(weights.device)
+        block = FUSED_BLOCK if fused else BLOCK
+        for low in range(0, K, block):
+            high = min(low + block, K)
+            if fused:
+                errors = self._fused_block(weights, shares, feedback, low, high)
+            else:
+                errors = self._block(weights, shares, feedback, low, high)
             weights[high:] -= factor[low:high, high:].T @ errors
+
+    def _block(
+        self,
+        weights: torch.Tensor,
+        shares: torch.Tensor,
+        feedback: InverseFactor,
+        low: int,
+        high: int,
+    ) -> torch.Tensor:
+        """Quantize the columns low … high of the order; returns their errors (high − low, C·G)."""
+        order, factor = feedback.order, feedback.factor
+        errors = torch.empty((high - low, weights.shape[1]), device=weights.device)
+        for j in range(low, high):
+            column = weights[j].view(1, *shares.shape)
+            shared = shares * column
+            moments = shared.sum(-1), (shared * column).sum(-1)
+            found = self._quantize(order[j : j + 1], column, moments)
+            error = (weights[j] - found.value.view(-1)) / factor[j, j]
+            errors[j - low] = error
+            weights[j + 1 : high].addr_(factor[j, j + 1 : high], error, alpha=-1)
+        return errors
+
+    def _fused_block(
+        self,
+        weights: torch.Tensor,
+        shares: torch.Tensor,
+        feedback: InverseFactor,
+        low: int,
+        high: int,
+    ) -> torch.Tensor:
+        """`_block` in one launch."""
+        from cvxq_converter.feedback_kernel import quantize_block  # Triton is not everywhere
+
+        return quantize_block(
+            weights,
+            shares,
+            self.filled.sum(1).int(),
+            self.deep,
+            feedback.order,
+            feedback.factor,
+            low,
+            high,
+            self.tables,
+            self.grid,
+            self.refine,
+            self.chosen,
+        )
 
     def _quantize(
         self,
@@ -200,30 +242,33 @@ class _Columns:
         weights: torch.Tensor,
         moments: tuple[torch.Tensor, torch.Tensor],
     ) -> Choice:
-        """Choose for some columns, keep codes and sums; weights: (k, C, G), moments: (k, C)."""
+        """Choose for some columns, and keep the choices; weights: (k, C, G), moments: (k, C)."""
         deep = self.deep[columns]
         found = search(weights, self.shares, deep, moments, self.tables, self.grid, self.refine)
-        self.codes[columns] = found.codes.flatten(1).to(torch.uint8)
-        self.scale_codes[columns] = found.scale.to(torch.uint8)
-        self.mean_codes[columns] = found.mean.to(torch.int8)
-        centred, quantized = found.centred * self.filled, found.quantized * self.filled
-        sums = ((centred - quantized).square(), centred.square(), centred * quantized)
-        for total, values in zip(self.sums, sums, strict=True):
-            total.index_add_(0, deep.flatten(), values.sum(-1).double().flatten())
+        self.chosen.keep(columns, found, self.filled)
         return found
 
     def result(self, with_means: bool) -> QuantizedMatrix:
         """Everything kept, in the units of the weights and in stored order."""
-        error, energy, projection = self.sums.cpu().numpy() * float(self.grid.unit) ** 2
+        chosen = self.chosen
+        deep, sums = self.depths.T.ravel(), chosen.sums.flatten(1).cpu().numpy()
+        by_depth = (np.bincount(deep, values, minlength=9) for values in sums)
+        error, energy, projection = (total * float(self.grid.unit) ** 2 for total in by_depth)
+        means = chosen.mean_codes.T.contiguous().cpu().numpy() if with_means else None
         return QuantizedMatrix(
             clustering=self.clustering,
             depths=self.depths,
-            codes=self.codes[:, self.slots].T.contiguous().cpu().numpy(),
-            scale_codes=self.scale_codes.T.contiguous().cpu().numpy(),
-            mean_codes=self.mean_codes.T.contiguous().cpu().numpy() if with_means else None,
+            codes=chosen.codes[:, self.slots].T.contiguous().cpu().numpy(),
+            scale_codes=chosen.scale_codes.T.contiguous().cpu().numpy(),
+            mean_codes=means,
             scale_unit=self.grid.unit,
             mean_step=self.grid.mean_step,
             squared_error=error,
             energy=energy,
             projection=projection,
         )
+
+
+def runs_fused(device: torch.device) -> bool:
+    """Whether a block of columns is quantized by one kernel (NVIDIA, AMD) or by PyTorch."""
+    return device.type == "cuda"

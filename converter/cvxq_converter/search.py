@@ -98,6 +98,41 @@ class Choice:
     value: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The choices for all columns of a matrix, as they are made.
+
+    codes: (K, C·G) uint8; scale_codes: (K, C) uint8; mean_codes: (K, C) int8; sums: (3, K, C)
+    float64, for each group Σ (v − vq)², Σ v² and Σ v·vq, v being the weights less their mean.
+    """
+
+    codes: torch.Tensor
+    scale_codes: torch.Tensor
+    mean_codes: torch.Tensor
+    sums: torch.Tensor
+
+    @classmethod
+    def empty(cls, columns: int, clusters: int, group: int, device: torch.device) -> Chosen:
+        """Nothing chosen yet."""
+        shape = (columns, clusters)
+        return cls(
+            torch.zeros((columns, clusters * group), dtype=torch.uint8, device=device),
+            torch.zeros(shape, dtype=torch.uint8, device=device),
+            torch.zeros(shape, dtype=torch.int8, device=device),
+            torch.zeros((3, *shape), dtype=torch.float64, device=device),
+        )
+
+    def keep(self, columns: slice | torch.Tensor, found: Choice, filled: torch.Tensor) -> None:
+        """Take over the choices for some columns; filled: (C, G) 1 for a row, 0 for padding."""
+        self.codes[columns] = found.codes.flatten(1).to(torch.uint8)
+        self.scale_codes[columns] = found.scale.to(torch.uint8)
+        self.mean_codes[columns] = found.mean.to(torch.int8)
+        centred, quantized = found.centred * filled, found.quantized * filled
+        self.sums[0, columns] = (centred - quantized).square().sum(-1).double()
+        self.sums[1, columns] = centred.square().sum(-1).double()
+        self.sums[2, columns] = (centred * quantized).sum(-1).double()
+
+
 def make_grid(
     mean: torch.Tensor, mean_square: torch.Tensor, codebook: Codebook, *, with_means: bool
 ) -> Grid:
