@@ -23,21 +23,24 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from cvxq_kernels.gpu.activations import TURN
 from cvxq_kernels.gpu.expand import expand_kernel, rows_kernel
 from cvxq_kernels.gpu.gemm import gemm_kernel, transpose_kernel
-from cvxq_kernels.gpu.matvec import WIDTH, matvec_kernel, means_kernel
+from cvxq_kernels.gpu.matvec import matvec_kernel
+from cvxq_kernels.gpu.means import WIDTH, means_kernel
 from cvxq_kernels.gpu.repack import repack_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
+KERNELS = ("matvec", "matvec16", "gemm")
 TILE_BATCH = 16
 LOW_DEPTHS, ALL_DEPTHS = 0b11110, 0b111111110  # bit B for depth B
 
 # Types of the kernels' parameters: one name, one type, in all of them.
 POINTERS = {
-    "i32": "words tiles runs chunks order byte_words half_words row_of arrived slot_tiles places "
+    "i32": "words tiles runs chunks order level_words half_words row_of arrived slot_tiles places "
     "place_of_row first_tiles tile_of first_rows",
     "i64": "acts8 acts32 scale_words ids group_starts planes",
     "u8": "scale_codes codes",
@@ -82,11 +85,11 @@ class Variant:
     stages: int = 1
 
 
-def matvec_variant(depths: int, rows: int, batch: int = 1) -> Variant:
-    """The matvec for the depths whose bits are set."""
+def matvec_variant(depths: int, rows: int, batch: int = 1, wide: bool = False) -> Variant:
+    """The matvec for the depths whose bits are set; wide: with activations of 16 bits."""
     constants = {
         "M": batch, "ROWS": rows, "DEPTHS": depths, "SPLIT": True, "HAS_MEANS": False,
-        "HAS_BIAS": False, "UNROLL": 2, "PTX": True,
+        "HAS_BIAS": False, "UNROLL": 2, "WIDE": wide, "PTX": True,
     }  # fmt: skip
     return Variant(matvec_kernel, constants)
 
@@ -106,6 +109,7 @@ def full_variants(rows: int) -> dict[str, Variant]:
     return {
         "matvec": matvec_variant(LOW_DEPTHS, rows),
         "matvec of 4": matvec_variant(LOW_DEPTHS, rows, 4),
+        "matvec16": matvec_variant(LOW_DEPTHS, rows, wide=True),
         "gemm": gemm_variant(LOW_DEPTHS, rows),
         "repack": Variant(repack_kernel, {"ROWS": rows}, 4),
         "expand": Variant(expand_kernel, tile | {"DEPTHS": ALL_DEPTHS, "NATURAL": True}, 4),
@@ -174,15 +178,20 @@ def weights_per_turn(kernel: str, depth: int, count: Counter[str]) -> float:
     """Weights that a lane works on in one turn of a loop, told from its multiplications."""
     if kernel == "gemm":
         return count["HMMA"] * 4 * 16 / TILE_BATCH  # 8 rows · 16 columns by 32 lanes
-    if depth <= 4:
-        return count["IDP"] * (2 if depth == 4 else 4)
-    return count["FFMA"]
+    if depth > 4:
+        return count["FFMA"]
+    products = {"matvec": (1, 2), "matvec16": (3, 5)}[kernel]  # of four weights
+    return 4 * count["IDP"] / products[depth == 4]
 
 
 def measure(kernel: str, depth: int, arch: int, rows: int) -> Count:
-    """Compile `kernel` ("matvec" or "gemm") for one depth and count."""
-    make = matvec_variant if kernel == "matvec" else gemm_variant
-    compiled = compile_for(make(1 << depth, rows), arch)
+    """Compile one of KERNELS for one depth and count."""
+    variant = (
+        gemm_variant(1 << depth, rows)
+        if kernel == "gemm"
+        else matvec_variant(1 << depth, rows, wide=kernel == "matvec16")
+    )
+    compiled = compile_for(variant, arch)
     cubin = compiled.asm["cubin"]
     sass = run_tool("nvdisasm", cubin, "-c")
     bodies = loops(sass)
@@ -190,9 +199,9 @@ def measure(kernel: str, depth: int, arch: int, rows: int) -> Count:
     count = opcodes(main)
     weights = weights_per_turn(kernel, depth, count)
     prologue: Counter[str] = Counter()
-    if kernel == "matvec":
+    if kernel != "gemm":
         prologue = opcodes(next(body for body in bodies if opcodes(body)["STG"]))
-    shared_by = 8 * rows
+    shared_by = TURN * rows
     known = (*ALU, *FMA, *LOADS)
     return Count(
         kernel=kernel,
@@ -245,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     result.add_argument("--rows", type=int, nargs="+", default=(64, 128), help="rows of a tile")
     result.add_argument("--depth", type=int, nargs="+", default=tuple(range(1, 9)))
-    result.add_argument("--kernel", nargs="+", default=("matvec", "gemm"))
+    result.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
     result.add_argument("--json", action="store_true", help="one JSON line instead of a table")
     result.add_argument(
         "--compile-only", action="store_true", help="all kernels for all depths; registers, spills"

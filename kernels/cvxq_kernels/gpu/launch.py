@@ -9,7 +9,8 @@ import triton
 
 from cvxq_kernels.gpu.expand import expand_kernel, rows_kernel
 from cvxq_kernels.gpu.gemm import gemm_kernel, transpose_kernel
-from cvxq_kernels.gpu.matvec import WIDTH, matvec_kernel, means_kernel
+from cvxq_kernels.gpu.matvec import matvec_kernel
+from cvxq_kernels.gpu.means import WIDTH, means_kernel
 from cvxq_kernels.gpu.plan import Plan
 from cvxq_kernels.gpu.repack import places_on
 
@@ -40,7 +41,7 @@ def matvec(
     weight: GpuWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, plan: Plan
 ) -> None:
     """out (M, N) = x (M, K) · Wᵀ + bias with integer activations, M ≤ 8."""
-    matrix, work = weight.matrix, weight.workspace
+    matrix, work, wide = weight.matrix, weight.workspace, plan.kind == "matvec16"
     rows = triton.next_power_of_2(len(x))
     tiles = len(matrix.tiles)
     depths = depth_set(matrix.depths)
@@ -48,17 +49,18 @@ def matvec(
     means, clusters = _means(weight, x)
     matvec_kernel[(tiles, plan.splits)](
         matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order,
-        matrix.scale_codes.view(torch.int64), matrix.scales, matrix.byte_words, matrix.exact,
+        matrix.scale_codes.view(torch.int64), matrix.scales,
+        matrix.wide_words if wide else matrix.byte_words, matrix.exact,
         matrix.units, matrix.row_of,
         x, x.stride(0), len(x), means, clusters, out if bias is None else bias, out, out.stride(0),
-        work.take("acts8", 4 * cells, torch.int64),
+        work.take("acts8", (8 if wide else 4) * cells, torch.int64),
         work.take("acts32", 16 * cells if depths >= 32 else 1, torch.int64),
         work.take("steps", cells, torch.float32), matrix.slots,
         work.take("partial", plan.splits * rows * tiles * matrix.rows, torch.float32),
         work.take("arrived", tiles, torch.int32), plan.splits,
         M=rows, ROWS=matrix.rows, DEPTHS=depths, SPLIT=plan.splits > 1,
         HAS_MEANS=matrix.mean_codes is not None, HAS_BIAS=bias is not None, UNROLL=plan.unroll,
-        PTX=uses_ptx(weight.device), num_warps=1,
+        WIDE=wide, PTX=uses_ptx(weight.device), num_warps=1,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class DeviceMatrix:
     scale_codes, mean_codes (or None): a byte per column of every chunk.
     scales: (matrices, 256) float32; mean_steps: (matrices,) float32; top: (C,) float32, the
     largest scale of a cluster. row_of: (T·rows,) int32, the output of a row, −1 for padding.
-    words_of_bytes … units: see `tables`.
+    byte_words … units: see `tables`.
     """
 
     outputs: tuple[int, ...]
@@ -56,6 +56,7 @@ class DeviceMatrix:
     top: torch.Tensor
     row_of: torch.Tensor
     byte_words: torch.Tensor
+    wide_words: torch.Tensor
     half_words: torch.Tensor
     halves: torch.Tensor
     exact: torch.Tensor
@@ -141,6 +142,7 @@ def arrange(weights: Sequence[PackedWeight], device: torch.device) -> DeviceMatr
         top=torch.cat([part.top for part in parts]),
         row_of=torch.cat(row_of),
         byte_words=torch.from_numpy(tables.words).to(device),
+        wide_words=torch.from_numpy(tables.wide_words).to(device),
         half_words=torch.from_numpy(tables.half_words).to(device),
         halves=torch.from_numpy(tables.halves).to(device),
         exact=torch.from_numpy(tables.exact).to(device),

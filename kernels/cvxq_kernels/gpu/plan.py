@@ -18,11 +18,12 @@ NOT_SPECIALIZED = ("x_stride", "batch", "clusters", "out_stride", "slots", "spli
 class Plan:
     """One way to multiply.
 
-    kind: the kernel, see `weight`. splits: programs that share a tile's chunks. unroll: of the
-    loops of matvec. tile_batch: rows of x per program of gemm, a power of two from 16.
+    kind: the kernel, see `weight`; "matvec16" is never the fastest, and so never chosen unasked.
+    splits: programs that share a tile's chunks. unroll: of the loops of matvec. tile_batch: rows
+    of x per program of gemm, a power of two from 16.
     """
 
-    kind: Literal["matvec", "gemm", "expand"]
+    kind: Literal["matvec", "matvec16", "gemm", "expand"]
     splits: int = 1
     unroll: int = 2
     tile_batch: int = 16

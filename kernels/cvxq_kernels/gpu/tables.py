@@ -10,6 +10,10 @@ nibble's highest, `prmt` of a table t by the other three bits gives t[i], and `p
 negative numbers by the whole nibble gives d[i] for even codes and, its highest bit replicating the
 sign, −1 for odd ones.  So t[i] = ℓ(2i+1) + 1 and d[i] = ℓ(2i) − t[i] make t + d the level.
 
+Two signed bytes (depths 1–4): 256 · upper + lower, 32512 units being the largest magnitude.  At
+depth 4 they are t, and d is a third byte that counts c times: levels 2i and 2i+1 are t[i] + c·d[i]
+and t[i] − c.  The float32 c is searched for, and both levels share what rounding their gap costs.
+
 float16 (all depths).  The unit is the largest magnitude, so that neither end of float16 is near.
 """
 
@@ -27,14 +31,16 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LevelTables:
-    """Tables of all depths; `words` (9, 4) int32, `halves` and `exact` (512,), `units` (2, 9).
+    """Tables of all depths; `words` (9, 4) and `wide_words` (9, 8) int32, `units` (3, 9) float32.
 
     halves (float16) and exact (float32): depth B's levels at [2^B, 2^(B+1)), by nibble or byte of
     the device layout. half_words (9, 8) int32: the low bytes, then the high bytes of `halves` for
-    depths 1–4. units: float32, of the bytes and of the halves.
+    depths 1–4. wide_words: eight upper bytes, eight lower, at depth 4 eight d and c / 256.
+    units: of the bytes, of the halves and of the wide words.
     """
 
     words: npt.NDArray[np.int32]
+    wide_words: npt.NDArray[np.int32]
     half_words: npt.NDArray[np.int32]
     halves: npt.NDArray[np.float16]
     exact: Array
@@ -44,9 +50,9 @@ class LevelTables:
 def make_tables(joined: Array) -> LevelTables:
     """Tables for levels (512,) float32, depth B's at [2^B, 2^(B+1)), finite and ascending."""
     words = np.zeros((MAX_DEPTH + 1, 4), np.int32)
-    half_words = np.zeros((MAX_DEPTH + 1, 8), np.int32)
+    half_words, wide_words = np.zeros((2, MAX_DEPTH + 1, 8), np.int32)
     halves, exact = np.zeros(512, np.float16), np.zeros(512, np.float32)
-    units = np.zeros((2, MAX_DEPTH + 1), np.float32)
+    units = np.zeros((3, MAX_DEPTH + 1), np.float32)
     for depth in range(1, MAX_DEPTH + 1):
         part = slice(1 << depth, 2 << depth)
         levels = joined[part][operand_order(depth)]
@@ -56,9 +62,10 @@ def make_tables(joined: Array) -> LevelTables:
         if depth <= 4:
             units[0, depth], integers = _round_levels(joined[part].astype(np.float64))
             words[depth] = _byte_table(integers).view(np.int32)
+            units[2, depth], wide_words[depth] = _wide_table(joined[part].astype(np.float64))
             both = halves[part].view(np.uint8).reshape(-1, 2)
             half_words[depth] = np.concatenate([_filled(both[:, i]) for i in (0, 1)]).view(np.int32)
-    return LevelTables(words, half_words, halves, exact, units)
+    return LevelTables(words, wide_words, half_words, halves, exact, units)
 
 
 def _round_levels(levels: npt.NDArray[np.float64]) -> tuple[np.float32, npt.NDArray[np.int64]]:
@@ -72,6 +79,30 @@ def _round_levels(levels: npt.NDArray[np.float64]) -> tuple[np.float32, npt.NDAr
     error = ((integers * units[:, None] - levels) ** 2).sum(axis=1)
     best = int(np.argmin(np.where(odd, np.inf, error)))
     return np.float32(units[best]), integers[best].astype(np.int64)
+
+
+def _wide_table(
+    levels: npt.NDArray[np.float64],
+) -> tuple[np.float32, npt.NDArray[np.int32]]:
+    """Unit and words (8,) of 16-bit levels; see the module's first lines."""
+    # At depth 4, t exceeds a level by less than 512.
+    unit = np.float32((np.abs(levels).max() or 1) / (32512 if len(levels) < 16 else 32000))
+    whole = levels / np.float64(unit)
+    gaps, factor = np.zeros(0, np.int8), 0.0
+    if len(levels) == 16:
+        wanted = np.diff(whole)[::2]
+        factors = max(wanted.max(), 1.0) / np.linspace(64, 127, 4001)[:, None]
+        off = np.rint(wanted / factors) * factors - wanted
+        # Where levels lie close, weights are many.
+        best = np.argmin((off**2 / np.maximum(wanted, 1.0) ** 2).sum(1))
+        factor = float(factors[best, 0])
+        gaps = (-1 - np.rint(wanted / factor)).astype(np.int8)
+        whole = whole[1::2] + factor + off[best] / 2
+    rounded = np.rint(whole).astype(np.int64)
+    upper, lower = (rounded + 128) >> 8, (rounded + 128) % 256 - 128
+    parts = [_filled(part.astype(np.int8).view(np.uint8), 8) for part in (upper, lower, gaps)]
+    last = np.array([factor / 256, 0], np.float32)
+    return unit, np.concatenate([*parts, last.view(np.uint8)]).view(np.int32)
 
 
 def _byte_table(integers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:

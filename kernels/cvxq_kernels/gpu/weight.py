@@ -1,11 +1,11 @@
 """`GpuWeight`: a packed matrix on a GPU, and what can be done with it.
 
-Three ways to multiply, by the number of rows of the input: `matvec` (integer activations, up to 8
-rows at a time), `gemm` (tiles decoded into tensor-core operands), and expanding the weight into a
-scratch for the vendor's GEMM.  Which one serves a batch is a `Plan`, measured by `tune` and
-otherwise guessed from the batch.  No operation waits for the device, and once a batch size has been
-used, repeating it allocates nothing but its result: operations can be captured in a CUDA graph
-after one call outside.
+Three ways to multiply, by the number of rows of the input: `matvec` (integer activations of 8 bits,
+or "matvec16" of 16, up to 8 rows at a time), `gemm` (tiles decoded into tensor-core operands), and
+expanding the weight into a scratch for the vendor's GEMM.  Which one serves a batch is a `Plan`,
+measured by `tune` and otherwise guessed from the batch.  No operation waits for the device, and
+once a batch size has been used, repeating it allocates nothing but its result: operations can be
+captured in a CUDA graph after one call outside.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ class GpuWeight:
         chosen = plan or self.plan_for(len(x))
         if chosen.kind == "expand":
             return launch.expand_and_multiply(self, x, bias, out)
-        step = MATVEC_ROWS if chosen.kind == "matvec" else GEMM_ROWS
-        run = launch.matvec if chosen.kind == "matvec" else launch.gemm
+        step, run = (
+            (GEMM_ROWS, launch.gemm) if chosen.kind == "gemm" else (MATVEC_ROWS, launch.matvec)
+        )
         for start in range(0, len(x), step):
             run(self, x[start : start + step], bias, out[start : start + step], chosen)
         return out
