@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import ReferenceType
 
@@ -53,7 +54,7 @@ class NativeDecoder:
         self.chunk = min(chunk, spec.context)
         self.exact = exact
         pool = cpu.Pool(self.threads)
-        parts = _Parts(spec, reader, pool)
+        parts = _Parts(spec, weights, reader, self.threads)
         layers = [parts.layer(layer, index) for index, layer in enumerate(weights.layers)]
         shape = parts.shape(weights, self.chunk)
         self._native = Decoder(pool, shape, layers)
@@ -112,34 +113,54 @@ def useful_threads(file_bytes: int) -> int:
     return min(cores or 1, 1 + file_bytes // BYTES_PER_THREAD)
 
 
+def _places(weights: DecoderWeights) -> Iterator[tuple[str, str | None]]:
+    """Yield the names of every matrix and its bias, tied ones more than once."""
+    parts = [weights.head, weights.project_in, weights.project_out]
+    for layer in weights.layers:
+        parts += [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down]
+    yield from ((part.weight, part.bias) for part in parts if part is not None)
+    if weights.embedding != weights.head.weight:
+        yield weights.embedding, None
+    if weights.positions is not None:
+        yield weights.positions, None
+
+
+def _load_matrices(
+    weights: DecoderWeights, reader: Reader, threads: int
+) -> dict[tuple[str, str | None], cpu.Matrix]:
+    """Check and repack all matrices, one per thread at a time, the largest first."""
+    places = sorted(dict.fromkeys(_places(weights)), key=lambda place: -reader.entry(place[0]).size)
+    with ThreadPoolExecutor(threads) as workers:
+        made = workers.map(lambda place: _load_matrix(reader, *place), places)
+        return dict(zip(places, made, strict=True))
+
+
+def _load_matrix(reader: Reader, weight: str, bias: str | None) -> cpu.Matrix:
+    value = reader.read(weight)
+    added = None if bias is None else read_floats(reader, bias)
+    pool = cpu.Pool(1)
+    if isinstance(value, CompandedTensor):
+        return cpu.Matrix.from_tensor(value, reader.codebook(value.codebook), added, pool)
+    return cpu.Matrix.from_dense(_dense(value), added, pool)
+
+
 class _Parts:
     """Builds native matrices and norms from a file's tensors; tied ones are made once."""
 
-    def __init__(self, spec: DecoderSpec, reader: Reader, pool: cpu.Pool) -> None:
+    def __init__(
+        self, spec: DecoderSpec, weights: DecoderWeights, reader: Reader, threads: int
+    ) -> None:
         self._spec = spec
-        self._pool = pool
         self._reader = reader
-        self._matrices: dict[tuple[str, str | None], cpu.Matrix] = {}
+        self._matrices = _load_matrices(weights, reader, threads)
 
     def matrix(self, place: names.Matrix | None) -> cpu.Matrix:
         if place is None:
             raise AssertionError("a matrix that this architecture has is missing")
-        return self._made(place.weight, place.bias)
+        return self._matrices[place.weight, place.bias]
 
     def optional(self, place: names.Matrix | None) -> cpu.Matrix | None:
         return None if place is None else self.matrix(place)
-
-    def _made(self, weight: str, bias: str | None) -> cpu.Matrix:
-        key = (weight, bias)
-        if key not in self._matrices:
-            value = self._reader.read(weight)
-            added = None if bias is None else read_floats(self._reader, bias)
-            if isinstance(value, CompandedTensor):
-                codebook = self._reader.codebook(value.codebook)
-                self._matrices[key] = cpu.Matrix.from_tensor(value, codebook, added, self._pool)
-            else:
-                self._matrices[key] = cpu.Matrix.from_dense(_dense(value), added, self._pool)
-        return self._matrices[key]
 
     def norm(self, place: names.Norm | None) -> Norm:
         """The norm at `place`, over rows of the stream."""
@@ -184,8 +205,8 @@ class _Parts:
         spec = self._spec
         none = np.empty(0, np.float32)
         head, tied = self.matrix(weights.head), weights.head.weight == weights.embedding
-        embed = head if tied else self._made(weights.embedding, None)
-        positions = self._made(weights.positions, None) if weights.positions else None
+        embed = head if tied else self._matrices[weights.embedding, None]
+        positions = self._matrices[weights.positions, None] if weights.positions else None
         return Shape(
             hidden=spec.hidden,
             embedding=spec.embedding_width,

@@ -30,7 +30,7 @@ struct cvxq_decoder {
     float *stream, *input, *query, *key, *value, *branch, *gate, *up, *cosine, *sine, *parts;
     int64_t products, attended, total;
     /* what the tasks of this call work on */
-    int count, layer, exact;
+    int count, layer, exact, prepares;
     int64_t start;
     const cvxq_norm *norms[3]; /* of the branch, of branch + stream, of the next input */
     float *cut;                /* logits that are capped */
@@ -226,34 +226,36 @@ static void prepare_head(cvxq_decoder *decoder, const cvxq_norm *norm, float *x,
                               decoder->sine + (int64_t)row * pairs, pairs);
 }
 
-/* Norms and rotation of queries and keys; keys (width, 64) and values (64, width) to the cache. */
+/* Norms and rotation of one key and its queries; keys (width, 64), values (64, width) to the
+ * cache. */
+static void prepare_group(cvxq_decoder *decoder, int row, int head)
+{
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    const int width = s->head_dim, group = s->heads / s->kv_heads;
+    const int64_t position = decoder->start + row;
+    const int64_t block = position / CVXQ_BLOCK, place = position % CVXQ_BLOCK;
+    const int64_t at = ((int64_t)row * s->kv_heads + head) * width;
+    const int64_t index = ((int64_t)decoder->layer * s->kv_heads + head) * decoder->blocks + block;
+    float *key = decoder->key + at;
+    float *keys = (float *)decoder->keys[index], *values = (float *)decoder->values[index];
+    for (int member = 0; member < group; member++) {
+        float *query = decoder->query + at * group + member * width;
+        prepare_head(decoder, &layer->q_norm, query, row);
+        decoder->math->scale(query, s->attention_scale, width);
+    }
+    prepare_head(decoder, &layer->k_norm, key, row);
+    for (int i = 0; i < width; i++) keys[i * CVXQ_BLOCK + place] = key[i];
+    memcpy(values + place * padded(width), decoder->value + at, (size_t)width * sizeof(float));
+}
+
 static void prepare_rows(void *context, int part, int parts)
 {
     cvxq_decoder *decoder = context;
-    const cvxq_decoder_shape *s = &decoder->shape;
-    const cvxq_layer *layer = decoder->layers + decoder->layer;
-    const int width = s->head_dim, end = first_of(decoder->count, part + 1, parts);
-    for (int row = first_of(decoder->count, part, parts); row < end; row++) {
-        const int64_t position = decoder->start + row;
-        const int64_t block = position / CVXQ_BLOCK, place = position % CVXQ_BLOCK;
-        for (int head = 0; head < s->heads; head++) {
-            float *query = decoder->query + ((int64_t)row * s->heads + head) * width;
-            prepare_head(decoder, &layer->q_norm, query, row);
-            decoder->math->scale(query, s->attention_scale, width);
-        }
-        for (int head = 0; head < s->kv_heads; head++) {
-            const int64_t at = ((int64_t)row * s->kv_heads + head) * width;
-            const int64_t index =
-                ((int64_t)decoder->layer * s->kv_heads + head) * decoder->blocks + block;
-            float *key = decoder->key + at;
-            float *keys = (float *)decoder->keys[index];
-            float *values = (float *)decoder->values[index];
-            prepare_head(decoder, &layer->k_norm, key, row);
-            for (int i = 0; i < width; i++) keys[i * CVXQ_BLOCK + place] = key[i];
-            memcpy(values + place * padded(width), decoder->value + at,
-                   (size_t)width * sizeof(float));
-        }
-    }
+    const int heads = decoder->shape.kv_heads, all = decoder->count * heads;
+    const int end = first_of(all, part + 1, parts);
+    for (int i = first_of(all, part, parts); i < end; i++)
+        prepare_group(decoder, i / heads, i % heads);
 }
 
 /* Rows of one key head that a task takes: few enough that every thread has some. */
@@ -264,6 +266,14 @@ static int attention_rows(const cvxq_decoder *decoder, int parts)
     return rows < ROWS ? rows : ROWS;
 }
 
+/* Steps in which the rows of one key head are taken. */
+static int attention_steps(const cvxq_decoder *decoder, int parts)
+{
+    const int rows = decoder->count * (decoder->shape.heads / decoder->shape.kv_heads);
+    const int step = attention_rows(decoder, parts);
+    return (rows + step - 1) / step;
+}
+
 /* Attention of the chunk; the results replace the queries. */
 static void attend_rows(void *context, int part, int parts)
 {
@@ -271,7 +281,7 @@ static void attend_rows(void *context, int part, int parts)
     const cvxq_decoder_shape *s = &decoder->shape;
     const int group = s->heads / s->kv_heads, width = s->head_dim;
     const int rows_per_head = decoder->count * group, step = attention_rows(decoder, parts);
-    const int steps = (rows_per_head + step - 1) / step;
+    const int steps = attention_steps(decoder, parts);
     const int64_t window = decoder->layers[decoder->layer].window;
     float *tile = decoder->parts + part * decoder->part_floats;
     float *scratch = tile + span(ROWS, width);
@@ -281,6 +291,11 @@ static void attend_rows(void *context, int part, int parts)
     for (int task = part; task < s->kv_heads * steps; task += parts) {
         const int head = task % s->kv_heads, begin = task / s->kv_heads * step;
         const int rows = rows_per_head - begin < step ? rows_per_head - begin : step;
+        if (decoder->prepares) {
+            const int64_t from = part == 0 ? now() : 0;
+            prepare_group(decoder, 0, head);
+            if (part == 0) decoder->attended -= now() - from; /* is not attention */
+        }
         for (int r = 0; r < rows; r++) {
             const int row = (begin + r) / group, member = (begin + r) % group;
             out[r] = decoder->query + ((int64_t)row * s->heads + head * group + member) * width;
@@ -301,11 +316,15 @@ static void attention(cvxq_decoder *decoder)
     const cvxq_matrix *const weights[] = {layer->q, layer->k, layer->v};
     float *const results[] = {decoder->query, decoder->key, decoder->value};
     multiply(decoder, weights, 3, decoder->input, decoder->count, results);
-    run(decoder, prepare_rows, decoder->count == 1);
     const int64_t seen = decoder->start + decoder->count;
     const int64_t work = seen * decoder->count * s->heads * s->head_dim * 2;
+    const int alone = work < SERIAL_PRODUCTS;
+    /* A single token's heads need nothing of each other: prepare each where it is attended to. */
+    decoder->prepares =
+        decoder->count == 1 && attention_steps(decoder, alone ? 1 : decoder->threads) == 1;
+    if (!decoder->prepares) run(decoder, prepare_rows, decoder->count == 1);
     const int64_t begin = now();
-    run(decoder, attend_rows, work < SERIAL_PRODUCTS);
+    run(decoder, attend_rows, alone);
     decoder->attended += now() - begin;
     multiply(decoder, &layer->o, 1, decoder->query, decoder->count, &decoder->branch);
 }
