@@ -1,18 +1,21 @@
 """Rows of the quality comparison, the tables they make, and the claims they must bear out.
 
 Rates differ from peer to peer, so cvxq is asked for the rates where a peer is best: those of the
-rows that no row of fewer bits beats (`front`). Every peer's row is then compared with cvxq's of the
-highest rate that does not exceed its own.
+rows that no row of fewer bits beats (`front`), without those that are nearly equal (`spaced`).
+Every peer's row is then compared with cvxq's of the highest rate that does not exceed its own.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import TypeVar
 
 CLAIMED_RATES = (2.2, 4.5)  # bits per weight between which cvxq must be closer than every peer
 SIGMAS = 2.0
+SPACING = 1.02  # peers' rates or sizes closer than this share one row of cvxq's
 OURS = "cvxq"
+Size = TypeVar("Size", int, float)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,15 @@ def front(rows: Sequence[Row], size: str) -> list[Row]:
         if not best or row.kl.mean < best[-1].kl.mean:
             best.append(row)
     return best
+
+
+def spaced(sizes: Iterable[Size]) -> list[Size]:
+    """Those of the rates or bytes that are more than SPACING above the last one taken."""
+    taken: list[Size] = []
+    for size in sorted(sizes):
+        if not taken or size > SPACING * taken[-1]:
+            taken.append(size)
+    return taken
 
 
 def opponents(rows: Sequence[Row], size: str) -> list[tuple[Row, Row | None]]:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -87,7 +88,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of the peers and of cvxq."""
+    """What is asked of the peers and of cvxq.
+
+    near: rates that cvxq is asked for alone, if any; convert: options for all its conversions;
+    tune: steps of tuning that some rows are made with a second time.
+    """
 
     peers: tuple[Peer, ...]
     bits: tuple[int, ...]
@@ -95,6 +100,7 @@ class Plan:
     samplings: tuple[Sampling, ...]
     near: tuple[float, ...]
     convert: tuple[str, ...]
+    tune: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,36 +226,59 @@ class Bench:
         made = Sized(bits / weights, size, summary["seconds"])
         return frozenset(matrices), self._measured(folder, network, made)
 
+    def statistics(self, sampling: Sampling) -> tuple[Path, float]:
+        """File of what `cvxq measure` finds with a sampling, for all rates; and its seconds."""
+        size = f"{sampling.count}x{sampling.length}"
+        folder = self._folder(f"measured-{size}-seed-{sampling.seed}")
+        file = folder / "statistics.safetensors"
+        words = ["--calibration", "self", "--sequences", str(sampling.count)]
+        words += ["--length", str(sampling.length), "--seed", str(sampling.seed)]
+        return file, self._make(file, "measure", self.model, "-o", str(file), *words)
+
+    def measuring_seconds(self, samplings: Sequence[Sampling]) -> float:
+        """Seconds of one measurement, on average over the samplings."""
+        return fmean(self.statistics(sampling)[1] for sampling in samplings)
+
     def convert(self, name: str, sampling: Sampling | None, *arguments: str) -> Run:
         """Convert with `cvxq convert`, and measure the file it writes.
 
-        sampling: None for a method that does without calibration.
+        sampling: None for a method that does without calibration. With one, the measurement is
+        shared with all other conversions of that sampling; the run's seconds include it.
         """
-        folder = self.work / "cvxq" / f"{self.name}-{self.digest[:8]}-{name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        file, stamp = folder / "model.cvxq", folder / "stamp.json"
-        command = [sys.executable, "-m", "cvxq.cli", "convert", self.model, "-o", str(file)]
-        command += arguments
+        folder = self._folder(name)
+        file = folder / "model.cvxq"
+        words = [self.model, "-o", str(file), *arguments]
+        seconds = 0.0
         if sampling is not None:
-            command += ["--calibration", "self", "--sequences", str(sampling.count)]
-            command += ["--length", str(sampling.length), "--seed", str(sampling.seed)]
-        root = BENCHMARKS.parent
-        code = sources(root / "converter", root / "format_spec")
-        known = digest(self.digest, command, version("torch"), *code)
-        if not stamp.exists() or json.loads(stamp.read_text())["of"] != known:
-            stamp.unlink(missing_ok=True)
-            file.unlink(missing_ok=True)
-            for old in folder.glob("measured-*.json"):
-                old.unlink()
-            seconds = run(command, folder / "log")
-            stamp.write_text(json.dumps({"of": known, "seconds": seconds}))
+            measured, seconds = self.statistics(sampling)
+            words += ["--statistics", str(measured)]
+        seconds += self._make(file, "convert", *words)
         if sampling is not None:
             check_same_sequences(file, self.sequences(sampling))
         with Reader(file) as reader:
             rate = json.loads(reader.file("report.json"))["rate_bits_per_weight"]
         network = load(file, weights="dense").network
-        made = Sized(rate, file.stat().st_size, json.loads(stamp.read_text())["seconds"])
-        return self._measured(folder, network, made)
+        return self._measured(folder, network, Sized(rate, file.stat().st_size, seconds))
+
+    def _folder(self, name: str) -> Path:
+        """Folder of one of cvxq's results on this model, made when missing."""
+        folder = self.work / "cvxq" / f"{self.name}-{self.digest[:8]}-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _make(self, file: Path, *arguments: str) -> float:
+        """Have a command of cvxq's write `file`, unless it has; return the seconds that it took."""
+        folder, stamp = file.parent, file.parent / "stamp.json"
+        command = [sys.executable, "-m", "cvxq.cli", *arguments]
+        root = BENCHMARKS.parent
+        code = sources(root / "converter", root / "format_spec")
+        known = digest(self.digest, arguments, version("torch"), *code)
+        if not stamp.exists() or json.loads(stamp.read_text())["of"] != known:
+            for old in (stamp, file, *folder.glob("measured-*.json")):
+                old.unlink(missing_ok=True)
+            seconds = run(command, folder / "log")
+            stamp.write_text(json.dumps({"of": known, "seconds": seconds}))
+        return float(json.loads(stamp.read_text())["seconds"])
 
     def _measured(self, folder: Path, network: PreTrainedModel, made: "Sized") -> Run:
         """Measure a network, or read what was measured before on the same texts."""

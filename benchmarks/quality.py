@@ -1,12 +1,13 @@
 """Compare cvxq with other quantizers on one model or several: what is lost at equal bits.
 
-    python benchmarks/quality.py --output docs/quality.md --check                 # demo model
+    python benchmarks/quality.py --output docs/quality.md --check                  # demo model
     python benchmarks/quality.py --model FOLDER --text FILE --only hqq gguf --seeds 0
 
 Table A fixes the set of matrices and the rate: the linear layers of the blocks are quantized,
 embeddings and head stay in 16 bits, and cvxq is asked for the rates at which some peer is better
-than every peer of fewer bits. Table B fixes the file: cvxq quantizes every matrix and is asked for
-the size of the peers' files in the same way, or less.
+than every peer of fewer bits; those within 2 % of one another share one row, at the lowest of
+them. Table B fixes the file: cvxq quantizes every matrix and is asked for the size of the peers'
+files in the same way, or less.
 
 The peers are favoured where a choice had to be made. Their bits are counted as if packed tightly,
 without padding, names or alignment; where a peer has several recipes of one rate, the one with
@@ -16,7 +17,8 @@ dequantized weights in float32. The second text is reported and decides nothing.
 
 Every peer gets its own virtual environment in the --peers folder, once (llama.cpp is compiled,
 which takes 10 to 40 minutes). Results are kept there, too, and only made again when what they
-depend on has changed; so a change of cvxq costs no more than cvxq's own rows.
+depend on has changed; so a change of cvxq costs no more than cvxq's own rows. Those share one
+measurement per model and seed.
 """
 
 import argparse
@@ -25,14 +27,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from comparison import OURS, Row, best_opponent, failed_claims, front
+from comparison import OURS, Row, best_opponent, failed_claims, front, spaced
 from measuring import Bench, BenchmarkError, Plan, Programs, Sampling, say
 from peers.catalogue import PEERS, RTN, Cell, Peer, cells
 from peers.environment import SetupError, peer_python
 from peers.llamacpp import BuildError, build
-from quality_page import document, section
+from quality_page import Tables, document, section
 
 ROOT = Path(__file__).resolve().parent.parent
+TUNED_RATES = (2.28, 3.3, 4.3)  # near which rows are made a second time with --tune
 
 
 def peer_rows(bench: Bench, peer: Peer, plan: Plan, folder: Path) -> dict[bool, list[Row]]:
@@ -40,7 +43,7 @@ def peer_rows(bench: Bench, peer: Peer, plan: Plan, folder: Path) -> dict[bool, 
     chosen = cells(peer, bench.shapes.values(), plan.bits, plan.groups)
     tools = build(folder / "llama.cpp").tools if peer.key == "gguf" else None
     programs = Programs(peer_python(folder, peer.key), tools)
-    samplings = plan.samplings if peer.calibrates else (None,)
+    samplings = plan.samplings[: 1 if peer.is_slow else None] if peer.calibrates else (None,)
     best: dict[Cell, str] = {}
     rows: dict[Cell, Row] = {}
     for sampling in samplings:
@@ -101,8 +104,8 @@ def our_row(
     return row
 
 
-def tables(bench: Bench, plan: Plan, folder: Path) -> tuple[list[list[Row]], list[Row]]:
-    """Rows of table A, one list per set of matrices that a peer quantizes, and of table B."""
+def tables(bench: Bench, plan: Plan, folder: Path) -> Tables:
+    """All rows about one model."""
     partial: list[Row] = []
     whole: list[Row] = []
     for peer in plan.peers:
@@ -110,39 +113,35 @@ def tables(bench: Bench, plan: Plan, folder: Path) -> tuple[list[list[Row]], lis
         partial += made[False]
         whole += made[True] or made[False]
     sets = sorted({row.matrices for row in partial}, key=lambda names: (-len(names), sorted(names)))
-    groups = []
+    groups: list[list[Row]] = []
+    tuned: list[tuple[Row, Row]] = []
     for number, matrices in enumerate(sets):
         rows = [row for row in partial if row.matrices == matrices]
-        goals = _chosen([row.rate for row in front(rows, "rate")], plan.near)
-        ours = [
-            our_row(
-                bench,
-                plan,
-                f"a{number}-{rate:.4f}",
-                matrices,
-                plan.samplings,
-                "--bits",
-                repr(rate),
-            )
-            for rate in goals
-        ]
-        groups.append(rows + ours)
+        ours: dict[float, Row] = {}
+        for rate in nearest(spaced([row.rate for row in front(rows, "rate")]), plan.near):
+            flags = ["--bits", repr(rate)]
+            name = f"a{number}-{rate:.4f}"
+            ours[rate] = our_row(bench, plan, name, matrices, plan.samplings, *flags)
+        groups.append([*rows, *ours.values()])
+        if plan.tune and not number:
+            for rate in nearest(list(ours), TUNED_RATES):
+                flags = ["--bits", repr(rate), "--tune", str(plan.tune)]
+                name = f"tuned-{rate:.4f}"
+                row = our_row(bench, plan, name, matrices, plan.samplings[:1], *flags)
+                tuned.append((ours[rate], row))
     everything = frozenset([*bench.embedding, *bench.shapes])
-    if not plan.near:
-        for row in front(whole, "file_bytes"):
-            size = row.file_bytes
-            ours_b = our_row(
-                bench, plan, f"b-{size}", everything, plan.samplings[:1], "--size", f"{size}B"
-            )
-            whole.append(ours_b)
-    return groups, whole
+    sizes = [] if plan.near else spaced([row.file_bytes for row in front(whole, "file_bytes")])
+    for size in sizes:
+        flags = ["--size", f"{size}B"]
+        whole.append(our_row(bench, plan, f"b-{size}", everything, plan.samplings[:1], *flags))
+    return Tables(groups, whole, tuned)
 
 
-def _chosen(rates: Sequence[float], near: Sequence[float]) -> list[float]:
-    """The rates nearest to those in `near`, or all of them when it is empty."""
-    if not near:
+def nearest(rates: Sequence[float], goals: Sequence[float]) -> list[float]:
+    """The rates nearest to the goals, or all of them when there are no goals."""
+    if not goals:
         return list(rates)
-    return sorted({min(rates, key=lambda rate: abs(rate - goal)) for goal in near})
+    return sorted({min(rates, key=lambda rate: abs(rate - goal)) for goal in goals})
 
 
 def ratios(bench: Bench, rows: Sequence[Row]) -> list[str]:
@@ -171,7 +170,7 @@ def arguments() -> argparse.Namespace:
         help="one for each model, or one for all",
     )
     parser.add_argument("--second-text", type=Path, help="reported, never used for a choice")
-    parser.add_argument("--windows", type=int, default=64, help="of each text, at most so many")
+    parser.add_argument("--windows", type=int, default=16, help="of each text, at most so many")
     parser.add_argument(
         "--only", nargs="+", choices=[peer.key for peer in PEERS], help="these peers alone"
     )
@@ -189,6 +188,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--convert", default="", help="further options for `cvxq convert`")
+    parser.add_argument(
+        "--tune", type=int, default=0, metavar="STEPS", help="also show what tuning does, thrice"
+    )
     parser.add_argument(
         "--peers",
         type=Path,
@@ -215,6 +217,7 @@ def main() -> int:
         samplings=tuple(Sampling(options.sequences, options.length, s) for s in options.seeds),
         near=tuple(options.near),
         convert=tuple(shlex.split(options.convert)),
+        tune=options.tune,
     )
     sections: list[str] = []
     failed: list[str] = []
@@ -225,9 +228,9 @@ def main() -> int:
             texts = [options.text[number % len(options.text)]]
             texts += [options.second_text] if options.second_text else []
             bench = Bench(model, texts, options.context, options.windows, folder / "work")
-            groups, whole = tables(bench, plan, folder)
-            sections.append(section(bench, plan, groups, whole))
-            for rows in groups:
+            found = tables(bench, plan, folder)
+            sections.append(section(bench, plan, found))
+            for rows in found.partial:
                 failed += [f"{bench.name}: {sentence}" for sentence in failed_claims(rows)]
                 for line in ratios(bench, rows):
                     say(line)

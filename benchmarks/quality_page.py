@@ -5,28 +5,37 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from comparison import OURS, Row, table
 from measuring import Bench, Plan
-from peers.catalogue import RTN
+from peers.catalogue import RTN, SLOW_GROUPS
 from peers.environment import pinned, requirements
 from peers.llamacpp import build
 
 PACKAGES = ("cvxq", "torch", "transformers")
+ROOT = Path(__file__).resolve().parent.parent
 READING = """\
 ## How to read the tables
 
 KL is that of the original's next-token distribution to the quantized model's. `bits per weight`
 counts the quantized matrices with all their side information. ± is the standard deviation over
-the calibration seeds ({seeds}); methods without calibration have none. `ratio` is cvxq's KL
-divided by the lowest among the peers' rows that it stands against, those of as many bits or a
-little more. Each peer's row is the best of its recipes on this very text. Bits and bytes of the
-peers are counted as if packed tightly; files of peers other than llama.cpp keep embeddings and
-head in 16 bits, as their users do, and llama.cpp's are counted without their vocabulary, in place
-of which everyone is charged the model's own. In table B, cvxq's rows are of the first seed.
+the calibration seeds ({seeds}); rows without it are of one run. `ratio` is cvxq's KL divided by
+the lowest among the peers' rows that it stands against: those of as many bits or a little more.
+
+The peers are favoured. Each of their rows is the best of its recipes on this very text, by the
+first seed; cvxq runs with its defaults, and no choice of its own has seen these texts. Bits and
+bytes of the peers are counted as if packed tightly. Files of peers other than llama.cpp keep
+embeddings and head in 16 bits, as their users do; llama.cpp's are counted without their
+vocabulary, in place of which everyone is charged the model's own. In table B, cvxq's rows are of
+the first seed.
+
+llama.cpp's types come from its own `llama-imatrix` and `llama-quantize`. "alone" is one type for
+all matrices (`--pure`), the other rows are its mixtures, in table A with embeddings in 16 bits.
+AutoRound, at minutes per result, is asked for groups of {slow_groups} and the first seed only.
 
 Not every peer can pack every matrix. AutoRound and GPTQModel leave those in 16 bits that have a
 side which is no multiple of 32; llama.cpp's K- and I-quants need rows that are multiples of 256,
@@ -34,10 +43,23 @@ its other types (IQ4_NL, Q4_0, Q5_0) multiples of 32. Where peers differ in the 
 quantize, there is one table A for each set, and cvxq quantizes that very set. LLM Compressor wants
 groups that divide the rows, and gets the nearest such size where 32, 64 or 128 do not.
 
-Seconds are wall clock; those of the peers leave out starting Python and importing their packages,
-which takes some of them longer than the work; cvxq's count everything, sampling the
-calibration sequences included. RTN is `cvxq convert --method rtn`, with 8-bit scales and offsets
-along the input."""
+Seconds are wall clock, on a machine that did other work besides. Those of the peers leave out
+starting Python and importing their packages, which takes some of them longer than the work; cvxq's
+count everything, sampling the sequences and measuring included, which one seed's rows have in
+common. RTN is `cvxq convert --method rtn`, with 8-bit scales and offsets along the input."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Rows about one model.
+
+    partial: of table A, one list per set of matrices; whole: of table B; tuned: cvxq's rows
+    without and with tuning.
+    """
+
+    partial: list[list[Row]]
+    whole: list[Row]
+    tuned: list[tuple[Row, Row]]
 
 
 def processor() -> str:
@@ -63,7 +85,7 @@ def versions(plan: Plan, folder: Path) -> str:
     return ", ".join(named)
 
 
-def section(bench: Bench, plan: Plan, groups: list[list[Row]], whole: list[Row]) -> str:
+def section(bench: Bench, plan: Plan, tables: Tables) -> str:
     """What was measured on one model."""
     second = bench.texts[1].name if len(bench.texts) > 1 else None
     texts = []
@@ -80,9 +102,10 @@ def section(bench: Bench, plan: Plan, groups: list[list[Row]], whole: list[Row])
         f"{bench.parameters:,} parameters, {bench.count(bench.shapes):,} of them in the linear "
         f"layers of the blocks. Evaluated in windows of {bench.context} on {'; and '.join(texts)}. "
         f"Calibration: {sampling.count} sequences of {sampling.length} tokens sampled from the "
-        "original.",
+        f"original. Of cvxq's seconds, {bench.measuring_seconds(plan.samplings):.0f} are for the "
+        "measurement that the rows of a seed share.",
     ]
-    for rows in groups:
+    for rows in tables.partial:
         missing = sorted(bench.shapes.keys() - rows[0].matrices)
         title = "the linear layers of the blocks, everything else in 16 bits"
         lines += ["", f"### A: {title}", ""]
@@ -90,30 +113,55 @@ def section(bench: Bench, plan: Plan, groups: list[list[Row]], whole: list[Row])
             kinds = sorted({name.split(".")[-2] for name in missing})
             lines += [f"Without {', '.join(kinds)}, which the peers below leave in 16 bits.", ""]
         lines += [table(rows, "rate", bench.parameters, second)]
-    if any(row.method == OURS for row in whole):
+    if tables.tuned:
+        lines += ["", f"### cvxq with `--tune {plan.tune}`, same matrices as first above", ""]
+        lines += [tuned_table(tables.tuned)]
+    if any(row.method == OURS for row in tables.whole):
         lines += ["", "### B: the whole file, every byte counted", ""]
-        lines += [table(whole, "file_bytes", bench.parameters, second)]
+        lines += [table(tables.whole, "file_bytes", bench.parameters, second)]
     return "\n".join(lines)
+
+
+def tuned_table(pairs: Sequence[tuple[Row, Row]]) -> str:
+    """Markdown table of cvxq's rows without and with tuning, by the first seed of both."""
+    header = ["bits per weight", "KL, nats per token", "tuned", "ratio"]
+    header += ["perplexity", "tuned", "seconds", "tuned"]
+    lines = [header, ["--:"] * len(header)]
+    for plain, tuned in pairs:
+        before, after = plain.runs[0], tuned.runs[0]
+        line = [f"{after.rate:.3f}", f"{before.kl:.5f}", f"{after.kl:.5f}"]
+        line += [f"{after.kl / before.kl:.2f}", f"{before.perplexity:.3f}"]
+        line += [f"{after.perplexity:.3f}", f"{before.seconds:.0f}", f"{after.seconds:.0f}"]
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shown(word: str) -> str:
+    """A word of the command line, for a page that is not about where somebody keeps their files."""
+    path = Path(word)
+    if "/" not in word or not path.exists():
+        return path.name if "/" in word else word
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def document(plan: Plan, folder: Path, sections: Sequence[str]) -> str:
     """The whole page: how it was made, the sections of the models, how to read them."""
-    # names instead of paths: a page is not about where somebody keeps their models
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     seeds = ", ".join(str(sampling.seed) for sampling in plan.samplings)
+    groups = " and ".join(str(group) for group in SLOW_GROUPS)
     return "\n".join(
         [
             "# Quality against peers",
             "",
             f"Made on {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d} by",
             "",
-            f"    python {shlex.join(['benchmarks/quality.py', *words])}",
+            f"    python {shlex.join(['benchmarks/quality.py', *map(shown, sys.argv[1:])])}",
             "",
             f"on {processor()}, {torch.get_num_threads()} threads, Python "
             f"{platform.python_version()}; {versions(plan, folder)}.",
             "",
             *(line for section in sections for line in (section, "")),
-            READING.format(seeds=seeds),
+            READING.format(seeds=seeds, slow_groups=groups),
             "",
         ]
     )

@@ -27,11 +27,13 @@ from comparison import (  # noqa: E402
     best_opponent,
     failed_claims,
     front,
+    spaced,
     table,
 )
 from measuring import Bench, BenchmarkError, Programs, Sampling, digest, run  # noqa: E402
 from peers.catalogue import PEERS, Cell, Peer, cells  # noqa: E402
 from peers.grid import Parts, group_size, take_apart  # noqa: E402
+from quality_page import shown, tuned_table  # noqa: E402
 
 RUN = Run(
     rate=3.0,
@@ -131,6 +133,10 @@ def row(method: str, rate: float, *kls: float, perplexity: float = 20.0) -> Row:
 def test_front_holds_the_rows_that_no_smaller_one_beats() -> None:
     rows = [row("A", 3.0, 0.2), row("B", 2.5, 0.4), row("C", 3.5, 0.3), row("D", 2.5, 0.5)]
     assert [r.method for r in front(rows, "rate")] == ["B", "A"]
+
+
+def test_rates_that_are_nearly_equal_share_the_lowest_of_them() -> None:
+    assert spaced([2.04, 3.0, 2.0, 2.041, 2.07]) == [2.0, 2.041, 3.0]
 
 
 def test_claims_hold_only_when_cvxq_is_below_every_peer_at_no_higher_rate() -> None:
@@ -322,6 +328,28 @@ def test_cells_of_all_peers_have_settings() -> None:
         for cell in cells(known, [(256, 256)], [2, 3], [64]):
             assert isinstance(cell, Cell)
             assert cell.settings
+
+
+def test_slow_peer_is_asked_for_few_groups() -> None:
+    groups = [cell.name for cell in cells(peer("autoround"), [(256, 256)], [3], [32, 64, 128])]
+    assert groups == ["3 bits, group 64", "3 bits, group 128"]
+
+
+def test_tuned_rows_are_shown_beside_those_that_are_not() -> None:
+    page = tuned_table([(row(OURS, 2.2, 0.4, 9.0), row(OURS, 2.3, 0.3))])
+    assert page.splitlines()[2] == (
+        "| 2.300 | 0.40000 | 0.30000 | 0.75 | 20.000 | 20.000 | 5 | 5 |"
+    )
+
+
+def test_page_names_files_without_saying_where_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "story.txt"
+    file.write_text("once")
+    assert [shown(w) for w in (str(file), "--text", str(BENCHMARKS / "quality.py"))] == [
+        "story.txt",
+        "--text",
+        "benchmarks/quality.py",
+    ]
 
 
 @pytest.mark.slow

@@ -17,13 +17,15 @@ class Peer:
     """One peer.
 
     key: names its module, environment and requirements; calibrates: whether it uses calibration
-    sequences, so that seeds matter; package: its name on the package index.
+    sequences, so that seeds matter; package: its name on the package index; is_slow: at minutes
+    per result it is asked for SLOW_GROUPS and the first seed only.
     """
 
     key: str
     label: str
     calibrates: bool
     package: str
+    is_slow: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ PEERS = (
     Peer("gptq", "GPTQ (LLM Compressor)", calibrates=True, package="llmcompressor"),
     Peer("gptqmodel", "GPTQ (GPTQModel)", calibrates=True, package="GPTQModel"),
     Peer("gguf", "llama.cpp + imatrix", calibrates=True, package="llama-cpp-python"),
-    Peer("autoround", "AutoRound", calibrates=True, package="auto-round"),
+    Peer("autoround", "AutoRound", calibrates=True, package="auto-round", is_slow=True),
 )
 GRID: dict[str, dict[str, Settings]] = {
     "rtn": {"": {}},
@@ -70,6 +72,7 @@ GRID: dict[str, dict[str, Settings]] = {
         "symmetric": {"symmetric": True, "steps": 200},
     },
 }
+SLOW_GROUPS = (64, 128)  # what the slow peer's own recipes use
 SUPERBLOCK = 256  # weights of a row that llama.cpp's K- and I-quants take together
 PURE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")
 PURE_BLOCK = ("IQ4_NL", "Q4_0", "Q5_0")
@@ -98,6 +101,7 @@ def cells(
         )
         for depth in bits
         for group in groups
+        if not peer.is_slow or group in SLOW_GROUPS
     ]
 
 
