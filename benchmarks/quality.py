@@ -11,9 +11,10 @@ files in the same way, or less.
 
 The peers are favoured where a choice had to be made. Their bits are counted as if packed tightly,
 without padding, names or alignment; where a peer has several recipes of one rate, the one with
-the lowest KL on the evaluation text itself is taken (by the first seed). All calibrate on the
-same sequences, which cvxq samples from the original. One evaluator measures everything, on the
-dequantized weights in float32. The second text is reported and decides nothing.
+the lowest KL on the evaluation text itself is taken (by the first seed). The other seeds are for
+the peers' rows that no peer's row of fewer bits beats, and for all of cvxq's in table A. All
+calibrate on the same sequences, which cvxq samples from the original. One evaluator measures
+everything, on the dequantized weights in float32. The second text is reported and decides nothing.
 
 Every peer gets its own virtual environment in the --peers folder, once (llama.cpp is compiled,
 which takes 10 to 40 minutes). Results are kept there, too, and only made again when what they
@@ -28,61 +29,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comparison import OURS, Row, best_opponent, failed_claims, front, spaced
-from measuring import Bench, BenchmarkError, Plan, Programs, Sampling, say
-from peers.catalogue import PEERS, RTN, Cell, Peer, cells
-from peers.environment import SetupError, peer_python
-from peers.llamacpp import BuildError, build
+from measuring import Bench, BenchmarkError, Plan, Sampling, say
+from peer_rows import Entry, first_entries, rtn_entries, with_all_seeds
+from peers.catalogue import PEERS, RTN
+from peers.environment import SetupError
+from peers.llamacpp import BuildError
 from quality_page import Tables, document, section
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNED_RATES = (2.28, 3.3, 4.3)  # near which rows are made a second time with --tune
-
-
-def peer_rows(bench: Bench, peer: Peer, plan: Plan, folder: Path) -> dict[bool, list[Row]]:
-    """Rows of a peer for table A (False) and, where it quantizes embeddings, table B (True)."""
-    chosen = cells(peer, bench.shapes.values(), plan.bits, plan.groups)
-    tools = build(folder / "llama.cpp").tools if peer.key == "gguf" else None
-    programs = Programs(peer_python(folder, peer.key), tools)
-    samplings = plan.samplings[: 1 if peer.is_slow else None] if peer.calibrates else (None,)
-    best: dict[Cell, str] = {}
-    rows: dict[Cell, Row] = {}
-    for sampling in samplings:
-        # The first seed tries every setting, the others the best one.
-        asked = [
-            (cell, label, settings)
-            for cell in chosen
-            for label, settings in cell.settings.items()
-            if best.get(cell, label) == label
-        ]
-        ids = None if sampling is None else bench.sequences(sampling)
-        folders = bench.ask(peer, programs, [settings for _, _, settings in asked], ids)
-        for (cell, label, _), result in zip(asked, folders, strict=True):
-            matrices, run = bench.measure_peer(result)
-            name = f"{cell.name}, {label}" if label else cell.name
-            if sampling not in (None, plan.samplings[0]):
-                row = rows[cell]
-                rows[cell] = Row(peer.label, row.name, matrices, (*row.runs, run))
-            elif cell not in rows or run.kl < rows[cell].kl.mean:
-                rows[cell], best[cell] = Row(peer.label, name, matrices, (run,)), label
-    return {
-        whole: [row for cell, row in rows.items() if cell.whole == whole] for whole in (False, True)
-    }
-
-
-def rtn_rows(bench: Bench, plan: Plan) -> dict[bool, list[Row]]:
-    """Rows of round-to-nearest, which cvxq's own command makes."""
-    rows: dict[bool, list[Row]] = {False: [], True: []}
-    keep = [word for name in bench.embedding for word in ("--keep", name)]
-    for cell in cells(RTN, bench.shapes.values(), plan.bits, plan.groups):
-        [settings] = cell.settings.values()
-        flags = ["--method", "rtn", "--bits", str(settings["bits"])]
-        flags += ["--group-size", str(settings["group"])]
-        for whole, extra in ((False, keep), (True, [])):
-            name = f"rtn-{'b' if whole else 'a'}-{settings['bits']}-{settings['group']}"
-            run = bench.convert(name, None, *flags, *extra)
-            names = [*bench.shapes, *(bench.embedding if whole else [])]
-            rows[whole].append(Row(RTN.label, cell.name, frozenset(names), (run,)))
-    return rows
 
 
 def our_row(
@@ -106,12 +61,15 @@ def our_row(
 
 def tables(bench: Bench, plan: Plan, folder: Path) -> Tables:
     """All rows about one model."""
-    partial: list[Row] = []
-    whole: list[Row] = []
+    entries: list[Entry] = []
     for peer in plan.peers:
-        made = rtn_rows(bench, plan) if peer == RTN else peer_rows(bench, peer, plan, folder)
-        partial += made[False]
-        whole += made[True] or made[False]
+        rtn = peer == RTN
+        entries += rtn_entries(bench, plan) if rtn else first_entries(bench, peer, plan, folder)
+    entries = with_all_seeds(bench, entries, plan, folder)
+    partial = [entry.row for entry in entries if not entry.whole]
+    # Peers that leave embeddings alone enter table B with what they have.
+    complete = {entry.peer.key for entry in entries if entry.whole}
+    whole = [e.row for e in entries if e.whole or e.peer.key not in complete]
     sets = sorted({row.matrices for row in partial}, key=lambda names: (-len(names), sorted(names)))
     groups: list[list[Row]] = []
     tuned: list[tuple[Row, Row]] = []

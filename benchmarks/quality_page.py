@@ -27,11 +27,11 @@ the calibration seeds ({seeds}); rows without it are of one run. `ratio` is cvxq
 the lowest among the peers' rows that it stands against: those of as many bits or a little more.
 
 The peers are favoured. Each of their rows is the best of its recipes on this very text, by the
-first seed; cvxq runs with its defaults, and no choice of its own has seen these texts. Bits and
-bytes of the peers are counted as if packed tightly. Files of peers other than llama.cpp keep
-embeddings and head in 16 bits, as their users do; llama.cpp's are counted without their
-vocabulary, in place of which everyone is charged the model's own. In table B, cvxq's rows are of
-the first seed.
+first seed; the other seeds are for rows that no peer's row of fewer bits beats. cvxq runs with its
+defaults, and no choice of its own has seen these texts. Bits and bytes of the peers are counted as
+if packed tightly. Files of peers other than llama.cpp keep embeddings and head in 16 bits, as
+their users do; llama.cpp's are counted without their vocabulary, in place of which everyone is
+charged the model's own. In table B, every row is of the first seed.
 
 llama.cpp's types come from its own `llama-imatrix` and `llama-quantize`. "alone" is one type for
 all matrices (`--pure`), the other rows are its mixtures, in table A with embeddings in 16 bits.

@@ -30,7 +30,16 @@ from comparison import (  # noqa: E402
     spaced,
     table,
 )
-from measuring import Bench, BenchmarkError, Programs, Sampling, digest, run  # noqa: E402
+from measuring import (  # noqa: E402
+    Bench,
+    BenchmarkError,
+    Plan,
+    Programs,
+    Sampling,
+    digest,
+    run,
+)
+from peer_rows import Entry, with_all_seeds  # noqa: E402
 from peers.catalogue import PEERS, Cell, Peer, cells  # noqa: E402
 from peers.grid import Parts, group_size, take_apart  # noqa: E402
 from quality_page import shown, tuned_table  # noqa: E402
@@ -137,6 +146,28 @@ def test_front_holds_the_rows_that_no_smaller_one_beats() -> None:
 
 def test_rates_that_are_nearly_equal_share_the_lowest_of_them() -> None:
     assert spaced([2.04, 3.0, 2.0, 2.041, 2.07]) == [2.0, 2.041, 3.0]
+
+
+def test_other_seeds_are_for_rows_that_none_of_fewer_bits_beats(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan((), (2,), (64,), tuple(Sampling(2, 16, seed) for seed in (0, 1, 2)), (), ())
+    peers = [("gptq", 2.0, 0.4), ("gguf", 2.5, 0.5), ("gguf", 3.0, 0.2), ("hqq", 3.1, 0.1)]
+    entries = [Entry(peer(k), {"of": r}, row(k, r, kl), False) for k, r, kl in peers]
+    entries += [Entry(peer("gguf"), {}, row("gguf", 1.0, 0.1), True)]
+    monkeypatch.setattr("peer_rows.programs", lambda *_: None)
+    monkeypatch.setattr(Bench, "sequences", lambda _, sampling: sampling.seed)
+    monkeypatch.setattr(Bench, "ask", lambda _, p, t, jobs, seed: [(j["of"], seed) for j in jobs])
+    found = lambda _, at: (MATRICES, replace(RUN, rate=at[0], kl=at[1] / 10))  # noqa: E731
+    monkeypatch.setattr(Bench, "measure_peer", found)
+    made = with_all_seeds(bench, entries, plan, Path())
+    assert [[run.kl for run in entry.row.runs] for entry in made] == [
+        [0.4, 0.1, 0.2],
+        [0.5],
+        [0.2, 0.1, 0.2],
+        [0.1],
+        [0.1],
+    ]
 
 
 def test_claims_hold_only_when_cvxq_is_below_every_peer_at_no_higher_rate() -> None:
