@@ -197,7 +197,7 @@ def write_valid(folder: Path) -> None:
     base = Draft((folder / "bias-added.cvxq").read_bytes())
     base.header["a_later_key"] = {"anything": [1, 2]}
     base.header["tensors"][0]["another_later_key"] = None
-    newer = base.seal(minor=1)
+    newer = base.seal(minor=0xFFFF)
     (folder / "newer-minor-unknown-key.cvxq").write_bytes(newer)
     base = Draft((folder / "bias-added.cvxq").read_bytes())
     (folder / "preamble-unused-bytes.cvxq").write_bytes(base.seal(unused=b"\xa5" * 16))

@@ -4,6 +4,7 @@ from cvxq_format.codebook import Codebook, compander_levels, logarithmic_scales
 from cvxq_format.codes import pack_codes, unpack_codes, unpack_column, unpack_rows
 from cvxq_format.companded import CompandedTensor
 from cvxq_format.dequantize import dequantize, dequantize_rows
+from cvxq_format.entries import CompandedEntry, RawEntry
 from cvxq_format.errors import (
     CorruptError,
     FormatError,
@@ -13,10 +14,11 @@ from cvxq_format.errors import (
     WriteError,
 )
 from cvxq_format.geometry import Geometry, payload_size
-from cvxq_format.header import CompandedEntry, Header, RawEntry
+from cvxq_format.header import Header
 from cvxq_format.limits import VERSION
 from cvxq_format.raw import RawTensor, bfloat16_bits
 from cvxq_format.reader import Reader, SectionInfo
+from cvxq_format.row_scales import row_scale_factors
 from cvxq_format.verify import Problem, verify
 from cvxq_format.writer import Writer
 
@@ -46,6 +48,7 @@ __all__ = [
     "logarithmic_scales",
     "pack_codes",
     "payload_size",
+    "row_scale_factors",
     "unpack_codes",
     "unpack_column",
     "unpack_rows",

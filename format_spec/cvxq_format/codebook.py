@@ -3,29 +3,34 @@
 It holds the scale table (a group's scale code picks an entry), the eight depth thresholds that
 turn separable depth terms into bit depths, and one level table per bit depth 1…8. The default
 levels are the expander of the Laplace companding function, arXiv 2409.02026: a code's position
-u on the companded interval maps back to −(3/√2)·sgn(u)·ln(1 − 2|u|).
+u on the companded interval maps back to −(3/√2)·sgn(u)·ln(1 − 2|u|). Tables that equal the default
+need not be stored.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from cvxq_format.errors import CorruptError
-from cvxq_format.limits import MAX_DEPTH
+from cvxq_format.limits import ALL_LEVEL_DEPTHS, MAX_DEPTH
 
 Floats = npt.NDArray[np.float32]
 
-LEVEL_COUNT = 2 ** (MAX_DEPTH + 1) - 2
+DEPTHS = tuple(range(1, MAX_DEPTH + 1))
 
 
-def codebook_size(scale_bits: int) -> int:
-    """Return the bytes of a codebook section."""
-    return 4 * (2**scale_bits + MAX_DEPTH + LEVEL_COUNT)
+def codebook_size(scale_bits: int, level_depths: int = ALL_LEVEL_DEPTHS) -> int:
+    """Return the bytes of a codebook section; level_depths: bit B − 1 set for each table stored."""
+    levels = sum(2**depth for depth in _depths_in(level_depths))
+    return 4 * (2**scale_bits + MAX_DEPTH + levels)
+
+
+def _depths_in(level_depths: int) -> tuple[int, ...]:
+    return tuple(depth for depth in DEPTHS if level_depths >> (depth - 1) & 1)
 
 
 def compander_levels(depth: int) -> Floats:
@@ -57,12 +62,15 @@ class Codebook:
     scale_table: (2^scale_bits,) float32, strictly ascending, first ≥ +0.
     depth_thresholds: (8,) int32, non-decreasing, in 1/256 bit.
     levels: eight (2^B,) float32 tables, B = 1…8, strictly ascending.
+    stored_depths: ascending, the depths B whose level tables the section holds; the others must be
+    the default levels.
     Raises CorruptError if any table breaks these rules.
     """
 
     scale_table: Floats
     depth_thresholds: npt.NDArray[np.int32]
     levels: tuple[Floats, ...]
+    stored_depths: tuple[int, ...] = DEPTHS
 
     def __post_init__(self) -> None:
         size = self.scale_table.size
@@ -81,6 +89,15 @@ class Codebook:
             if table.shape != (2**depth,):
                 raise CorruptError(f"level table {depth} has shape {table.shape}")
             _check_ascending(table, f"level table {depth}")
+        if self.stored_depths != _depths_in(self.level_depths):
+            raise CorruptError(
+                f"stored depths {self.stored_depths}, allowed 1 to {MAX_DEPTH}, ascending"
+            )
+        for depth in set(DEPTHS).difference(self.stored_depths):
+            if not np.array_equal(self.levels[depth - 1], compander_levels(depth)):
+                raise CorruptError(
+                    f"level table {depth} is not the default, so that it must be stored"
+                )
 
     @classmethod
     def default(cls, scale_bits: int = 6) -> Codebook:
@@ -92,6 +109,11 @@ class Codebook:
     @property
     def scale_bits(self) -> int:
         return int(self.scale_table.size).bit_length() - 1
+
+    @property
+    def level_depths(self) -> int:
+        """The stored depths as the header has them: bit B − 1 for depth B."""
+        return sum(1 << (depth - 1) for depth in set(DEPTHS).intersection(self.stored_depths))
 
     def flat_levels(self) -> Floats:
         """Return all levels as (511,) float32: depth B's level q sits at index 2^B − 1 + q."""
@@ -121,21 +143,31 @@ class Codebook:
     def to_bytes(self) -> bytes:
         """Return the codebook section's bytes."""
         parts = [self.scale_table.astype("<f4"), self.depth_thresholds.astype("<i4")]
-        parts += [table.astype("<f4") for table in self.levels]
+        parts += [self.levels[depth - 1].astype("<f4") for depth in self.stored_depths]
         return b"".join(part.tobytes() for part in parts)
 
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview, scale_bits: int) -> Codebook:
+    def from_bytes(
+        cls, data: bytes | memoryview, scale_bits: int, level_depths: int = ALL_LEVEL_DEPTHS
+    ) -> Codebook:
         """Parse a codebook section; raises CorruptError if it breaks a rule."""
-        if len(data) != codebook_size(scale_bits):
-            raise CorruptError(f"{len(data)} bytes, {codebook_size(scale_bits)} expected")
-        first = 2**scale_bits
-        scales = np.frombuffer(data, "<f4", first).astype(np.float32)
-        thresholds = np.frombuffer(data, "<i4", MAX_DEPTH, 4 * first).astype(np.int32)
-        flat = np.frombuffer(data, "<f4", LEVEL_COUNT, 4 * (first + MAX_DEPTH)).astype(np.float32)
-        starts = [2**depth - 2 for depth in range(1, MAX_DEPTH + 2)]
-        levels = tuple(flat[a:b] for a, b in pairwise(starts))
-        return cls(scales, thresholds, levels)
+        size = codebook_size(scale_bits, level_depths)
+        if len(data) != size:
+            raise CorruptError(f"{len(data)} bytes, {size} expected")
+        scales = np.frombuffer(data, "<f4", 2**scale_bits).astype(np.float32)
+        position = 4 * scales.size
+        thresholds = np.frombuffer(data, "<i4", MAX_DEPTH, position).astype(np.int32)
+        position += 4 * MAX_DEPTH
+        levels = []
+        stored = _depths_in(level_depths)
+        for depth in DEPTHS:
+            if depth in stored:
+                table = np.frombuffer(data, "<f4", 2**depth, position).astype(np.float32)
+                position += 4 * table.size
+            else:
+                table = compander_levels(depth)
+            levels.append(table)
+        return cls(scales, thresholds, tuple(levels), stored)
 
 
 def _check_ascending(table: Floats, what: str) -> None:

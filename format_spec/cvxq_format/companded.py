@@ -13,12 +13,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from cvxq_format import bits
+from cvxq_format import bits, row_order
 from cvxq_format.codebook import Codebook
+from cvxq_format.entries import CompandedEntry
 from cvxq_format.errors import CorruptError, WriteError
 from cvxq_format.geometry import Geometry
-from cvxq_format.header import CompandedEntry
 from cvxq_format.limits import MAX_DEPTH, MAX_GROUP_SIZE, MAX_WEIGHTS_PER_BYTE
+from cvxq_format.row_scales import row_scale_factors
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -35,7 +36,10 @@ class CompandedTensor:
     packed_codes: (bytes,) uint8, the bit planes that `pack_codes` makes.
     column_terms (E, Kc) uint8 and cluster_terms (E, C) int16: present if depths are separable.
     mean_codes: (E, C, Kc) int8 or None. permutation: (E, R) int64 or None; entry s is the row of
-    the stored matrix that lies at stored position s, inside the same partition.
+    the stored matrix that lies at stored position s, inside the same partition. cluster_map: store
+    the permutation as one, which takes rows that ascend inside each cluster.
+    row_scale_codes: (E, N) uint8 or None, below 2^row_scale_bits: the factor 2^(−code/4) of each
+    output in source order; never with `transposed`. row_scale_bits: 1…8, or 0 without them.
     """
 
     shape: tuple[int, ...]
@@ -56,6 +60,9 @@ class CompandedTensor:
     transposed: bool = False
     source_orientation: str = "out_in"
     codebook: int = 0
+    cluster_map: bool = False
+    row_scale_codes: Bytes | None = None
+    row_scale_bits: int = 0
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -110,14 +117,26 @@ class CompandedTensor:
         return self.column_terms is not None
 
     @property
+    def has_cluster_map(self) -> bool:
+        """True if the payload holds a cluster map; with one cluster per partition it is empty."""
+        return self.cluster_map and self.geometry.clusters_per_partition > 1
+
+    @property
+    def is_permuted(self) -> bool:
+        """True if the payload says in which order the rows are stored."""
+        return self.permutation is not None and self.cluster_map == self.has_cluster_map
+
+    @property
     def payload_size(self) -> int:
         """Bytes of the payload: side information and codes."""
         side = self.geometry.side_size(
             self.scale_bits,
             self.column_bits,
             self.mean_codes is not None,
-            self.permutation is not None,
+            self.is_permuted,
             self.is_separable,
+            cluster_map=self.has_cluster_map,
+            row_scale_bits=self.row_scale_bits,
         )
         return side + int(self.packed_codes.size)
 
@@ -131,6 +150,12 @@ class CompandedTensor:
             return None
         return self.mean_codes.astype(np.float32) * np.float32(self.mean_step)
 
+    def row_scales(self) -> npt.NDArray[np.float32] | None:
+        """Return the factor of each output, (E, N) float32 in source order, if stored."""
+        if self.row_scale_codes is None:
+            return None
+        return row_scale_factors(self.row_scale_codes)
+
     def to_bytes(self) -> bytes:
         """Return the payload; raises WriteError if the fields contradict each other."""
         check_tensor(self)
@@ -143,9 +168,11 @@ class CompandedTensor:
         parts.append(bits.pack_bits(self.scale_codes, self.scale_bits))
         if self.mean_codes is not None:
             parts.append(np.ascontiguousarray(self.mean_codes).reshape(-1).view(np.uint8))
-        if self.permutation is not None:
-            inside = self.permutation % self.geometry.partition_rows
-            parts.append(bits.pack_bits(inside, self.geometry.permutation_bits))
+        if self.permutation is not None and self.is_permuted:
+            pack = row_order.pack_cluster_map if self.cluster_map else row_order.pack_permutation
+            parts.append(pack(self.permutation, self.geometry))
+        if self.row_scale_codes is not None:
+            parts.append(bits.pack_bits(self.row_scale_codes, self.row_scale_bits))
         parts.append(self.packed_codes)
         return b"".join(part.tobytes() for part in parts)
 
@@ -175,7 +202,13 @@ def _parse(entry: CompandedEntry, data: Bytes, codebook: Codebook) -> CompandedT
     geometry = entry.geometry
     shape = (geometry.experts, geometry.clusters, geometry.columns)
     side = geometry.side_size(
-        codebook.scale_bits, entry.column_bits, entry.means, entry.permuted, entry.separable
+        codebook.scale_bits,
+        entry.column_bits,
+        entry.means,
+        entry.permuted,
+        entry.separable,
+        cluster_map=entry.cluster_map,
+        row_scale_bits=entry.row_scale_bits,
     )
     if side > data.size:
         raise ValueError(f"payload of {data.size} bytes, side information alone needs {side}")
@@ -206,8 +239,14 @@ def _parse(entry: CompandedEntry, data: Bytes, codebook: Codebook) -> CompandedT
     mean_codes = take(geometry.groups).view(np.int8).reshape(shape) if entry.means else None
     permutation = None
     if entry.permuted:
-        count = geometry.experts * geometry.rows
-        permutation = _read_permutation(take_stream(count, geometry.permutation_bits), geometry)
+        width = geometry.cluster_map_bits if entry.cluster_map else geometry.permutation_bits
+        stream = take(bits.stream_size(geometry.experts * geometry.rows, width))
+        unpack = row_order.unpack_cluster_map if entry.cluster_map else row_order.unpack_permutation
+        permutation = unpack(stream, geometry)
+    row_scale_codes = None
+    if entry.row_scale_bits:
+        row_scale_codes = take_stream(geometry.experts * geometry.rows, entry.row_scale_bits)
+        row_scale_codes = row_scale_codes.astype(np.uint8).reshape(geometry.experts, geometry.rows)
     codes = data[side:]
     expected = int(geometry.code_sizes(depths).sum())
     if codes.size != expected:
@@ -231,32 +270,13 @@ def _parse(entry: CompandedEntry, data: Bytes, codebook: Codebook) -> CompandedT
         transposed=entry.transposed,
         source_orientation=entry.source_orientation,
         codebook=entry.codebook,
+        cluster_map=entry.cluster_map,
+        row_scale_codes=row_scale_codes,
+        row_scale_bits=entry.row_scale_bits,
     )
     check_values(tensor, codebook)
     _check_spare_rows(tensor)
     return tensor
-
-
-def _read_permutation(
-    entries: npt.NDArray[np.unsignedinteger], geometry: Geometry
-) -> npt.NDArray[np.int64]:
-    inside = entries.astype(np.int64).reshape(-1, geometry.partitions, geometry.partition_rows)
-    if inside.max() >= geometry.partition_rows:
-        raise ValueError(
-            f"permutation entry {inside.max()}, a partition has {geometry.partition_rows} rows"
-        )
-    first = np.arange(geometry.partitions, dtype=np.int64) * geometry.partition_rows
-    permutation = (inside + first[:, None]).reshape(geometry.experts, geometry.rows)
-    _check_permutation(permutation, geometry)
-    return permutation
-
-
-def _check_permutation(permutation: npt.NDArray[np.int64], geometry: Geometry) -> None:
-    seen = np.zeros((geometry.experts, geometry.rows), np.bool_)
-    np.put_along_axis(seen, permutation, True, axis=1)
-    if not seen.all():
-        missing = int(np.flatnonzero(~seen)[0])
-        raise ValueError(f"permutation leaves out row {missing % geometry.rows}")
 
 
 def check_values(tensor: CompandedTensor, codebook: Codebook) -> None:
@@ -314,10 +334,12 @@ def check_tensor(tensor: CompandedTensor) -> None:
             raise ValueError("column_bits and column_shift allow 0 to 8")
         if tensor.permutation is not None:
             _check_array("permutation", tensor.permutation, np.int64, (groups[0], geometry.rows))
-            first = np.arange(geometry.rows) // geometry.partition_rows
-            if np.any(tensor.permutation // geometry.partition_rows != first):
-                raise ValueError("permutation crosses a partition")
-            _check_permutation(tensor.permutation, geometry)
+            row_order.check_permutation(tensor.permutation, geometry)
+        if tensor.cluster_map:
+            if tensor.permutation is None:
+                raise ValueError("a cluster map without a permutation")
+            row_order.check_ascending(tensor.permutation, geometry)
+        _check_row_scales(tensor)
         expected = int(geometry.code_sizes(tensor.depths).sum())
         if tensor.packed_codes.dtype != np.uint8 or tensor.packed_codes.size != expected:
             raise ValueError(f"{tensor.packed_codes.size} bytes of codes, {expected} expected")
@@ -329,6 +351,22 @@ def check_tensor(tensor: CompandedTensor) -> None:
         _check_spare_rows(tensor)
     except (ValueError, IndexError) as error:
         raise WriteError(f"companded tensor {list(tensor.shape)}: {error}") from error
+
+
+def _check_row_scales(tensor: CompandedTensor) -> None:
+    if tensor.row_scale_codes is None:
+        if tensor.row_scale_bits:
+            raise ValueError(
+                f"row_scale_bits {tensor.row_scale_bits} without row scales, allowed 0"
+            )
+        return
+    if tensor.transposed:
+        raise ValueError("row scales of a transposed matrix, allowed only if it is not")
+    if not 1 <= tensor.row_scale_bits <= 8:
+        raise ValueError(f"row_scale_bits {tensor.row_scale_bits}, allowed 1 to 8")
+    shape = (tensor.experts, tensor.rows)
+    _check_array("row_scale_codes", tensor.row_scale_codes, np.uint8, shape)
+    _check_range("row_scale_codes", tensor.row_scale_codes, tensor.row_scale_bits)
 
 
 def _check_array(

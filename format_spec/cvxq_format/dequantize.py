@@ -2,7 +2,8 @@
 
 Per weight, every operation rounded to nearest even in float32 and in this order:
 S = scale_unit · scale_table[scale code]; t = float32(mean code) · mean_step;
-w = S · (level + t), or S · level without means. The level of a 0-bit group is +0.
+w = S · (level + t), or S · level without means; with row scales, that times the factor of the
+weight's output. The level of a 0-bit group is +0.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from cvxq_format.codebook import Codebook
 from cvxq_format.codes import unpack_column, unpack_rows, unpacked_chunks
 from cvxq_format.companded import CompandedTensor
+from cvxq_format.row_scales import row_scale_factors
 
 Floats = npt.NDArray[np.float32]
 
@@ -31,13 +33,17 @@ def dequantize(tensor: CompandedTensor, codebook: Codebook, expert: int | None =
     chosen = range(tensor.experts) if expert is None else range(expert, expert + 1)
     stored = np.empty((len(chosen), tensor.rows, tensor.columns), np.float32)
     scales, means = tensor.scales(codebook), tensor.relative_means()
+    row_scales = tensor.row_scales()
     for out, e in zip(stored, chosen, strict=True):
         source_rows = tensor.stored_to_source(e)
         for part, codes in unpacked_chunks(tensor, e, range(tensor.clusters)):
             groups = (e, slice(part.first, part.last), slice(part.left, part.right))
             mean = None if means is None else means[groups]
             weights = _expand(codes, tensor.depths[groups], scales[groups], mean, codebook)
-            out[source_rows[part.row_slice], part.left : part.right] = weights
+            rows = source_rows[part.row_slice]
+            if row_scales is not None:
+                weights *= row_scales[e, rows, None]
+            out[rows, part.left : part.right] = weights
     result = np.ascontiguousarray(stored.swapaxes(1, 2)) if tensor.transposed else stored
     return result[0] if expert is not None or len(tensor.shape) == 2 else result
 
@@ -71,7 +77,10 @@ def _stored_rows(
     positions = tensor.source_to_stored[expert, rows]
     codes = unpack_rows(tensor, positions, expert)
     cluster, _ = tensor.geometry.locate(positions)
-    return _expand_each(tensor, codebook, codes, (expert, cluster))
+    weights = _expand_each(tensor, codebook, codes, (expert, cluster))
+    if tensor.row_scale_codes is not None:
+        weights *= row_scale_factors(tensor.row_scale_codes[expert, rows])[:, None]
+    return weights
 
 
 def _stored_columns(

@@ -97,6 +97,10 @@ class Fields:
             f"{self.where}, {key!r}: {_brief(value)}, allowed {allowed}; the file is corrupt"
         )
 
+    def has(self, key: str) -> bool:
+        """Return whether a key that may be absent is there, not taken yet."""
+        return key in self._rest
+
     def integer(self, key: str, low: int, high: int) -> int:
         value = self._take(key)
         if type(value) is not int or not low <= value <= high:
@@ -108,6 +112,13 @@ class Fields:
         if not isinstance(value, bool):
             self._refuse(key, value, "true or false")
         return value
+
+    def true(self, key: str) -> bool:
+        """Take a key that is only ever true."""
+        value = self._take(key)
+        if value is not True:
+            self._refuse(key, value, "true")
+        return True
 
     def text(self, key: str) -> str:
         value = self._take(key)

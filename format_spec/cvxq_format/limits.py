@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 MAGIC = b"\x89CVXQ\r\n\x1a"
-VERSION = (1, 0)
+VERSION = (1, 1)
 ALIGNMENT = 64
 PREAMBLE_SIZE = 128
 
 MAX_DEPTH = 8
+ALL_LEVEL_DEPTHS = 2**MAX_DEPTH - 1
 MAX_HEADER_SIZE = 64 << 20
 MAX_NESTING = 16
 MAX_NAME_BYTES = 512
@@ -19,8 +20,8 @@ MAX_CODEBOOKS = 256
 MAX_WEIGHTS_PER_BYTE = 4096
 """Weights that one byte of a companded payload may stand for."""
 
-KNOWN_REQUIRED_FEATURES: frozenset[str] = frozenset()
-"""Version 1.0 defines no feature; a file that requires one was written for a later reader."""
+FEATURES = {"cluster-maps": 1, "row-scales": 1, "short-codebooks": 1}
+"""Required features that this reader knows, and the minor version that brought each."""
 
 
 def align(offset: int) -> int:

@@ -22,7 +22,7 @@ class Preamble:
     header_offset: int
     header_size: int
     header_crc32: int
-    version: tuple[int, int] = VERSION
+    version: tuple[int, int]
 
     @property
     def is_newer(self) -> bool:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 from cvxq_format import raw
 from cvxq_format.codebook import Codebook
 from cvxq_format.companded import CompandedTensor
+from cvxq_format.entries import CompandedEntry, Section, TensorEntry
 from cvxq_format.errors import CorruptError, FormatError
-from cvxq_format.header import CompandedEntry, Header, Section, TensorEntry
+from cvxq_format.header import Header
 from cvxq_format.limits import PREAMBLE_SIZE
 from cvxq_format.preamble import Preamble
 from cvxq_format.raw import RawTensor
@@ -63,6 +64,7 @@ class Reader:
                 "the file is corrupt"
             )
         header = Header.from_bytes(data, lenient=self.preamble.is_newer)
+        header.check_features(self.preamble.version[1])
         header.check_layout(self.preamble.header_offset)
         return header
 
@@ -116,7 +118,8 @@ class Reader:
             entry = self.header.codebooks[index]
             data = self._section(entry, f"codebook {index}")
             try:
-                self._codebooks[index] = Codebook.from_bytes(data, entry.scale_bits)
+                book = Codebook.from_bytes(data, entry.scale_bits, entry.level_depths)
+                self._codebooks[index] = book
             except CorruptError as error:
                 where = f"codebook {index} at byte {entry.offset:#x}"
                 raise CorruptError(f"{where}: {error}; the file is corrupt") from error

@@ -17,18 +17,18 @@ import numpy.typing as npt
 from cvxq_format import raw
 from cvxq_format.codebook import Codebook
 from cvxq_format.companded import CompandedTensor, check_values
-from cvxq_format.errors import CorruptError, FormatError, WriteError
-from cvxq_format.header import (
+from cvxq_format.entries import (
     CodebookEntry,
     CompandedEntry,
     FileEntry,
-    Header,
     RawEntry,
     Section,
     check_file_name,
     check_tensor_name,
 )
-from cvxq_format.limits import MAX_HEADER_SIZE, PREAMBLE_SIZE, align
+from cvxq_format.errors import CorruptError, FormatError, WriteError
+from cvxq_format.header import Header
+from cvxq_format.limits import FEATURES, MAX_HEADER_SIZE, PREAMBLE_SIZE, VERSION, align
 from cvxq_format.preamble import Preamble
 
 Entry = TypeVar("Entry", bound=Section)
@@ -39,7 +39,8 @@ class Writer:
 
     path: the target, replaced atomically by `close`; until then a hidden temporary file beside it
     grows, which an exception removes. codebooks: the tables that tensors refer to by index.
-    required, optional: feature names for the header. Nothing but the arguments reaches the file.
+    required, optional: further feature names for the header, which requires by itself what its
+    entries use. Nothing but the arguments reaches the file.
     Raises WriteError for what cannot be stored and OSError if the disk refuses.
     """
 
@@ -61,7 +62,9 @@ class Writer:
         try:
             self._file.write(bytes(PREAMBLE_SIZE))
             for codebook in self._codebooks:
-                entry = CodebookEntry(0, 0, 0, scale_bits=codebook.scale_bits)
+                entry = CodebookEntry(
+                    0, 0, 0, scale_bits=codebook.scale_bits, level_depths=codebook.level_depths
+                )
                 entry = self._append(entry, codebook.to_bytes())
                 self._header = replace(self._header, codebooks=(*self._header.codebooks, entry))
         except BaseException:
@@ -125,7 +128,9 @@ class Writer:
             column_bits=tensor.column_bits,
             column_shift=tensor.column_shift,
             means=tensor.mean_codes is not None,
-            permuted=tensor.permutation is not None,
+            permuted=tensor.is_permuted,
+            cluster_map=tensor.has_cluster_map,
+            row_scale_bits=tensor.row_scale_bits,
         )
         entry = self._append(entry, payload)
         self._header = replace(self._header, tensors=(*self._header.tensors, entry))
@@ -169,13 +174,19 @@ class Writer:
         if self._file.closed:
             return
         try:
+            used = self._header.used_features()
+            required = tuple(sorted(used.union(self._header.required)))
+            self._header = replace(self._header, required=required)
+            minor = max((FEATURES[feature] for feature in used), default=0)
             header = self._header.to_bytes()
-            self._check_header()
+            self._check_header(minor)
             if len(header) > MAX_HEADER_SIZE:
                 raise WriteError(f"header of {len(header)} bytes, allowed {MAX_HEADER_SIZE}")
             offset = self._pad()
             self._file.write(header)
-            preamble = Preamble(offset + len(header), offset, len(header), zlib.crc32(header))
+            version = (VERSION[0], minor)
+            size, crc32 = len(header), zlib.crc32(header)
+            preamble = Preamble(offset + size, offset, size, crc32, version)
             self._file.seek(0)
             self._file.write(preamble.to_bytes())
             self._file.flush()
@@ -187,13 +198,15 @@ class Writer:
             self.abort()
             raise
 
-    def _check_header(self) -> None:
-        """Raise WriteError if our own reader would refuse the header.
+    def _check_header(self, minor: int) -> None:
+        """Raise WriteError if our own reader would refuse the header in a file of version `minor`.
 
-        Required features are left out: whoever names one vouches for it.
+        Required features that it does not know are left out: whoever names one vouches for it.
         """
+        known = tuple(feature for feature in self._header.required if feature in FEATURES)
         try:
-            Header.from_bytes(replace(self._header, required=()).to_bytes(), lenient=False)
+            known_only = replace(self._header, required=known).to_bytes()
+            Header.from_bytes(known_only, lenient=False).check_features(minor)
         except FormatError as error:
             raise WriteError(str(error)) from error
 
