@@ -128,7 +128,7 @@ def arguments() -> argparse.Namespace:
         help="one for each model, or one for all",
     )
     parser.add_argument("--second-text", type=Path, help="reported, never used for a choice")
-    parser.add_argument("--windows", type=int, default=16, help="of each text, at most so many")
+    parser.add_argument("--windows", type=int, default=8, help="of each text, at most so many")
     parser.add_argument(
         "--only", nargs="+", choices=[peer.key for peer in PEERS], help="these peers alone"
     )
