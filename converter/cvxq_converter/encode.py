@@ -25,6 +25,7 @@ from cvxq_converter.plan import MatrixPlan
 from cvxq_converter.quantize import InverseFactor, QuantizedMatrix, quantize_matrix
 
 SCALE_BITS = 6
+WEIGHTS_PER_LEVEL = 16  # that a depth needs for tables of its own
 WeightOf = Callable[[MatrixPlan], torch.Tensor]
 FactorOf = Callable[[str], InverseFactor | None]
 
@@ -153,7 +154,7 @@ def _fit_tables(
         progress(i + 1)
     everything = LevelHistogram(np.sum([h.counts for h in histograms.values()], axis=0))
     return tuple(
-        fit_levels(h if h.counts.sum() > 1 << 14 else everything, depth)
+        fit_levels(h if h.counts.sum() > WEIGHTS_PER_LEVEL << depth else everything, depth)
         for depth, h in histograms.items()
     )
 

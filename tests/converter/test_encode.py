@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cvxq_converter.allocation import MODEL_THRESHOLDS
+from cvxq_converter.allocation import MODEL_THRESHOLDS, BitAllocation
 from cvxq_converter.budget import allocate_for_rate, file_size
 from cvxq_converter.checkpoint import open_source
 from cvxq_converter.companding import HISTOGRAM_BINS, HISTOGRAM_LIMIT, default_levels
 from cvxq_converter.encode import (
+    _fit_tables,
     _pooled_histogram,
     codebook_bytes,
     depth_thresholds,
@@ -142,6 +143,27 @@ def test_levels_are_fitted_to_every_weight_once_in_units_of_its_group(loaded: Lo
     assert counts.sum() == pytest.approx(loaded.quantized_weights, rel=1e-6)
     centres = (np.arange(HISTOGRAM_BINS) + 0.5) * HISTOGRAM_LIMIT / HISTOGRAM_BINS
     assert counts @ centres**2 / counts.sum() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_depth_has_tables_of_its_own_if_it_has_weights_for_them(loaded: LoadedModel) -> None:
+    """One matrix of ±1 at depth 2, the others at depth 4: 2 bits need 64 weights."""
+    signs, *others = loaded.matrices
+    weights = {m.name: m.weight.float() for m in others}
+    weights[signs.name] = torch.ones_like(signs.weight).float()
+    weights[signs.name][::2] = -1
+    plans = plans_of(loaded, replace(OPTIONS, means=False))
+    _, columns = signs.weight.shape
+    for rows, has_own in ((64 // columns + 1, True), (64 // columns - 1, False)):
+        row_weights = np.zeros(len(signs.weight), np.float32)
+        row_weights[:rows] = 1
+        moments = (torch.zeros_like(plans[0].moments[0]), torch.ones_like(plans[0].moments[1]))
+        plans[0] = replace(plans[0], row_weights=row_weights, moments=moments)
+        depths = [np.full(p.moments[0].shape, 4, np.uint8) for p in plans]
+        depths[0][:] = 2
+        allocation = BitAllocation(depths, [], 0, 0.0, 0)
+        tables = _fit_tables(plans, allocation, lambda p: weights[p.matrix.name], lambda _: None)
+        assert (np.abs(np.abs(tables[1]) - 1).min() < 1e-3) == has_own
+        assert np.abs(tables[2]).max() > 1.5  # depth 3 has no weights: those of all the others
 
 
 def test_fitted_levels_and_refinement_each_lower_the_error(
