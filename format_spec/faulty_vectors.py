@@ -24,7 +24,7 @@ class Draft:
 
     def __init__(self, data: bytes) -> None:
         fields = PREAMBLE.unpack(data[:124])
-        offset, size = fields[5:7]
+        self.minor, offset, size = fields[2], *fields[5:7]
         self.body = bytearray(data[:offset])
         self.header: dict[str, Any] = json.loads(data[offset : offset + size])
 
@@ -36,7 +36,7 @@ class Draft:
         fields = {
             "magic": b"\x89CVXQ\r\n\x1a",
             "major": 1,
-            "minor": 0,
+            "minor": self.minor,
             "preamble_size": 128,
             "file_size": len(self.body) + len(header),
             "header_offset": len(self.body),
@@ -79,6 +79,7 @@ def faulty_vectors(valid: Path) -> Iterator[Fault]:
     yield from _layout_faults(valid)
     yield from _codebook_faults((valid / "depths-explicit.cvxq").read_bytes())
     yield from _payload_faults(valid)
+    yield from _feature_faults(valid)
 
 
 def _preamble_faults(good: bytes) -> Iterator[Fault]:
@@ -275,3 +276,78 @@ def _payload_faults(valid: Path) -> Iterator[Fault]:
     cut.set("tensors", 0, size=12, crc32=zlib.crc32(cut.body[0x8C0 : 0x8C0 + 12]))
     del cut.body[0x900:]
     yield "side-information-too-long", cut.seal(), "CorruptError", "side information alone needs"
+
+
+def _feature_faults(valid: Path) -> Iterator[Fault]:
+    """Faults of what version 1.1 added."""
+
+    def draft(source: str) -> Draft:
+        return Draft((valid / f"{source}.cvxq").read_bytes())
+
+    def tensor(name: str, source: str, message: str, **keys: Any) -> Fault:
+        return name, draft(source).set("tensors", 0, **keys).seal(), "CorruptError", message
+
+    def payload(name: str, source: str, at: int, data: bytes, message: str) -> Fault:
+        patched = draft(source).patch("tensors", 0, at, data).seal()
+        return name, patched, "CorruptError", f"tensor 'layer.weight' at byte 0x8c0: {message}"
+
+    later = Draft((valid / "bias-added.cvxq").read_bytes()).set_header(later=1)
+    yield "json-unknown-key-of-minor-1", later.seal(minor=1), "CorruptError", "key 'later'"
+    for source, key, feature in (
+        ("row-scales", "row_scale_bits", "row-scales"),
+        ("cluster-map", "cluster_map", "cluster-maps"),
+        ("codebook-short", "level_depths", "short-codebooks"),
+    ):
+        message = f"has key '{key}' of feature '{feature}', which is not required"
+        unlisted = draft(source).set_header(required=[]).seal()
+        yield f"{feature}-not-required", unlisted, "CorruptError", message
+        unused = draft("bias-added").set_header(required=[feature]).seal(minor=1)
+        message = f"feature '{feature}' is required, but nothing uses it"
+        yield f"{feature}-not-used", unused, "CorruptError", message
+        older = draft(source).seal(minor=0)
+        message = f"feature '{feature}' in a file of version 1.0"
+        yield f"{feature}-in-1.0", older, "CorruptError", message
+
+    for bits in (0, 9):
+        message = f"'row_scale_bits': {bits}, allowed an integer from 1 to 8"
+        yield tensor(f"row-scale-bits-{bits}", "row-scales", message, row_scale_bits=bits)
+    yield tensor(
+        "row-scales-transposed",
+        "cluster-map-transposed",
+        "row scales of a transposed matrix",
+        row_scale_bits=3,
+    )
+    # (11, 4): 12 groups; unit, step, depths 6 bytes, scale codes 3, row scales 55 bits in 7.
+    spare = "spare bits at the end"
+    yield payload("row-scales-spare-bit", "row-scales", 23, b"\x80", spare)
+    message = "bytes of codes, the bit depths need"
+    yield tensor("row-scales-fewer-bits", "row-scales-of-8-bits", message, row_scale_bits=7)
+
+    yield tensor("cluster-map-false", "cluster-map", "allowed true", cluster_map=False)
+    yield tensor("cluster-map-not-permuted", "cluster-map", "not permuted", permuted=False)
+    message = "a cluster map with one cluster per partition"
+    yield tensor("cluster-map-of-one-cluster", "cluster-map", message, group_size=16)
+    # (16, 4) in clusters of 4: 16 groups; depths 8 bytes, scale codes 4, 16 entries of 2 bits.
+    message = "cluster map names cluster 0 of expert 0"
+    yield payload("cluster-map-names-too-often", "cluster-map", 20, b"\0\0", message)
+    # (20, 3) in 2 partitions of 3 clusters: 18 groups; depths 9, scale codes 5, 20 entries.
+    message = "cluster map entry 3, a partition has 3 clusters"
+    yield payload("cluster-map-past-partition", "cluster-map-of-partitions", 22, b"\xff", message)
+    # (3, 4) in clusters of 1: 12 groups; depths 6, scale codes 3, 3 entries in 6 bits.
+    yield payload("cluster-map-spare-bits", "cluster-map-of-one-row", 17, b"\xff", spare)
+
+    def book(name: str, message: str, **keys: Any) -> Fault:
+        changed = draft("codebook-short").set("codebooks", 0, **keys)
+        return name, changed.seal(), "CorruptError", message
+
+    yield book("level-depths-other-size", "need 232 with level depths 0x17", level_depths=0b10111)
+    yield book("level-depths-all", "allowed an integer from 0 to 254", level_depths=255)
+    yield book("level-depths-negative", "allowed an integer from 0 to 254", level_depths=-1)
+    # Scales 16 bytes, thresholds 32, then the tables of depths 2, 3 and 5.
+    unsorted = draft("codebook-short").patch("codebooks", 0, 48 + 16, b"\0\0\x80\x7e")
+    yield (
+        "codebook-short-unsorted",
+        unsorted.seal(),
+        "CorruptError",
+        "level table 3 is not strictly",
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def random_tensor(
     separable: bool = False,
     means: bool = False,
     permuted: bool = False,
+    cluster_map: bool = False,
+    row_scale_bits: int = 0,
     book: Codebook = BOOK,
     **fields: Any,
 ) -> CompandedTensor:
@@ -60,13 +63,22 @@ def random_tensor(
     if means:
         fields["mean_codes"] = rng.integers(-128, 128, groups).astype(np.int8)
         fields["mean_step"] = np.float32(1 / 64)
-    if permuted:
+    if permuted or cluster_map:
         order = [
             p * g.partition_rows + rng.permutation(g.partition_rows)
             for _ in range(g.experts)
             for p in range(partitions)
         ]
-        fields["permutation"] = np.concatenate(order).reshape(g.experts, g.rows)
+        permutation = np.concatenate(order).reshape(g.experts, g.rows)
+        if cluster_map:  # ascending inside each cluster
+            clusters = np.broadcast_to(g.locate(np.arange(g.rows))[0], permutation.shape)
+            ascending = np.lexsort((permutation, clusters))
+            permutation = np.take_along_axis(permutation, ascending, axis=1)
+        fields |= {"permutation": permutation, "cluster_map": cluster_map}
+    if row_scale_bits:
+        shape_of_codes = (g.experts, shape[-2])
+        row_scale_codes = rng.integers(0, 1 << row_scale_bits, shape_of_codes).astype(np.uint8)
+        fields |= {"row_scale_codes": row_scale_codes, "row_scale_bits": row_scale_bits}
     row_depths = np.repeat(depths, g.cluster_rows(), axis=1)
     codes = rng.integers(0, 1 << row_depths.astype(np.int64)).astype(np.uint8)
     scale_codes = rng.integers(0, book.scale_table.size, groups).astype(np.uint8)
@@ -147,6 +159,60 @@ def companded_cases(rng: np.random.Generator) -> dict[str, CompandedTensor]:
         ),
     }
     return cases
+
+
+def short_book(*stored: int) -> Codebook:
+    """Return a codebook that stores the level tables of some depths, which differ from the default.
+
+    The others are the default's.
+    """
+    levels = [t * np.float32(1.25) if d in stored else t for d, t in enumerate(BOOK.levels, 1)]
+    return replace(BOOK, levels=tuple(levels), stored_depths=stored)
+
+
+def write_features(folder: Path) -> None:
+    """Write a file for each thing that version 1.1 added."""
+    rng = np.random.default_rng(SEED + 11)
+    tiny = np.float32(1e-37)
+    cases = {
+        "row-scales": random_tensor(rng, (11, 4), 4, row_scale_bits=5),
+        "row-scales-of-1-bit": random_tensor(rng, (9, 3), 4, row_scale_bits=1),
+        "row-scales-of-8-bits": random_tensor(rng, (32, 3), 16, row_scale_bits=8),
+        "row-scales-subnormal": random_tensor(rng, (8, 3), 4, row_scale_bits=6, scale_unit=tiny),
+        "row-scales-of-experts": random_tensor(
+            rng, (3, 8, 5), 4, means=True, permuted=True, row_scale_bits=3
+        ),
+        "cluster-map": random_tensor(rng, (16, 4), 4, cluster_map=True),
+        "cluster-map-of-partitions": random_tensor(rng, (20, 3), 4, 2, cluster_map=True),
+        "cluster-map-of-one-row": random_tensor(rng, (3, 4), 1, cluster_map=True),
+        "cluster-map-of-300-clusters": random_tensor(rng, (300, 1), 1, cluster_map=True),
+        "cluster-map-of-experts": random_tensor(rng, (3, 9, 2), 5, cluster_map=True),
+        "cluster-map-transposed": random_tensor(
+            rng, (5, 12), 4, cluster_map=True, transposed=True, source_orientation="in_out"
+        ),
+    }
+    for name, tensor in cases.items():
+        with Writer(folder / f"{name}.cvxq", [BOOK]) as writer:
+            writer.add_companded("layer.weight", tensor)
+    for name, book in (("codebook-short", short_book(2, 3, 5)), ("codebook-bare", short_book())):
+        with Writer(folder / f"{name}.cvxq", [book]) as writer:
+            writer.add_companded("layer.weight", random_tensor(rng, (8, 24), 4, book=book))
+    everything = random_tensor(
+        rng,
+        (2, 22, 7),
+        4,
+        2,
+        separable=True,
+        means=True,
+        cluster_map=True,
+        row_scale_bits=5,
+        codebook=1,
+    )
+    with Writer(folder / "everything-of-1.1.cvxq", [BOOK, short_book(1, 4)]) as writer:
+        writer.add_companded("layer.weight", everything)
+        writer.add_companded("plain.weight", random_tensor(rng, (8, 3), 4))
+    without = Draft((folder / "bias-added.cvxq").read_bytes()).seal(minor=1)
+    (folder / "minor-1-without-features.cvxq").write_bytes(without)
 
 
 def write_raw_dtypes(writer: Writer) -> None:
@@ -231,6 +297,7 @@ def main(folder: Path) -> None:
         for old in place.glob("*.cvxq"):
             old.unlink()
     write_valid(valid)
+    write_features(valid)
     write_json(valid / "expected.json", {p.name: expected(p) for p in sorted(valid.glob("*.cvxq"))})
     errors = {}
     for name, data, error, text in faulty_vectors(valid):

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cvxq_format import raw
+from cvxq_format.checks import check_values
 from cvxq_format.codebook import Codebook
-from cvxq_format.companded import CompandedTensor, check_values
+from cvxq_format.companded import CompandedTensor
 from cvxq_format.entries import (
     CodebookEntry,
     CompandedEntry,

@@ -29,6 +29,7 @@ KINDS = {
     "scales": "matrices: scales",
     "means": "matrices: means",
     "permutation": "matrices: cluster maps",
+    "row_scales": "matrices: row scales",
     "raw": "raw tensors",
     "added_bias": "raw tensors: added biases",
     "file": "carried files",
@@ -196,8 +197,11 @@ def payload_blocks(tensor: CompandedTensor) -> Iterator[tuple[str, int]]:
         yield "depths", _stream_bytes(geometry.groups, 4)
     if tensor.mean_codes is not None:
         yield "means", geometry.groups
-    if tensor.permutation is not None:
-        yield "permutation", _stream_bytes(tensor.permutation.size, geometry.permutation_bits)
+    if tensor.permutation is not None and tensor.is_permuted:
+        width = geometry.cluster_map_bits if tensor.cluster_map else geometry.permutation_bits
+        yield "permutation", _stream_bytes(tensor.permutation.size, width)
+    if tensor.row_scale_codes is not None:
+        yield "row_scales", _stream_bytes(tensor.row_scale_codes.size, tensor.row_scale_bits)
     yield "codes", tensor.packed_codes.size
 
 

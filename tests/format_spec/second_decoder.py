@@ -7,6 +7,7 @@ the document suffices, and to be compared with the first decoder bit for bit.
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -55,6 +56,17 @@ def ceil_log2(value: int) -> int:
     return bits
 
 
+# Section 7.2: the features that version 1.1 knows, and the key of an entry that uses each.
+FEATURES = {
+    "cluster-maps": "cluster_map",
+    "row-scales": "row_scale_bits",
+    "short-codebooks": "level_depths",
+}
+
+# Section 11: r for v = 0, 1, 2, 3.
+QUARTERS = struct.unpack(">4f", bytes.fromhex("3F800000 3F5744FD 3F3504F3 3F1837F0"))
+
+
 def decode(path: Path) -> dict[str, Any]:
     """Return {"tensors": {name: {shape, dtype, data}}, "aliases", "files"}, data as hex."""
     data = path.read_bytes()
@@ -71,7 +83,7 @@ def decode(path: Path) -> dict[str, Any]:
         end = start + section["size"]
         if "crc32" in section:
             require(zlib.crc32(data[start:end]) == section["crc32"], "section CRC")
-    books = [read_codebook(contents(data, e), e["scale_bits"]) for e in header["codebooks"]]
+    books = [read_codebook(contents(data, entry), entry) for entry in header["codebooks"]]
     tensors = {}
     for entry in header["tensors"]:
         found = {"shape": entry["shape"], "dtype": entry.get("dtype", "f32")}
@@ -108,18 +120,40 @@ def read_preamble_and_header(data: bytes) -> tuple[int, dict[str, Any]]:
     text = data[offset:]
     require(zlib.crc32(text) == crc, "header CRC")
     header = json.loads(text)
-    require(not header["required"], "required features")
+    require(set(header["required"]) <= FEATURES.keys(), "required features")
+    for feature, key in FEATURES.items():
+        is_used = any(key in entry for entry in [*header["codebooks"], *header["tensors"]])
+        require(is_used == (feature in header["required"]), "features used are those required")
+        require(minor >= 1 or not is_used, "features need version 1.1")
     return offset, header
 
 
-def read_codebook(data: bytes, scale_bits: int) -> dict[str, Any]:
-    """Section 8."""
+def default_levels(depth: int) -> tuple[float, ...]:
+    """Appendix A."""
+    middle = 1 << (depth - 1)
+    upper = [
+        f32(-3 / math.sqrt(2) * math.log(1 - 2 * ((q + 0.5) / 2**depth - 0.5)))
+        for q in range(middle, 2 * middle)
+    ]
+    return (*(-level for level in reversed(upper)), *upper)
+
+
+def read_codebook(data: bytes, entry: dict[str, Any]) -> dict[str, Any]:
+    """Sections 7.4 and 8."""
+    scale_bits = entry["scale_bits"]
+    stored = entry.get("level_depths", 255)
+    require(0 <= entry.get("level_depths", 0) <= 254, "level depths")
     scales = struct.unpack_from(f"<{2**scale_bits}f", data)
     thresholds = struct.unpack_from("<8i", data, 4 * 2**scale_bits)
     levels: list[tuple[float, ...]] = [(0.0,)]
+    at = 4 * 2**scale_bits + 32
     for depth in range(1, 9):
-        at = 4 * 2**scale_bits + 32 + 4 * (2**depth - 2)
-        levels.append(struct.unpack_from(f"<{2**depth}f", data, at))
+        if stored >> (depth - 1) & 1:
+            levels.append(struct.unpack_from(f"<{2**depth}f", data, at))
+            at += 4 * 2**depth
+        else:
+            levels.append(default_levels(depth))
+    require(at == len(data), "size of codebook")
     return {"scale_bits": scale_bits, "scales": scales, "thresholds": thresholds, "levels": levels}
 
 
@@ -178,8 +212,24 @@ def read_companded(data: bytes, entry: dict[str, Any], book: dict[str, Any]) -> 
     scale_codes = block_stream(groups, book["scale_bits"])
     mean_codes = struct.unpack(f"<{groups}b", block(groups)) if entry["means"] else None
     order = [i % partition for i in range(experts * rows)]
-    if entry["permuted"]:
+    in_partition = sizes[: clusters // entry["partitions"]]
+    if entry.get("cluster_map"):  # 10.4
+        require(entry["permuted"] and len(in_partition) > 1, "cluster map of several clusters")
+        named = block_stream(experts * rows, ceil_log2(len(in_partition)))
+        order = []
+        for first in range(0, experts * rows, partition):
+            for cluster, size in enumerate(in_partition):
+                members = [i for i in range(partition) if named[first + i] == cluster]
+                require(len(members) == size, "cluster map names a cluster for each of its rows")
+                order += members
+    elif entry["permuted"]:
         order = block_stream(experts * rows, ceil_log2(partition))
+    factors = [1.0] * (experts * rows)  # 10.6 and 11
+    if "row_scale_bits" in entry:
+        require(1 <= entry["row_scale_bits"] <= 8, "row scale bits")
+        require(not entry["transposed"], "row scales of outputs that are rows")
+        row_scale_codes = block_stream(experts * outputs, entry["row_scale_bits"])
+        factors = [QUARTERS[v % 4] * 0.5 ** (v // 4) for v in row_scale_codes]
 
     weights = [0.0] * (experts * rows * columns)
     group = 0
@@ -199,7 +249,10 @@ def read_companded(data: bytes, entry: dict[str, Any], book: dict[str, Any]) -> 
                     stored = position + j
                     row = stored // partition * partition + order[expert * rows + stored]
                     place = column * rows + row if entry["transposed"] else row * columns + column
-                    weights[expert * rows * columns + place] = f32(scale * level)
+                    weight = f32(scale * level)
+                    if "row_scale_bits" in entry:
+                        weight = f32(weight * factors[expert * rows + row])
+                    weights[expert * rows * columns + place] = weight
                 group += 1
             position += size
     require(at == len(data), "payload has nothing else")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,17 @@ def tensors(draw: st.DrawFn) -> tuple[CompandedTensor, np.ndarray]:
             np.tile(np.arange(g.partition_rows), (g.experts, partitions, 1)), axis=2
         )
         first = np.arange(partitions)[:, None] * g.partition_rows
-        fields["permutation"] = (inside + first).reshape(g.experts, g.rows)
+        permutation = (inside + first).reshape(g.experts, g.rows)
+        fields["cluster_map"] = draw(st.booleans())
+        if fields["cluster_map"]:
+            for start, end in pairwise(g.cluster_starts()):
+                permutation[:, start:end].sort(axis=1)
+        fields["permutation"] = permutation
+    row_scale_bits = 0 if transposed else draw(st.integers(0, 8))
+    if row_scale_bits:
+        row_scale_codes = rng.integers(0, 1 << row_scale_bits, (g.experts, g.rows))
+        fields["row_scale_codes"] = row_scale_codes.astype(np.uint8)
+        fields["row_scale_bits"] = row_scale_bits
     row_depths = np.repeat(depths, g.cluster_rows(), axis=1).astype(np.int64)
     codes = rng.integers(0, 1 << row_depths).astype(np.uint8)
     tensor = CompandedTensor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from cvxq_format import (
     unpack_rows,
 )
 from cvxq_format.bits import pack_bits, stream_size, unpack_bits
+from cvxq_format.codebook import codebook_size
 from format_strategies import CODEBOOKS, tensors  # type: ignore[import-not-found]
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,10 +87,10 @@ def test_codes_round_trip(drawn: tuple[CompandedTensor, np.ndarray]) -> None:
 
 
 @quickly
-@given(tensors())
-def test_file_round_trip(drawn: tuple[CompandedTensor, np.ndarray]) -> None:
+@given(tensors(), st.sets(st.integers(1, 8)))
+def test_file_round_trip(drawn: tuple[CompandedTensor, np.ndarray], stored: set[int]) -> None:
     tensor, _ = drawn
-    book = CODEBOOKS[tensor.scale_bits]
+    book = codebook_storing(stored, CODEBOOKS[tensor.scale_bits])
     size = payload_size(
         tensor.shape,
         tensor.group_size,
@@ -100,6 +102,8 @@ def test_file_round_trip(drawn: tuple[CompandedTensor, np.ndarray]) -> None:
         permuted=tensor.permutation is not None,
         separable=tensor.is_separable,
         transposed=tensor.transposed,
+        cluster_map=tensor.cluster_map,
+        row_scale_bits=tensor.row_scale_bits,
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file.cvxq"
@@ -107,16 +111,32 @@ def test_file_round_trip(drawn: tuple[CompandedTensor, np.ndarray]) -> None:
             writer.add_companded("w", tensor)
         with Reader(path) as reader:
             found = reader.read("w")
+            again = reader.codebook(0)
             assert reader.entry("w").size == tensor.payload_size == size
+            assert reader.header.codebooks[0].size == codebook_size(
+                book.scale_bits, book.level_depths
+            )
+            is_new = len(stored) < 8 or tensor.row_scale_bits > 0 or tensor.has_cluster_map
+            assert reader.preamble.version == (1, int(is_new))
+            assert bool(reader.header.required) == is_new
     assert isinstance(found, CompandedTensor)
+    assert again.stored_depths == book.stored_depths
+    np.testing.assert_array_equal(again.flat_levels(), book.flat_levels())
     assert found.to_bytes() == tensor.to_bytes()
-    for name in ("depths", "scale_codes", "mean_codes", "permutation", "column_terms"):
+    for name in ("depths", "scale_codes", "mean_codes", "column_terms", "row_scale_codes"):
         np.testing.assert_array_equal(getattr(found, name), getattr(tensor, name))
+    np.testing.assert_array_equal(found.source_to_stored, tensor.source_to_stored)
     assert found.source_orientation == tensor.source_orientation
     weights = dequantize(found, book)
     assert weights.shape == tensor.shape
     assert np.isfinite(weights).all()
     np.testing.assert_array_equal(weights.view("u4"), reference_weights(drawn, book).view("u4"))
+
+
+def codebook_storing(stored: set[int], default: Codebook) -> Codebook:
+    """Return a codebook whose tables of some depths are stored, and differ from the default."""
+    levels = [t * np.float32(1.5) if d in stored else t for d, t in enumerate(default.levels, 1)]
+    return replace(default, levels=tuple(levels), stored_depths=tuple(sorted(stored)))
 
 
 def reference_weights(drawn: tuple[CompandedTensor, np.ndarray], book: Codebook) -> np.ndarray:
@@ -138,6 +158,11 @@ def reference_weights(drawn: tuple[CompandedTensor, np.ndarray], book: Codebook)
     stored = np.empty_like(value)
     for e in range(tensor.experts):
         stored[e, tensor.stored_to_source(e)] = value[e]
+    if tensor.row_scale_codes is not None:
+        quarters = np.array([1, 0.840896428, 0.707106769, 0.594603539], np.float32)
+        codes = tensor.row_scale_codes.astype(np.int64)
+        factors = (quarters[codes % 4] * 0.5 ** (codes // 4)).astype(np.float32)
+        stored = stored * factors[:, :, None]
     w = stored.swapaxes(1, 2) if tensor.transposed else stored
     return np.ascontiguousarray(w.reshape(tensor.shape))
 

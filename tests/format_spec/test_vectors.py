@@ -21,6 +21,12 @@ from cvxq_format import (
     verify,
 )
 
+LATER = (
+    "minor-1-without-features.cvxq",
+    "newer-minor-unknown-key.cvxq",
+    "preamble-unused-bytes.cvxq",
+)
+
 
 def decode(path: Path) -> dict[str, Any]:
     """Return a file's contents in the form of expected.json."""
@@ -75,7 +81,7 @@ def test_vectors_are_what_their_script_makes(
 
 
 def test_rewriting_gives_the_same_bytes(valid: Path, valid_name: str, tmp_path: Path) -> None:
-    if valid_name in ("newer-minor-unknown-key.cvxq", "preamble-unused-bytes.cvxq"):
+    if valid_name in LATER:
         pytest.skip("written by a later version")
     copy = tmp_path / "copy.cvxq"
     with Reader(valid / valid_name) as reader:

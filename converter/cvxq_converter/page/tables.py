@@ -16,6 +16,7 @@ KINDS = {  # of bytes in a file, in the order in which the page stacks them
     "means": "means",
     "depths": "bit depths",
     "permutation": "row order",
+    "row_scales": "row scales",
     "codebook": "level tables",
     "added_bias": "gained biases",
     "raw": "tensors in 16 or 32 bits",
