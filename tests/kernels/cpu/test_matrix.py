@@ -114,6 +114,46 @@ def test_shared_order(isa: str, random_companded: Maker, reference: Any) -> None
     check(isa, tensor, inputs(5, 777), reference)
 
 
+@pytest.mark.parametrize("m", [17, 70])
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((256, 777), {"group_size": 64}),
+        ((200, 129), {"group_size": 100, "partitions": 2, "means": False}),  # 4, 2 and 1 strips
+        ((80, 1100), {"group_size": 16, "partitions": 1}),
+        ((64, 31), {"group_size": 32, "partitions": 1}),
+    ],
+)
+def test_many_inputs(
+    isa: str,
+    m: int,
+    shape: tuple[int, int],
+    changes: dict[str, Any],
+    random_companded: Maker,
+    reference: Any,
+) -> None:
+    """More inputs than are rounded for every cluster, and runs that begin anywhere."""
+    check(
+        isa, separable(random_companded(shape, seed=m, **changes)), inputs(m, shape[1]), reference
+    )
+
+
+@pytest.mark.parametrize("depth", range(9))
+def test_many_inputs_of_one_depth(
+    isa: str, depth: int, random_companded: Maker, reference: Any
+) -> None:
+    """Two runs: the pruned columns in front are an odd number."""
+    tensor = random_companded((64, 341), seed=1, group_size=64, means=False)
+    depths = np.full_like(tensor.depths, depth)
+    depths[..., :35] = 0
+    tensor = replace(
+        tensor,
+        depths=depths,
+        packed_codes=np.random.default_rng(depth).integers(0, 256, 306 * depth * 8, dtype=np.uint8),
+    )
+    check(isa, tensor, inputs(40, 341), reference)
+
+
 @pytest.mark.parametrize("exponent", [-120, -60, 60, 110])
 def test_extreme_scales(isa: str, exponent: int, random_companded: Maker, reference: Any) -> None:
     tensor = random_companded((64, 100), seed=4, group_size=64)

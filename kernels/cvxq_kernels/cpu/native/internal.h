@@ -140,6 +140,7 @@ struct cvxq_matrix {
     int32_t *tile_cluster;   /* (tiles,) */
     int32_t *cluster_orders; /* what `order` of clusters points into, or NULL */
     int64_t cluster_count, tile_count, most_blocks;
+    int32_t deepest; /* of all runs */
     /* dense */
     int dtype;
     /* transposed */
@@ -229,19 +230,20 @@ void cvxq_transposed_row(const cvxq_matrix *w, int64_t row, float *out);
 
 /* wide_amx.c: many inputs at once, for packed matrices with one order of columns. */
 typedef struct {
-    uint16_t *high, *low; /* (padded M, pitch) bfloat16: inputs in order, what rounding left */
-    int64_t pitch;
+    uint16_t *high, *low; /* (steps, rows, 32) bfloat16: inputs in order, what rounding left */
+    float *results;       /* (M, pitch): 64 for every tile */
+    int64_t rows, pitch;  /* rows: M padded */
 } cvxq_wide;
 int cvxq_wide_available(void);
-int64_t cvxq_wide_pitch(int64_t inputs);
-int64_t cvxq_wide_rows(int64_t m); /* M padded */
+/* Lay out `wide` for M inputs at `memory` (NULL only to measure it); returns its bytes. */
+size_t cvxq_wide_lay_out(const cvxq_matrix *w, int64_t m, char *memory, cvxq_wide *wide);
 size_t cvxq_wide_scratch(int64_t m);
-void cvxq_wide_round(const float *x, const int32_t *order, int64_t count, uint16_t *high,
-                     uint16_t *low);
+/* Fill row `row` with input x, NULL for a row of padding. */
+void cvxq_wide_round(const cvxq_wide *wide, const int32_t *order, int64_t count, const float *x,
+                     int64_t row);
 void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
                     void *scratch);
-
-/* unit.c's cvxq_unpack_unit, for the sake of speed. */
-void cvxq_unpack_unit_avx512(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]);
+/* y (N,) = the results of row `row`, and the bias. */
+void cvxq_wide_collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *y);
 
 #endif

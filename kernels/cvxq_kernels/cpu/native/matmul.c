@@ -26,15 +26,24 @@ typedef struct {
     stretch *stretches;
 } product;
 
+/* Results of the matrices that take many inputs, to their places; the parts share the rows. */
+static void collect(product *p, int part, int parts) {
+    for (int i = 0; i < p->count; i++) {
+        const cvxq_job *job = &p->jobs[i];
+        for (int64_t row = part; p->wide[i].high && row < p->m; row += parts)
+            cvxq_wide_collect(&p->wide[i], job->weight, row, job->y + row * job->weight->outputs);
+    }
+}
+
 /* Inputs in the order of each matrix; the parts share the columns, or the rows. */
 static void put_in_order(product *p, int part, int parts) {
     const int64_t from = p->inputs * part / parts, to = p->inputs * (part + 1) / parts;
     for (int i = 0; i < p->count; i++) {
         const int32_t *order = p->jobs[i].weight->order;
         const cvxq_wide *wide = &p->wide[i];
-        for (int64_t m = part; wide->high && m < p->m; m += parts)
-            cvxq_wide_round(p->x + m * p->inputs, order, p->inputs, wide->high + m * wide->pitch,
-                            wide->low + m * wide->pitch);
+        for (int64_t row = part; wide->high && row < wide->rows; row += parts)
+            cvxq_wide_round(wide, order, p->inputs, row < p->m ? p->x + row * p->inputs : NULL,
+                            row);
         for (int64_t m = 0; p->ordered[i] && m < p->m; m++) {
             const float *x = p->x + m * p->inputs;
             float *out = p->ordered[i] + m * p->inputs;
@@ -61,8 +70,11 @@ static void do_item(const product *p, int64_t index, void *scratch) {
 
 static void multiply(void *context, int part, int parts) {
     product *p = context;
-    int is_ordered = 0;
-    for (int i = 0; i < p->count; i++) is_ordered |= p->ordered[i] || p->wide[i].high;
+    int is_ordered = 0, is_wide = 0;
+    for (int i = 0; i < p->count; i++) {
+        is_wide |= p->wide[i].high != NULL;
+        is_ordered |= is_wide || p->ordered[i];
+    }
     if (is_ordered) {
         put_in_order(p, part, parts);
         cvxq_pool_barrier(p->pool);
@@ -76,6 +88,10 @@ static void multiply(void *context, int part, int parts) {
             if (item >= s->end) break;
             do_item(p, item, scratch);
         }
+    }
+    if (is_wide) {
+        cvxq_pool_barrier(p->pool);
+        collect(p, part, parts);
     }
 }
 
@@ -131,10 +147,9 @@ static size_t scratch_of(const cvxq_matrix *w, int64_t m, int exact) {
     return w->kind == KIND_TRANSPOSED ? cvxq_transposed_scratch(w) : 64;
 }
 
-/* Bytes that the inputs in the order of `w` take. */
+/* Bytes that the inputs in the order of `w`, and results in that of its tiles, take. */
 static size_t ordered_bytes(const cvxq_matrix *w, int64_t m, int exact) {
-    if (is_wide(w, m, exact))
-        return 2 * aligned((size_t)(cvxq_wide_rows(m) * cvxq_wide_pitch(w->inputs)) * 2);
+    if (is_wide(w, m, exact)) return cvxq_wide_lay_out(w, m, NULL, NULL);
     return w->order ? aligned((size_t)(m * w->inputs) * sizeof(float)) : 0;
 }
 
@@ -157,10 +172,7 @@ static void multiply_some(cvxq_pool *pool, const cvxq_matrix *const *weights, in
         const size_t bytes = ordered_bytes(weights[i], m, exact);
         p.jobs[i] = (cvxq_job){weights[i], x, y[i], m, exact};
         if (is_wide(weights[i], m, exact)) {
-            /* Rows and columns of padding must hold numbers, though not any in particular. */
-            memset(shared, 0, bytes);
-            p.wide[i] = (cvxq_wide){(uint16_t *)shared, (uint16_t *)(shared + bytes / 2),
-                                    cvxq_wide_pitch(p.inputs)};
+            cvxq_wide_lay_out(weights[i], m, shared, &p.wide[i]);
         } else if (bytes) {
             p.ordered[i] = (float *)shared;
             p.jobs[i].x = p.ordered[i];

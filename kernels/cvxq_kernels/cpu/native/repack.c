@@ -68,6 +68,7 @@ static int plan_clusters(cvxq_matrix *w, const cvxq_companded *source,
             if (!have || (!depth && !source->mean_codes)) continue;
             w->runs[runs++] = (cvxq_run){depth, first, have};
             if (depth) cluster->blocks += (int32_t)ceil_div(have, BLOCK);
+            if (depth > w->deepest) w->deepest = depth;
         }
         cluster->runs = runs - cluster->first_run;
         w->most_blocks = max_of(w->most_blocks, cluster->blocks);

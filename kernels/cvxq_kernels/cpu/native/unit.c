@@ -140,10 +140,6 @@ int cvxq_unit_code(int depth, const uint8_t *unit, int vector, int byte) {
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl")))
 
-TARGET void cvxq_unpack_unit_avx512(int depth, const uint8_t *unit, uint8_t codes[UNIT][VECTOR]) {
-    BY_DEPTH(depth, unpack(DEPTH, unit, codes))
-}
-
 /* A plane of 64 rows is a mask register: it sets one bit of 64 codes at once. */
 INLINE TARGET __m512i column_codes(const int depth, const uint8_t *planes) {
     __m512i codes = _mm512_setzero_si512();

@@ -8,7 +8,14 @@
  * products are taken.
  *
  * A step is 32 columns: 16 rows of the unit's second operand, each the 16 lanes of a strip times two
- * columns. Every run begins a new step; what is left of its last step has weights of zero.
+ * columns. Steps begin at multiples of 32 in the order of columns, whatever runs begin there: so
+ * inputs lie step after step, each (M, 32), and none of them crosses a cache line. Where a run
+ * begins at an odd column, its codes are shifted by one.
+ *
+ * Up to depth 6 a pair of columns has few values: 2 · 2^B, each rounded once and then looked up.
+ *
+ * Results come in the order of tiles and are put in that of outputs at the end, row by row: written
+ * to their places at once, every one would touch a cache line of its own that threads share.
  */
 #define _GNU_SOURCE
 #include "internal.h"
@@ -19,19 +26,27 @@
 #include <unistd.h>
 
 #define TARGET                                                                                   \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16," \
-                          "fma,amx-tile,amx-bf16")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,"           \
+                          "avx512vnni,avx512bf16,fma,amx-tile,amx-bf16")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
+#define UNROLL _Pragma("GCC unroll 8")
 
-enum { STEP = 32, STEPS = 8, TILE_BYTES = 1024, SPLIT = 8 };
+enum {
+    STEP = 32,
+    STEPS = 8, /* expanded before they are multiplied */
+    PAIRS = STEP / 2,
+    PAIR = 4 * VECTOR,           /* bytes of a pair of columns: four strips */
+    ROOM = STEPS * PAIRS + 17,   /* pairs; a unit may reach 16 past the end, 17 if shifted */
+    SPLIT = 8,                   /* depth whose factors have two parts */
+};
 
 typedef struct {
-    uint8_t *weights; /* (STEPS, 4 strips, 16 pairs, 16 rows, 2) bfloat16 */
-    float *sums;      /* (padded M, 64) */
-    const uint16_t *inputs[STEPS]; /* first input of each step, in its first row */
-    int steps, strips;
-    int64_t pitch, padded; /* bfloat16 values from row to row of the inputs; M in steps of 32 */
-    int is_first;          /* sums hold nothing yet */
+    uint8_t *weights, *rest; /* (ROOM, 4 strips, 16 rows, 2) bfloat16 */
+    float *sums;             /* (padded M, 64) */
+    const cvxq_wide *wide;
+    int64_t first; /* first step expanded */
+    int64_t split; /* first step that has a rest */
+    int strips, is_first;
 } batch_state;
 
 static int ask_for_tiles(void) {
@@ -46,6 +61,7 @@ int cvxq_wide_available(void) {
         unsigned a, b, c, d, has_tiles, has_bf16;
         __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
         has_tiles = (d >> 24 & 1) && (d >> 22 & 1); /* amx-tile, amx-bf16 */
+        has_tiles = has_tiles && (c >> 6 & 1);      /* avx512_vbmi2 */
         __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
         has_bf16 = a >> 5 & 1; /* avx512_bf16 */
         state = has_tiles && has_bf16 && ask_for_tiles() ? 2 : 1;
@@ -54,137 +70,228 @@ int cvxq_wide_available(void) {
     return state == 2 && cvxq_ops_in_use() == &cvxq_ops_avx512;
 }
 
-int64_t cvxq_wide_pitch(int64_t inputs) {
-    /* Room for a whole step behind the last column; an odd number of cache lines, because rows a
-     * multiple of 4 kB apart would share a few sets of the cache. */
-    return (ceil_div(inputs, STEP) + 1) * STEP + (ceil_div(inputs, STEP) % 2 ? STEP : 0);
+static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+static int64_t padded_rows(int64_t m) { return ceil_div(m, 32) * 32; }
+
+size_t cvxq_wide_lay_out(const cvxq_matrix *w, int64_t m, char *memory, cvxq_wide *wide) {
+    const int64_t rows = padded_rows(m), steps = ceil_div(w->inputs, STEP);
+    const size_t plane = (size_t)(steps * rows * STEP) * sizeof(uint16_t);
+    const int is_split = w->deepest >= SPLIT;
+    /* An odd number of cache lines, because rows a multiple of 4 kB apart would share a few sets. */
+    const int64_t pitch = w->tile_count * TILE + STRIP;
+    if (memory)
+        *wide = (cvxq_wide){.high = (uint16_t *)memory,
+                            .low = is_split ? (uint16_t *)(memory + plane) : NULL,
+                            .results = (float *)(memory + plane * (size_t)(1 + is_split)),
+                            .rows = rows,
+                            .pitch = pitch};
+    return plane * (size_t)(1 + is_split) + aligned((size_t)(m * pitch) * sizeof(float));
 }
-int64_t cvxq_wide_rows(int64_t m) { return ceil_div(m, 32) * 32; }
 
 size_t cvxq_wide_scratch(int64_t m) {
-    return STEPS * 4 * TILE_BYTES + (size_t)cvxq_wide_rows(m) * TILE * sizeof(float);
+    return 2 * ROOM * PAIR + (size_t)padded_rows(m) * TILE * sizeof(float);
 }
 
-TARGET void cvxq_wide_round(const float *x, const int32_t *order, int64_t count, uint16_t *high,
-                            uint16_t *low) {
-    for (int64_t k = 0; k < count; k += 16) {
-        const __mmask16 mask = count - k >= 16 ? 0xFFFF : (1 << (count - k)) - 1;
+TARGET void cvxq_wide_round(const cvxq_wide *wide, const int32_t *order, int64_t count,
+                            const float *x, int64_t row) {
+    for (int64_t k = 0; k < ceil_div(count, STEP) * STEP; k += 16) {
+        const int64_t left = x ? count - k : 0; /* rows and columns of padding are zero */
+        const __mmask16 mask = left >= 16 ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0;
         const __m512 zero = _mm512_setzero_ps();
         const __m512 value =
             order ? _mm512_mask_i32gather_ps(zero, mask,
                                              _mm512_maskz_loadu_epi32(mask, order + k), x, 4)
                   : _mm512_maskz_loadu_ps(mask, x + k);
+        const int64_t at = (k / STEP * wide->rows + row) * STEP + k % STEP;
         const __m256i upper = (__m256i)_mm512_cvtneps_pbh(value);
+        _mm256_store_si256((__m256i *)(wide->high + at), upper);
+        if (!wide->low) continue;
         const __m512 rounded =
             _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
-        const __m256i lower = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(value, rounded));
-        _mm256_mask_storeu_epi16(high + k, mask, upper);
-        _mm256_mask_storeu_epi16(low + k, mask, lower);
+        _mm256_store_si256((__m256i *)(wide->low + at),
+                           (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(value, rounded)));
     }
 }
 
-/* Level tables in registers, or in memory for depths 6–8. */
-typedef struct {
-    __m512 low, high;
-    const float *all;
-} level_table;
+TARGET void cvxq_wide_collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *y) {
+    const float *results = wide->results + row * wide->pitch;
+    for (int64_t n = 0; n < w->outputs; n += 16) {
+        const __mmask16 mask = w->outputs - n >= 16 ? 0xFFFF : (1 << (w->outputs - n)) - 1;
+        const __m512 zero = _mm512_setzero_ps();
+        __m512 sum = _mm512_mask_i32gather_ps(
+            zero, mask, _mm512_maskz_loadu_epi32(mask, w->places + n), results, 4);
+        if (w->bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, w->bias + n));
+        _mm512_mask_storeu_ps(y + n, mask, sum);
+    }
+}
 
-INLINE level_table table_of(const cvxq_matrix *w, const int depth) {
-    level_table t = {.all = w->tables->level + (1 << depth)};
-    const __mmask16 some = depth >= 4 ? 0xFFFF : (1 << (1 << depth)) - 1;
-    t.low = _mm512_maskz_loadu_ps(some, t.all);
-    t.high = depth >= 5 ? _mm512_loadu_ps(t.all + 16) : t.low;
+/* ---- expanding ------------------------------------------------------------------------------ */
+
+INLINE __m512i right(__m512i a, const int by) { return _mm512_srli_epi16(a, by); }
+INLINE __m512i left(__m512i a, const int by) { return _mm512_slli_epi16(a, by); }
+/* Bits of `a` where the mask's are set, else of `b`. */
+INLINE __m512i choose(const int mask, __m512i a, __m512i b) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)mask), a, b, 0xCA);
+}
+
+/* A unit's code vectors (see unit.c); bits above a code may be anything. */
+INLINE void codes_of(const int depth, const uint8_t *unit, __m512i codes[UNIT]) {
+    __m512i row[8];
+    UNROLL for (int i = 0; i < depth; i++) row[i] = _mm512_loadu_si512(unit + VECTOR * i);
+    if (depth == 3) {
+        const __m512i top = choose(0x0F, choose(0x03, right(row[0], 6), right(row[1], 4)),
+                                   right(row[2], 2));
+        UNROLL for (int i = 0; i < 6; i++) codes[i] = i % 2 ? right(row[i / 2], 3) : row[i / 2];
+        codes[6] = top;
+        codes[7] = right(top, 3);
+    } else if (depth == 7) {
+        codes[7] = right(row[0], 7);
+        UNROLL for (int i = 1; i < 7; i++)
+            codes[7] = choose((1 << i) - 1, codes[7], right(row[i], 7 - i));
+        UNROLL for (int i = 0; i < 7; i++) codes[i] = row[i];
+    } else if (depth == 5 || depth == 6) {
+        UNROLL for (int i = 0; i < UNIT; i++) {
+            const int width = depth - 4, place = i * width % 8;
+            const __m512i nibble = i % 2 ? right(row[i / 2], 4) : row[i / 2];
+            const __m512i above = row[4 + i * width / 8];
+            codes[i] = choose(0x0F, nibble, place < 4 ? left(above, 4 - place)
+                                                      : right(above, place - 4));
+        }
+    } else {
+        UNROLL for (int i = 0; i < UNIT; i++)
+            codes[i] = depth ? right(row[i * depth / 8], i * depth % 8) : _mm512_setzero_si512();
+    }
+}
+
+/* Levels of a depth as registers hold them: 16 to each, repeated where there are fewer. */
+INLINE void load_levels(const cvxq_matrix *w, const int depth, __m512 levels[4]) {
+    const float *table = w->tables->level + (1 << depth);
+    UNROLL for (int i = 0; i < 4; i++)
+        levels[i] = depth >= 4 && i < 1 << (depth - 4) ? _mm512_loadu_ps(table + 16 * i)
+                                                       : _mm512_setzero_ps();
+    if (depth >= 4) return;
+    _Alignas(64) float repeated[16];
+    for (int i = 0; i < 16; i++) repeated[i] = depth ? table[i & ((1 << depth) - 1)] : 0;
+    levels[0] = _mm512_load_ps(repeated);
+}
+
+INLINE __m512i rounded(__m512 high, __m512 low, __m512 scale, __m512 shift) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_fmadd_ps(high, scale, shift),
+                                        _mm512_fmadd_ps(low, scale, shift));
+}
+
+/* What the codes of two columns stand for: all values of both, as bfloat16. */
+typedef struct {
+    __m512i even[2], odd[2];
+} pair_table;
+
+INLINE pair_table table_of(const int depth, const __m512 levels[4], const float *scale,
+                           const float *shift) {
+    const __m512 scale0 = _mm512_set1_ps(scale[0]), scale1 = _mm512_set1_ps(scale[1]);
+    const __m512 shift0 = _mm512_set1_ps(shift[0]), shift1 = _mm512_set1_ps(shift[1]);
+    pair_table t;
+    if (depth <= 4) {
+        t.even[0] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_fmadd_ps(levels[0], scale1, shift1),
+                                                 _mm512_fmadd_ps(levels[0], scale0, shift0));
+        return t;
+    }
+    UNROLL for (int i = 0; i < depth - 4; i++) {
+        t.even[i] = rounded(levels[2 * i + 1], levels[2 * i], scale0, shift0);
+        t.odd[i] = rounded(levels[2 * i + 1], levels[2 * i], scale1, shift1);
+    }
     return t;
 }
 
-/* Levels of the codes in the lowest byte of each lane. */
-INLINE __m512 levels_of(const int depth, const level_table *t, __m512i codes) {
-    if (depth == 0) return _mm512_setzero_ps();
-    if (depth <= 4) return _mm512_permutexvar_ps(codes, t->low);
-    if (depth == 5) return _mm512_permutex2var_ps(t->low, codes, t->high);
-    return _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32(255)), t->all, 4);
+/* 16 rows of the two columns whose codes `select` takes from each row's four. */
+INLINE __m512i look_up(const int depth, const pair_table *t, __m512i codes, __m512i select) {
+    const __m512i words = _mm512_shuffle_epi8(codes, select);
+    if (depth == 6)
+        return _mm512_mask_blend_epi16(0xAAAAAAAA,
+                                       _mm512_permutex2var_epi16(t->even[0], words, t->even[1]),
+                                       _mm512_permutex2var_epi16(t->odd[0], words, t->odd[1]));
+    const int values = depth <= 4 ? 16 : 32;
+    const __m512i index = _mm512_ternarylogic_epi32(
+        words, _mm512_set1_epi32((values - 1) * 0x10001), _mm512_set1_epi32(values << 16), 0xEA);
+    return depth <= 4 ? _mm512_permutexvar_epi16(index, t->even[0])
+                      : _mm512_permutex2var_epi16(t->even[0], index, t->odd[0]);
 }
 
-/* Two columns of 16 rows as pairs; what rounding leaves goes to `rest`, if asked for. */
-INLINE void put_pair(__m512 even, __m512 odd, uint8_t *out, uint8_t *rest) {
+/* The same for depths 7 and 8, value by value; what rounding leaves goes to `rest`. */
+INLINE __m512i compute(const int depth, const float *table, __m512i codes, const int column,
+                       const float *scale, const float *shift, __m512i *rest) {
     static const uint16_t ORDER[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i order = _mm512_loadu_si512(ORDER);
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    const __m512i pairs = _mm512_permutexvar_epi16(order, both);
-    _mm512_storeu_si512(out, pairs);
-    if (!rest) return;
-    even = _mm512_sub_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
-    odd = _mm512_sub_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(
-                                 pairs, _mm512_set1_epi32((int)0xFFFF0000))));
-    const __m512i left = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    _mm512_storeu_si512(rest, _mm512_permutexvar_epi16(order, left));
+    __m512 value[2];
+    UNROLL for (int j = 0; j < 2; j++) {
+        const __m512i index = _mm512_and_si512(_mm512_srli_epi32(codes, 8 * (column + j)),
+                                               _mm512_set1_epi32((1 << depth) - 1));
+        value[j] = _mm512_fmadd_ps(_mm512_i32gather_ps(index, table, 4), _mm512_set1_ps(scale[j]),
+                                   _mm512_set1_ps(shift[j]));
+    }
+    const __m512i pairs = _mm512_permutexvar_epi16(
+        order, (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]));
+    if (depth == SPLIT) {
+        value[0] = _mm512_sub_ps(value[0], _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
+        value[1] = _mm512_sub_ps(value[1], _mm512_castsi512_ps(_mm512_and_si512(
+                                               pairs, _mm512_set1_epi32((int)0xFFFF0000))));
+        *rest = _mm512_permutexvar_epi16(order,
+                                         (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]));
+    }
+    return pairs;
 }
 
-/* One unit's columns of a step, in place; the weights of column k are level · scale + shift. */
-INLINE void expand_unit(const int depth, const level_table *t, const uint8_t *unit, int strips,
-                        const float *scale, const float *shift, uint8_t *out, uint8_t *rest) {
-    _Alignas(64) uint8_t codes[UNIT][VECTOR];
-    if (depth) cvxq_unpack_unit_avx512(depth, unit, codes);
-    for (int v = 0; v < UNIT; v++) {
-        const int k = v / strips * 4;
-        uint8_t *at = out + v % strips * TILE_BYTES + k / 2 * VECTOR;
-        uint8_t *left = rest ? rest + (at - out) : NULL;
-        const __m512i vector = depth ? _mm512_load_si512(codes[v]) : _mm512_setzero_si512();
-        __m512 value[4];
-        _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
-            const __m512 level = levels_of(depth, t, _mm512_srli_epi32(vector, 8 * j));
-            value[j] = _mm512_fmadd_ps(level, _mm512_set1_ps(scale[k + j]),
-                                       _mm512_set1_ps(shift[k + j]));
+/* One unit; `out` and `rest` are its first pair's. Column k's weights are level · scale + shift. */
+INLINE void expand_unit(const int depth, const cvxq_matrix *w, const __m512 levels[4],
+                        const __m512i codes[UNIT], const int strips, const float *scale,
+                        const float *shift, uint8_t *out, uint8_t *rest) {
+    const __m512i select[2] = {
+        _mm512_set4_epi32((int)0x800D800C, (int)0x80098008, (int)0x80058004, (int)0x80018000),
+        _mm512_set4_epi32((int)0x800F800E, (int)0x800B800A, (int)0x80078006, (int)0x80038002)};
+    const float *table = w->tables->level + (1 << depth);
+    UNROLL for (int p = 0; p < 2 * UNIT / strips; p++) {
+        const int column = 2 * p;
+        pair_table t;
+        if (depth <= 6) t = table_of(depth, levels, scale + column, shift + column);
+        UNROLL for (int s = 0; s < strips; s++) {
+            const __m512i vector = codes[p / 2 * strips + s];
+            __m512i left_over;
+            const __m512i pairs =
+                depth <= 6 ? look_up(depth, &t, vector, select[p % 2])
+                           : compute(depth, table, vector, 2 * (p % 2), scale + column,
+                                     shift + column, &left_over);
+            _mm512_store_si512(out + p * PAIR + s * VECTOR, pairs);
+            if (depth == SPLIT) _mm512_store_si512(rest + p * PAIR + s * VECTOR, left_over);
         }
-        put_pair(value[0], value[1], at, left);
-        put_pair(value[2], value[3], at + VECTOR, left ? left + VECTOR : NULL);
     }
 }
 
-/* One step of a run: `count` ≤ 32 columns, whose units begin at `unit`, for all strips. */
-INLINE void expand_step(const int depth, const cvxq_matrix *w, const uint8_t *unit,
-                        const int strips, int count, const float *scale, const float *shift,
-                        uint8_t *out, uint8_t *rest) {
-    const level_table table = table_of(w, depth);
-    const int per_unit = 4 * UNIT / strips;
-    int column = 0;
-    for (; column < count; column += per_unit, unit += VECTOR * depth)
-        expand_unit(depth, &table, unit, strips, scale + column, shift + column,
-                    out + column / 2 * VECTOR, rest ? rest + column / 2 * VECTOR : NULL);
-    for (int s = 0; s < strips; s++)
-        for (int pair = column / 2; pair < STEP / 2; pair++) {
-            _mm512_storeu_si512(out + s * TILE_BYTES + pair * VECTOR, _mm512_setzero_si512());
-            if (rest)
-                _mm512_storeu_si512(rest + s * TILE_BYTES + pair * VECTOR, _mm512_setzero_si512());
+/* Scales, and scales times means, of `count` columns from group `at` on of which only those in
+ * [from, to) count; the others are zero. */
+INLINE void load_scales(const cvxq_matrix *w, int64_t at, int64_t from, int64_t to, int count,
+                        float *scale, float *shift) {
+    for (int k = 0; k < count; k += 8) {
+        __mmask8 mask = 0;
+        if (from <= k && to >= k + 8) {
+            mask = 0xFF;
+        } else {
+            for (int j = 0; j < 8; j++) mask |= (__mmask8)((k + j >= from && k + j < to) << j);
         }
+        const __m256i codes =
+            _mm256_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w->scale_codes + at + k));
+        const __m256 scales =
+            _mm256_mmask_i32gather_ps(_mm256_setzero_ps(), mask, codes, w->scales, 4);
+        _mm256_storeu_ps(scale + k, scales);
+        if (!w->mean_codes) continue;
+        const __m256 means = _mm256_cvtepi32_ps(
+            _mm256_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, w->mean_codes + at + k)));
+        _mm256_storeu_ps(shift + k, _mm256_mul_ps(scales, _mm256_mul_ps(
+                                                              means, _mm256_set1_ps(w->mean_step))));
+    }
 }
 
-typedef void (*expander)(const cvxq_matrix *, const uint8_t *, int, int, const float *,
-                         const float *, uint8_t *, uint8_t *);
-#define EXPANDER(DEPTH)                                                                          \
-    TARGET static void expand_##DEPTH(const cvxq_matrix *w, const uint8_t *unit, int strips,     \
-                                      int count, const float *scale, const float *shift,         \
-                                      uint8_t *out, uint8_t *rest) {                             \
-        uint8_t *split = DEPTH == SPLIT ? rest : NULL;                                           \
-        if (strips == 4) {                                                                       \
-            expand_step(DEPTH, w, unit, 4, count, scale, shift, out, split);                     \
-        } else {                                                                                 \
-            expand_step(DEPTH, w, unit, strips, count, scale, shift, out, split);                \
-        }                                                                                        \
-    }
-EXPANDER(0)
-EXPANDER(1)
-EXPANDER(2)
-EXPANDER(3)
-EXPANDER(4)
-EXPANDER(5)
-EXPANDER(6)
-EXPANDER(7)
-EXPANDER(8)
-static const expander EXPANDERS[9] = {expand_0, expand_1, expand_2, expand_3, expand_4,
-                                      expand_5, expand_6, expand_7, expand_8};
+/* ---- multiplying ---------------------------------------------------------------------------- */
 
 INLINE void configure(void) {
     struct {
@@ -196,14 +303,29 @@ INLINE void configure(void) {
         shape.bytes[i] = 64;
         shape.rows[i] = 16;
     }
-    _tile_loadconfig(&shape);
+    /* Not _tile_loadconfig, which up to GCC 14 claims to read eight bytes only. */
+    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
 }
 
-/* 32 inputs times one or two strips, all steps of the batch. */
-INLINE void multiply_block(const batch_state *b, int64_t m, int strip, const int is_pair) {
+/* Sums of 32 inputs and one or two strips += inputs · weights of one step. */
+#define MULTIPLY(x, w)                            \
+    do {                                          \
+        _tile_loadd(4, x, 2 * STEP);              \
+        _tile_loadd(5, (x) + 16 * STEP, 2 * STEP); \
+        _tile_loadd(6, w, PAIR);                  \
+        _tile_dpbf16ps(0, 4, 6);                  \
+        _tile_dpbf16ps(1, 5, 6);                  \
+        if (is_pair) {                            \
+            _tile_loadd(7, (w) + VECTOR, PAIR);   \
+            _tile_dpbf16ps(2, 4, 7);              \
+            _tile_dpbf16ps(3, 5, 7);              \
+        }                                         \
+    } while (0)
+
+INLINE void multiply_block(const batch_state *b, int64_t steps, int64_t m, int strip,
+                           const int is_pair) {
     enum { ROW = TILE * sizeof(float) };
     float *sums = b->sums + m * TILE + strip * STRIP;
-    const size_t pitch = (size_t)b->pitch * 2;
     if (b->is_first) {
         _tile_zero(0);
         _tile_zero(1);
@@ -217,19 +339,13 @@ INLINE void multiply_block(const batch_state *b, int64_t m, int strip, const int
             _tile_loadd(3, sums + 16 * TILE + STRIP, ROW);
         }
     }
-    for (int s = 0; s < b->steps; s++) {
-        const uint16_t *x = b->inputs[s] + m * b->pitch;
-        const uint8_t *w = b->weights + (s * 4 + strip) * TILE_BYTES;
-        _tile_loadd(4, x, pitch);
-        _tile_loadd(5, x + 16 * b->pitch, pitch);
-        _tile_loadd(6, w, VECTOR);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if (is_pair) {
-            _tile_loadd(7, w + TILE_BYTES, VECTOR);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+    for (int64_t s = 0; s < steps; s++) {
+        const int64_t at = ((b->first + s) * b->wide->rows + m) * STEP;
+        const int64_t place = s * PAIRS * PAIR + strip * VECTOR;
+        MULTIPLY(b->wide->high + at, b->weights + place);
+        if (b->first + s < b->split) continue;
+        MULTIPLY(b->wide->high + at, b->rest + place);
+        MULTIPLY(b->wide->low + at, b->weights + place);
     }
     _tile_stored(0, sums, ROW);
     _tile_stored(1, sums + 16 * TILE, ROW);
@@ -239,95 +355,162 @@ INLINE void multiply_block(const batch_state *b, int64_t m, int strip, const int
     }
 }
 
-TARGET static void multiply_batch(batch_state *b) {
-    if (!b->steps && !b->is_first) return;
-    for (int64_t m = 0; m < b->padded; m += 32) {
+/* Multiply `steps` expanded steps; what was expanded beyond a full batch moves to the front. */
+TARGET static void multiply_batch(batch_state *b, int64_t steps) {
+    for (int64_t m = 0; m < b->wide->rows; m += 32) {
         if (b->strips == 1) {
-            multiply_block(b, m, 0, 0);
+            multiply_block(b, steps, m, 0, 0);
         } else {
-            for (int strip = 0; strip < b->strips; strip += 2) multiply_block(b, m, strip, 1);
+            for (int strip = 0; strip < b->strips; strip += 2)
+                multiply_block(b, steps, m, strip, 1);
         }
     }
-    b->steps = 0;
+    if (steps == STEPS) {
+        const size_t beyond = (size_t)((ROOM - STEPS * PAIRS) * PAIR);
+        memcpy(b->weights, b->weights + STEPS * PAIRS * PAIR, beyond);
+        if (b->split != INT64_MAX) memcpy(b->rest, b->rest + STEPS * PAIRS * PAIR, beyond);
+    }
+    b->first += steps;
     b->is_first = 0;
 }
 
-/* Expand and multiply all runs of one tile. */
-TARGET static void multiply_tile(const cvxq_wide *wide, const cvxq_matrix *w,
-                                 const cvxq_cluster *cluster, const cvxq_tile *tile,
-                                 int64_t groups, batch_state *b) {
-    const uint8_t *unit = w->codes + tile->codes;
-    const int per_unit = (int)unit_columns(tile->strips);
-    for (int32_t r = 0; r < cluster->runs; r++) {
-        const cvxq_run *run = &w->runs[cluster->first_run + r];
-        const int is_split = run->depth == SPLIT;
-        for (int64_t i = 0; i < run->count; i += STEP) {
-            const int count = (int)min_of(STEP, run->count - i);
-            float scale[STEP] = {0}, shift[STEP] = {0};
-            for (int j = 0; j < count; j++) {
-                const int64_t at = groups + run->first + i + j;
-                scale[j] = w->scales[w->scale_codes[at]];
-                if (w->mean_codes) shift[j] = scale[j] * ((float)w->mean_codes[at] * w->mean_step);
-            }
-            uint8_t *out = b->weights + b->steps * 4 * TILE_BYTES;
-            uint8_t *rest = is_split ? out + 4 * TILE_BYTES : NULL;
-            EXPANDERS[run->depth](w, unit, tile->strips, count, scale, shift, out, rest);
-            unit += ceil_div(count, per_unit) * VECTOR * run->depth;
-            b->inputs[b->steps++] = wide->high + run->first + i;
-            if (is_split) {
-                b->inputs[b->steps++] = wide->high + run->first + i;
-                memcpy(out + 8 * TILE_BYTES, out, 4 * TILE_BYTES);
-                b->inputs[b->steps++] = wide->low + run->first + i;
-            }
-            if (b->steps + 3 > STEPS) multiply_batch(b);
-        }
-    }
-    multiply_batch(b);
+/* Keep what the run before has left of the pair that it shares with this one. */
+INLINE void join_pair(const __m512i kept[4], uint8_t *pair) {
+    for (int s = 0; s < 4; s++)
+        _mm512_store_si512(pair + s * VECTOR, _mm512_or_si512(kept[s], _mm512_load_si512(
+                                                                           pair + s * VECTOR)));
 }
 
-/* y of every input = sums + bias, each lane to its own output. */
-TARGET static void store_tile(const cvxq_job *job, int64_t tile, const float *sums) {
-    const cvxq_matrix *w = job->weight;
-    for (int strip = 0; strip < w->tiles[tile].strips; strip++) {
-        const __m512i target =
-            _mm512_loadu_si512(w->targets + tile * TILE + strip * STRIP);
-        const __mmask16 mask = _mm512_cmpge_epi32_mask(target, _mm512_setzero_si512());
-        __m512 bias = _mm512_setzero_ps();
-        if (w->bias) bias = _mm512_mask_i32gather_ps(bias, mask, target, w->bias, 4);
-        for (int64_t m = 0; m < job->m; m++) {
-            const __m512 sum = _mm512_loadu_ps(sums + m * TILE + strip * STRIP);
-            _mm512_mask_i32scatter_ps(job->y + m * w->outputs, mask, target,
-                                      _mm512_add_ps(sum, bias), 4);
+/* Expand a run; multiply whenever enough is there. Its codes begin at `unit`. */
+INLINE void do_run(const int depth, const cvxq_matrix *w, const cvxq_run *run, int64_t groups,
+                   const uint8_t *unit, const int strips, batch_state *b) {
+    const int per_unit = 4 * UNIT / strips, is_odd = run->first % 2;
+    __m512 levels[4];
+    __m512i codes[UNIT], shifted[UNIT], carry[4];
+    float scale[32], shift[32] = {0};
+    load_levels(w, depth, levels);
+    for (int s = 0; s < 4; s++) carry[s] = _mm512_setzero_si512();
+    for (int64_t i = -is_odd; i < run->count; i += per_unit, unit += VECTOR * depth) {
+        const int64_t column = run->first + i - b->first * STEP;
+        uint8_t *out = b->weights + column / 2 * PAIR, *rest = b->rest + column / 2 * PAIR;
+        load_scales(w, groups + run->first + i, -i, run->count - i, per_unit, scale, shift);
+        if (is_odd) {
+            if (i + 1 < run->count) {
+                codes_of(depth, unit, codes);
+            } else {
+                for (int v = 0; v < UNIT; v++) codes[v] = _mm512_setzero_si512();
+            }
+            UNROLL for (int v = 0; v < UNIT; v++)
+                shifted[v] = _mm512_shrdi_epi32(v < strips ? carry[v] : codes[v - strips],
+                                                codes[v], 24);
+            UNROLL for (int s = 0; s < strips; s++) carry[s] = codes[UNIT - strips + s];
+            __m512i kept[4], kept_rest[4];
+            for (int s = 0; s < 4; s++) {
+                kept[s] = _mm512_load_si512(out + s * VECTOR);
+                kept_rest[s] = _mm512_load_si512(rest + s * VECTOR);
+            }
+            expand_unit(depth, w, levels, shifted, strips, scale, shift, out, rest);
+            if (i < 0) join_pair(kept, out);
+            if (i < 0 && depth == SPLIT) join_pair(kept_rest, rest);
+        } else {
+            codes_of(depth, unit, codes);
+            expand_unit(depth, w, levels, codes, strips, scale, shift, out, rest);
         }
+        /* What a last unit has beyond its run is none of it: the next run begins there. */
+        if (column + min_of(per_unit, run->count - i) >= STEPS * STEP) multiply_batch(b, STEPS);
     }
+}
+
+typedef void (*runner)(const cvxq_matrix *, const cvxq_run *, int64_t, const uint8_t *,
+                       batch_state *);
+#define RUNNER(DEPTH)                                                                       \
+    TARGET static void do_run_##DEPTH(const cvxq_matrix *w, const cvxq_run *run,            \
+                                      int64_t groups, const uint8_t *unit, batch_state *b) { \
+        switch (b->strips) {                                                                \
+        case 4: do_run(DEPTH, w, run, groups, unit, 4, b); break;                           \
+        case 2: do_run(DEPTH, w, run, groups, unit, 2, b); break;                           \
+        default: do_run(DEPTH, w, run, groups, unit, 1, b);                                 \
+        }                                                                                   \
+    }
+RUNNER(0)
+RUNNER(1)
+RUNNER(2)
+RUNNER(3)
+RUNNER(4)
+RUNNER(5)
+RUNNER(6)
+RUNNER(7)
+RUNNER(8)
+static const runner RUNNERS[9] = {do_run_0, do_run_1, do_run_2, do_run_3, do_run_4,
+                                  do_run_5, do_run_6, do_run_7, do_run_8};
+
+/* Clear the pairs of the first step up to column `end`, the pair it halves included. */
+static void clear_until(uint8_t *weights, int64_t end) {
+    memset(weights, 0, (size_t)((end + 1) / 2 * PAIR));
+}
+
+/* Expand and multiply all runs of one tile. */
+static void multiply_tile(const cvxq_matrix *w, const cvxq_cluster *cluster,
+                          const cvxq_tile *tile, int64_t groups, batch_state *b) {
+    const cvxq_run *runs = &w->runs[cluster->first_run];
+    const uint8_t *unit = w->codes + tile->codes;
+    b->strips = tile->strips;
+    b->is_first = 1;
+    b->split = INT64_MAX;
+    b->first = cluster->runs ? runs[0].first / STEP : 0;
+    if (cluster->runs) clear_until(b->weights, runs[0].first % STEP);
+    int64_t end = 0;
+    for (int32_t r = 0; r < cluster->runs; r++) {
+        if (runs[r].depth == SPLIT) {
+            b->split = runs[r].first / STEP;
+            clear_until(b->rest + (b->split - b->first) * PAIRS * PAIR, runs[r].first % STEP);
+        }
+        RUNNERS[runs[r].depth](w, &runs[r], groups, unit, b);
+        unit += ceil_div(runs[r].count, unit_columns(tile->strips)) * VECTOR * runs[r].depth;
+        end = runs[r].first + runs[r].count;
+    }
+    /* The last step may have columns of padding, whose weights must be numbers. */
+    const int64_t filled = end - b->first * STEP, steps = ceil_div(max_of(filled, 0), STEP);
+    const int64_t used = (filled + 1) / 2;
+    if (steps > 0) {
+        const size_t unused = (size_t)((steps * PAIRS - used) * PAIR);
+        memset(b->weights + used * PAIR, 0, unused);
+        if (b->first + steps > b->split) memset(b->rest + used * PAIR, 0, unused);
+    }
+    if (steps > 0 || b->is_first) multiply_batch(b, max_of(steps, 0));
 }
 
 TARGET void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
                            void *scratch) {
     const cvxq_matrix *w = job->weight;
     batch_state b = {.weights = scratch,
-                     .sums = (float *)((uint8_t *)scratch + STEPS * 4 * TILE_BYTES),
-                     .pitch = wide->pitch,
-                     .padded = cvxq_wide_rows(job->m)};
+                     .rest = (uint8_t *)scratch + ROOM * PAIR,
+                     .sums = (float *)((uint8_t *)scratch + 2 * ROOM * PAIR),
+                     .wide = wide};
     configure();
     for (int64_t t = item->first_tile; t < item->first_tile + item->tiles; t++) {
         const cvxq_tile *tile = &w->tiles[t];
-        b.strips = tile->strips;
-        b.is_first = 1;
-        multiply_tile(wide, w, &w->clusters[item->cluster], tile, item->cluster * w->inputs, &b);
-        store_tile(job, t, b.sums);
+        multiply_tile(w, &w->clusters[item->cluster], tile, item->cluster * w->inputs, &b);
+        for (int64_t m = 0; m < job->m; m++)
+            memcpy(wide->results + m * wide->pitch + t * TILE, b.sums + m * TILE,
+                   (size_t)tile->strips * STRIP * sizeof(float));
     }
     _tile_release();
 }
 
 #else
 int cvxq_wide_available(void) { return 0; }
-int64_t cvxq_wide_pitch(int64_t inputs) { return inputs; }
-int64_t cvxq_wide_rows(int64_t m) { return m; }
+size_t cvxq_wide_lay_out(const cvxq_matrix *w, int64_t m, char *memory, cvxq_wide *wide) {
+    (void)w, (void)m, (void)memory, (void)wide;
+    return 0;
+}
 size_t cvxq_wide_scratch(int64_t m) { return (size_t)(0 * m); }
-void cvxq_wide_round(const float *x, const int32_t *order, int64_t count, uint16_t *high,
-                     uint16_t *low) {
-    (void)x, (void)order, (void)count, (void)high, (void)low;
+void cvxq_wide_round(const cvxq_wide *wide, const int32_t *order, int64_t count, const float *x,
+                     int64_t row) {
+    (void)wide, (void)order, (void)count, (void)x, (void)row;
+}
+void cvxq_wide_collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *y) {
+    (void)wide, (void)w, (void)row, (void)y;
 }
 void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
                     void *scratch) {
