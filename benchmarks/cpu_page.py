@@ -1,0 +1,243 @@
+"""docs/cpu.md: what was measured on the CPU, what was aimed at, and why some of it falls short."""
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cpu_kernel import Product, product_line
+
+GB = 1e9
+CACHE_BLOCK = 64  # tokens for which the decoder holds keys and values at once
+READ_TOKENS = 128 + 64 + 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of a model: tokens/s, peak memory, seconds to load, seconds beside products."""
+
+    decode: float
+    prefill: float
+    resident_bytes: int
+    load_seconds: float
+    overhead_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """Each model of a group run once; bandwidth in bytes/s, of plain loads."""
+
+    group: str
+    date: str
+    bandwidth: float
+    samples: dict[str, Sample]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A measured file: its size, the model's weights, its depths in words, its config.json."""
+
+    name: str
+    file_bytes: int
+    weights: int
+    histogram: str
+    config: dict[str, Any]
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.file_bytes / self.weights
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.endswith(".cvxq")
+
+    @property
+    def label(self) -> str:
+        stem = self.name.rpartition(".")[0].replace("-", " ")
+        return f"{stem} bits" if self.is_ours else f"llama.cpp {stem}"
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values in float32 of the tokens that a run reads, in whole blocks."""
+        c = self.config
+        wide = c["hidden_size"] // c["num_attention_heads"] * c["num_key_value_heads"]
+        tokens = -(-READ_TOKENS // CACHE_BLOCK) * CACHE_BLOCK
+        return int(8 * c["num_hidden_layers"] * wide * tokens)
+
+
+KERNEL_COLUMNS = (
+    "depth",
+    "bits held per weight",
+    "GB/s",
+    "Gweights/s",
+    "share of reading",
+    "repacked per core, GB/s",
+)
+MODEL_COLUMNS = (
+    "model",
+    "bits per weight",
+    "file, MB",
+    "decode, tokens/s",
+    "GB/s",
+    "share of reading",
+    "prefill, tokens/s",
+    "resident, MB",
+    "load, s",
+    "rounds",
+)
+
+KERNEL_READING = """\
+Bits held per weight count everything that a product reads: codes padded to whole units, a byte for
+each group's scale, four bytes per row. The share is a median over passes ± their deviation, each
+beside plain loads in the same second. Bounds, counted in instructions: at depths 1 to 4 a product
+needs 2.3 to 2.7 vector instructions per 64 weights and waits for memory; at 7 and 8 it needs some
+ten, which is about what memory delivers. What remains is the rounding of the inputs for every
+cluster of 64 rows: per byte of codes it is dearest at 2 bits."""
+
+MODEL_READING = """\
+Figures are medians over rounds ± their deviation; the rounds are hours apart at most, and speeds of
+different groups should not be compared: other tenants of this machine take bandwidth and clock, up
+to three quarters of both. GB/s are bytes of the file times tokens/s, an upper bound of what is read
+(one row of the embeddings is). llama.cpp is built with one line added: GCC 12's `_tile_loadconfig`
+claims to read eight bytes of its argument, so the compiler drops the stores that set up the tiles
+of AMX, and every prefill of a type that uses them crashes. Mended, that path is llama.cpp's fastest
+(`--repack 0`, which avoids it, was slower in prefill and no faster in decoding), and it is what the
+table shows."""
+
+
+def page(
+    rounds: Sequence[Round],
+    products: dict[str, list[Product]],
+    models: Sequence[Model],
+    machine: str,
+    peer: str,
+) -> str:
+    """The document; `peer` is the version of llama-cpp-python whose llama.cpp was built."""
+    dates = sorted({round_.date for round_ in rounds}) or ["no date"]
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    bandwidths = [round_.bandwidth / GB for round_ in rounds]
+    lines = [
+        "# Speed on the CPU",
+        "",
+        f"Made by `python {' '.join(['benchmarks/cpu.py', *sys.argv[1:]])}` from rounds measured",
+        f"on {when}; {machine}.",
+    ]
+    if bandwidths:
+        lines.append(
+            f"Plain loads from memory reached {min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s."
+        )
+    if products:
+        lines += ["", "## Products alone", "", *head(KERNEL_COLUMNS)]
+        lines += [product_line(depth, several) for depth, several in products.items()]
+        lines += ["", KERNEL_READING]
+    if rounds:
+        lines += ["", f"## Whole models, beside llama.cpp (of llama-cpp-python {peer})", ""]
+        lines += ["128 tokens of prompt, 64 generated.", ""]
+        by_name = {model.name: model for model in models}
+        for group in dict.fromkeys(round_.group for round_ in rounds):
+            mine = [round_ for round_ in rounds if round_.group == group]
+            lines += [*head(MODEL_COLUMNS)]
+            lines += [model_line(by_name[name], mine) for name in mine[0].samples]
+            lines.append("")
+        lines += [MODEL_READING, "", "Share of the weights at each depth:", ""]
+        lines += [f"- {m.label}: {m.histogram}" for m in models if m.histogram]
+        lines += ["", "## What was aimed at", "", *claims(rounds, by_name)]
+    return "\n".join(lines) + "\n"
+
+
+def head(columns: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.median(values):{form}} ± {deviation:{form}}"
+
+
+def model_line(model: Model, rounds: Sequence[Round]) -> str:
+    """One row of the table of models."""
+    samples = [round_.samples[model.name] for round_ in rounds]
+    read = [sample.decode * model.file_bytes for sample in samples]
+    shares = [speed / round_.bandwidth for speed, round_ in zip(read, rounds, strict=True)]
+    return (
+        f"| {model.label} | {model.bits:.2f} | {model.file_bytes / 1e6:.0f} "
+        f"| {spread([s.decode for s in samples], '.1f')} | {statistics.median(read) / GB:.1f} "
+        f"| {statistics.median(shares):.0%} | {spread([s.prefill for s in samples], '.0f')} "
+        f"| {max(s.resident_bytes for s in samples) / 1e6:.0f} "
+        f"| {statistics.median(s.load_seconds for s in samples):.2f} | {len(samples)} |"
+    )
+
+
+def ratio(
+    rounds: Sequence[Round], ours: str, theirs: str, of: Callable[[Sample], float]
+) -> tuple[float, str]:
+    """How often ours is theirs, round by round: the median, and it with its deviation in words."""
+    ratios = [of(r.samples[ours]) / of(r.samples[theirs]) for r in rounds]
+    return statistics.median(ratios), spread(ratios, ".2f")
+
+
+def verdict(is_met: bool) -> str:
+    return "met" if is_met else "**missed**"
+
+
+def claims(rounds: Sequence[Round], models: dict[str, Model]) -> Iterator[str]:
+    """A line on every aim that the rounds can judge."""
+    bands = (("3", "3.2", 2.9, 3.6, 1.7), ("4", "4.25", 3.9, 4.9, 1.2), ("8", "8", 8.0, 9.0, 1.0))
+    for group, rate, low, high, factor in bands:
+        mine = [round_ for round_ in rounds if round_.group == group]
+        if not mine:
+            continue
+        ours = f"cvxq-{rate}.cvxq"
+        peers = [
+            name for name in mine[0].samples if name != ours and low <= models[name].bits <= high
+        ]
+        for what, of, wanted in (
+            ("decodes", lambda s: s.decode, factor),
+            ("prefills", lambda s: s.prefill, 1.0),
+        ):
+            theirs = max(
+                peers, key=lambda name: statistics.median(of(r.samples[name]) for r in mine)
+            )
+            value, text = ratio(mine, ours, theirs, of)
+            yield (
+                f"- {rate} bits {what} {text} times as fast as {models[theirs].label}, the fastest "
+                f"from {low} to {high} bits (wanted {wanted}): {verdict(value >= wanted)}."
+            )
+    for group, ours, theirs, text in (
+        ("2", "cvxq-2.2.cvxq", "cvxq-3.2.cvxq", "2.2 bits decodes {} times as fast as 3.2 bits"),
+        (
+            "demo",
+            "demo-3.cvxq",
+            "demo-F16.gguf",
+            "the demo model at 3 bits decodes {} times as "
+            "fast as llama.cpp runs it in F16, on one thread or several",
+        ),
+    ):
+        mine = [round_ for round_ in rounds if round_.group == group]
+        if mine:
+            value, words = ratio(mine, ours, theirs, lambda s: s.decode)
+            yield f"- {text.format(words)} (wanted more than 1): {verdict(value > 1)}."
+    for model in models.values():
+        samples = [r.samples[model.name] for r in rounds if model.name in r.samples]
+        if model.is_ours:
+            yield own_claims(model, samples)
+
+
+def own_claims(model: Model, samples: Sequence[Sample]) -> str:
+    """Memory, loading and overhead of one of our models."""
+    beyond = max(s.resident_bytes for s in samples) - model.file_bytes - model.cache_bytes
+    load = statistics.median(s.load_seconds for s in samples) / model.file_bytes * GB
+    overhead = [1e6 * s.overhead_seconds for s in samples if s.overhead_seconds is not None]
+    parts = [
+        f"memory beyond file and cache {beyond / 1e6:.0f} MB (at most 350): "
+        f"{verdict(beyond <= 350e6)}"
+    ]
+    if model.file_bytes > 100e6:  # a small file's load is Python's
+        parts.append(f"loads in {load:.2f} s per GB (at most 1.5): {verdict(load <= 1.5)}")
+        parts.append(
+            f"{spread(overhead, '.1f')} µs per layer beside products and attention "
+            f"(at most 15): {verdict(statistics.median(overhead) <= 15)}"
+        )
+    return f"- {model.label}: {'; '.join(parts)}."
