@@ -39,28 +39,44 @@ def load_nibbles(pointers, STRIDE: tl.constexpr, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def _piece(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """`words` shifted right by SHIFT (left if negative), then masked."""
-    if SHIFT >= 0:
-        return (words >> SHIFT) & MASK
-    else:
-        return (words << -SHIFT) & MASK
+def load_quads(pointers, STRIDE: tl.constexpr, half, DEPTH: tl.constexpr):
+    """Load columns 16·half … 16·half + 15 of a chunk of depth 5–8 as four words of four bytes.
 
-
-@triton.jit
-def load_quad(pointers, STRIDE: tl.constexpr, QUAD: tl.constexpr, DEPTH: tl.constexpr):
-    """Load columns 4·QUAD … 4·QUAD + 3 of a chunk of depth 5–8 as the four bytes of a word."""
+    half: 0 or 1, a constant or not.
+    """
     if DEPTH == 8:
-        return tl.load(pointers + QUAD * STRIDE)
-    quad = _piece(tl.load(pointers + QUAD // 2 * STRIDE), 4 * (QUAD % 2), 0x0F0F0F0F)
+        first = pointers + half * (4 * STRIDE)
+        return (
+            tl.load(first),
+            tl.load(first + STRIDE),
+            tl.load(first + 2 * STRIDE),
+            tl.load(first + 3 * STRIDE),
+        )
+    left = tl.load(pointers + half * (2 * STRIDE))
+    right = tl.load(pointers + half * (2 * STRIDE) + STRIDE)
+    q0 = left & 0x0F0F0F0F
+    q1 = (left >> 4) & 0x0F0F0F0F
+    q2 = right & 0x0F0F0F0F
+    q3 = (right >> 4) & 0x0F0F0F0F
     if DEPTH >= 6:
-        pairs = tl.load(pointers + (4 + QUAD // 4) * STRIDE)
-        quad |= _piece(pairs, 2 * (QUAD % 4) - 4, 0x30303030)
+        pairs = tl.load(pointers + (4 + half) * STRIDE)
+        q0 |= (pairs << 4) & 0x30303030
+        q1 |= (pairs << 2) & 0x30303030
+        q2 |= pairs & 0x30303030
+        q3 |= (pairs >> 2) & 0x30303030
     if DEPTH == 5:
-        quad |= _piece(tl.load(pointers + 4 * STRIDE), QUAD - 4, 0x10101010)
+        ones = tl.load(pointers + 4 * STRIDE) >> (4 * half)
+        q0 |= (ones << 4) & 0x10101010
+        q1 |= (ones << 3) & 0x10101010
+        q2 |= (ones << 2) & 0x10101010
+        q3 |= (ones << 1) & 0x10101010
     if DEPTH == 7:
-        quad |= _piece(tl.load(pointers + 6 * STRIDE), QUAD - 6, 0x40404040)
-    return quad
+        ones = tl.load(pointers + 6 * STRIDE) >> (4 * half)
+        q0 |= (ones << 6) & 0x40404040
+        q1 |= (ones << 5) & 0x40404040
+        q2 |= (ones << 4) & 0x40404040
+        q3 |= (ones << 3) & 0x40404040
+    return q0, q1, q2, q3
 
 
 @triton.jit
@@ -80,18 +96,10 @@ def chunk_codes(pointers, ROWS: tl.constexpr, DEPTH: tl.constexpr):
         words = in_order(n0, n1, n2, n3)[:, :, None]
         codes = (words >> (4 * tl.arange(0, 8))[None, None, :]) & 15
     else:
-        left = in_order(
-            load_quad(pointers, ROWS, 0, DEPTH),
-            load_quad(pointers, ROWS, 1, DEPTH),
-            load_quad(pointers, ROWS, 2, DEPTH),
-            load_quad(pointers, ROWS, 3, DEPTH),
-        )
-        right = in_order(
-            load_quad(pointers, ROWS, 4, DEPTH),
-            load_quad(pointers, ROWS, 5, DEPTH),
-            load_quad(pointers, ROWS, 6, DEPTH),
-            load_quad(pointers, ROWS, 7, DEPTH),
-        )
+        a0, a1, a2, a3 = load_quads(pointers, ROWS, 0, DEPTH)
+        b0, b1, b2, b3 = load_quads(pointers, ROWS, 1, DEPTH)
+        left = in_order(a0, a1, a2, a3)
+        right = in_order(b0, b1, b2, b3)
         words = tl.join(left, right).permute(0, 2, 1).reshape(ROWS, 8)[:, :, None]
         codes = (words >> (8 * tl.arange(0, 4))[None, None, :]) & 255
     return codes.reshape(ROWS, 32)

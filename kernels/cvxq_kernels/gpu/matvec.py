@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from cvxq_kernels.gpu.activations import scale_inputs
-from cvxq_kernels.gpu.codes import load_nibbles, load_quad
+from cvxq_kernels.gpu.codes import load_nibbles, load_quads
 from cvxq_kernels.gpu.plan import NOT_SPECIALIZED
 from cvxq_kernels.gpu.snippets import dot4, permute
 
@@ -73,7 +73,7 @@ def _dot_wide(levels, upper, lower, dots, DEPTH: tl.constexpr, PTX: tl.constexpr
 
 @triton.jit
 def _low_run(
-    totals, words, acts8, steps, slots, tables, unit, first, last,
+    totals, words, acts8, steps, slots, tables, zero, unit, first, last,
     DEPTH: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
     WIDE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def _low_run(
     row = tl.arange(0, ROWS)
     table = ()
     for i in tl.static_range(6 if WIDE else 4):
-        table += (tl.load(tables + i),)
+        table += (tl.load(tables + i) + zero,)
     if WIDE:
         gap_unit = tl.load(tables + 6).to(tl.float32, bitcast=True)
     for chunk in tl.range(first, last, loop_unroll_factor=UNROLL):
@@ -128,18 +128,21 @@ def _high_run(
     totals, words, acts32, slots, levels, first, last,
     DEPTH: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunks [first, last) of a depth of 5–8; levels: its 2^DEPTH float32."""
+    """Add the chunks [first, last) of a depth of 5–8; levels: its 2^DEPTH float32.
+
+    Half a chunk in a turn: compiling takes a time that grows with the cube of the loop's body.
+    """
     row = tl.arange(0, ROWS)
-    for chunk in range(first, last):
-        pointers = words + chunk * (DEPTH * ROWS) + row
-        for quad in tl.static_range(8):
-            codes = load_quad(pointers, ROWS, quad, DEPTH)
+    for half in range(2 * first, 2 * last):
+        pointers = words + (half >> 1) * (DEPTH * ROWS) + row
+        quads = load_quads(pointers, ROWS, half & 1, DEPTH)
+        for quad in tl.static_range(4):
             for pair in tl.static_range(2):
-                left = tl.load(levels + ((codes >> (16 * pair)) & 255))
-                right = tl.load(levels + ((codes >> (16 * pair + 8)) & 255))
+                left = tl.load(levels + ((quads[quad] >> (16 * pair)) & 255))
+                right = tl.load(levels + ((quads[quad] >> (16 * pair + 8)) & 255))
                 sums = ()
                 for m in tl.static_range(M):
-                    acts = tl.load(acts32 + (m * slots + chunk) * 16 + 2 * quad + pair)
+                    acts = tl.load(acts32 + m * slots * 16 + half * 8 + (2 * quad + pair))
                     first_act = acts.to(tl.int32).to(tl.float32, bitcast=True)
                     second_act = (acts >> 32).to(tl.int32).to(tl.float32, bitcast=True)
                     sums += (tl.fma(right, second_act, tl.fma(left, first_act, totals[m])),)
@@ -201,7 +204,7 @@ def matvec_kernel(
             if depth <= 4:
                 totals = _low_run(
                     totals, run, acts8 + slot_base * 4, steps + slot_base, slots,
-                    level_words + (8 if WIDE else 4) * depth + zero,
+                    level_words + (8 if WIDE else 4) * depth, zero,
                     tl.load(units + (18 if WIDE else 0) + depth), here, there,
                     depth, M, ROWS, UNROLL, WIDE, PTX,
                 )  # fmt: skip
