@@ -1,8 +1,7 @@
-"""Writing and reading whole files: atomic, lazy, deterministic, bounded, beyond 4 GiB."""
+"""Writing and reading whole files: atomic, lazy, deterministic, beyond 4 GiB."""
 
 from __future__ import annotations
 
-import tracemalloc
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,11 @@ from cvxq_format import (
     Codebook,
     CompandedTensor,
     CorruptError,
-    FormatError,
     Geometry,
     NotCvxqError,
     RawTensor,
     Reader,
+    UnsupportedError,
     WriteError,
     Writer,
     bfloat16_bits,
@@ -46,6 +45,10 @@ def plain_tensor(shape: tuple[int, int] = (16, 8), depth: int = 3) -> CompandedT
         scale_codes=np.full_like(depths, 63),
         packed_codes=pack_codes(np.zeros((1, *shape), np.uint8), depths, 8, 1),
     )
+
+
+ROWS = np.arange(16)[None]
+CODES = np.full((1, 16), 8, np.uint8)
 
 
 def interrupt_after(writer: Writer) -> None:
@@ -100,6 +103,13 @@ def test_target_is_complete_or_absent(tmp_path: Path) -> None:
         ({"depths": np.full((1, 2, 8), 9, np.uint8)}, "bit depth 9"),
         ({"source_orientation": "sideways"}, "source_orientation"),
         ({"cluster_terms": np.zeros((1, 2), np.int16)}, "go together"),
+        ({"cluster_map": True}, "a cluster map without a permutation"),
+        ({"cluster_map": True, "permutation": ROWS[:, ::-1]}, "rows of cluster 0 do not ascend"),
+        ({"row_scale_bits": 3}, "row_scale_bits 3 without row scales"),
+        ({"row_scale_codes": CODES}, "row_scale_bits 0, allowed 1 to 8"),
+        ({"row_scale_codes": CODES, "row_scale_bits": 9}, "row_scale_bits 9, allowed 1 to 8"),
+        ({"row_scale_codes": CODES, "row_scale_bits": 3}, "up to 8 do not fit 3 bits"),
+        ({"row_scale_codes": CODES[:, 1:], "row_scale_bits": 4}, "expected .* \\(1, 16\\)"),
     ],
 )
 def test_writer_refuses(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -117,6 +127,41 @@ def test_writer_refuses_depths_that_terms_do_not_give(tmp_path: Path) -> None:
         Writer(tmp_path / "bad.cvxq", [BOOK]) as writer,
     ):
         writer.add_companded("w", tensor)
+
+
+def test_row_scales_of_a_transposed_matrix_are_refused() -> None:
+    tensor = replace(plain_tensor(), row_scale_codes=CODES, row_scale_bits=4, transposed=True)
+    tensor = replace(tensor, shape=(8, 16))
+    with pytest.raises(WriteError, match="row scales of a transposed matrix"):
+        tensor.to_bytes()
+    with pytest.raises(ValueError, match="row scales of a transposed matrix"):
+        payload_size((8, 16), 8, 1, tensor.depths, row_scale_bits=4, transposed=True)
+
+
+def test_cluster_map_of_one_cluster_is_left_out(tmp_path: Path) -> None:
+    """Then it would say nothing, so that the file is the same as without a permutation."""
+    plain = replace(plain_tensor((8, 8)), cluster_map=False)
+    mapped = replace(plain, permutation=np.arange(8)[None], cluster_map=True)
+    paths = [tmp_path / "plain.cvxq", tmp_path / "mapped.cvxq"]
+    for path, tensor in zip(paths, (plain, mapped), strict=True):
+        with Writer(path, [BOOK]) as writer:
+            writer.add_companded("w", tensor)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert mapped.payload_size == plain.payload_size
+
+
+def test_writer_requires_features_by_itself(tmp_path: Path) -> None:
+    path = tmp_path / "features.cvxq"
+    with Writer(path, [BOOK], required=["seen-by-nobody"]) as writer:
+        writer.add_companded("w", replace(plain_tensor(), permutation=ROWS, cluster_map=True))
+    with pytest.raises(UnsupportedError, match="'seen-by-nobody'"):
+        Reader(path)
+    assert b'"required":["cluster-maps","seen-by-nobody"]' in path.read_bytes()
+    with (
+        pytest.raises(WriteError, match="'row-scales' is required, but nothing uses it"),
+        Writer(tmp_path / "unused.cvxq", required=["row-scales"]),
+    ):
+        pass
 
 
 def test_writer_refuses_names_and_dtypes(tmp_path: Path) -> None:
@@ -244,78 +289,6 @@ def test_sparse_file_beyond_4_gib(make_vectors: ModuleType, valid: Path, tmp_pat
 BOOK_2 = Codebook.default(2)
 
 
-def peak_bytes(path: Path) -> int:
-    """Return the peak memory of opening a file and parsing everything in it, errors included."""
-    tracemalloc.start()
-    try:
-        with Reader(path) as reader:
-            for name in reader.names:
-                reader.read(name)
-    except FormatError:
-        pass
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    return peak
-
-
-def test_memory_is_bounded_for_faulty_files(faulty: Path, faulty_name: str) -> None:
-    assert peak_bytes(faulty / faulty_name) < 1 << 20
-
-
-@pytest.mark.parametrize("permuted", [True, False])
-def test_memory_of_side_information(tmp_path: Path, permuted: bool) -> None:
-    """The dearest shape: one column, partitions of two rows, one bit for everything."""
-    rows = 1 << 17
-    depths = np.zeros((1, rows // 2, 1), np.uint8)
-    tensor = CompandedTensor(
-        shape=(rows, 1),
-        group_size=2,
-        partitions=rows // 2,
-        scale_unit=np.float32(1),
-        depths=depths,
-        scale_codes=np.zeros_like(depths),
-        packed_codes=np.zeros(0, np.uint8),
-        permutation=np.arange(rows)[None] if permuted else None,
-        scale_bits=1,
-    )
-    path = tmp_path / "wide.cvxq"
-    with Writer(path, [Codebook.default(1)]) as writer:
-        writer.add_companded("w", tensor)
-    assert peak_bytes(path) < 250 * tensor.payload_size + (1 << 20)
-
-
-def test_writer_streams(tmp_path: Path) -> None:
-    """Memory stays near one tensor, however many are written."""
-    one = np.zeros(1 << 20, np.uint8)
-    tracemalloc.start()
-    with Writer(tmp_path / "many.cvxq") as writer:
-        for i in range(32):
-            writer.add_raw(f"t{i}", one)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 * one.nbytes
-
-
-def test_weights_per_byte_are_limited(tmp_path: Path) -> None:
-    """A pruned matrix in giant groups would expand to far more than its bytes."""
-    depths = np.zeros((1, 1, 8), np.uint8)
-    tensor = CompandedTensor(
-        shape=(65536, 8),
-        group_size=65536,
-        partitions=1,
-        scale_unit=np.float32(1),
-        depths=depths,
-        scale_codes=depths,
-        packed_codes=np.zeros(0, np.uint8),
-    )
-    with (
-        pytest.raises(WriteError, match="allowed 4096 per byte; use smaller groups"),
-        Writer(tmp_path / "a.cvxq", [BOOK]) as writer,
-    ):
-        writer.add_companded("w", tensor)
-
-
 def test_side_information_of_a_square_matrix() -> None:
     """1024 × 1024, group size 128, 8 partitions: at most 0.09 bits per weight beside the codes."""
     geometry = Geometry.of((1024, 1024), 128, 8, False)
@@ -331,6 +304,11 @@ def test_codebook_tables() -> None:
     assert scales[0] == 0
     assert scales[-1] == 1
     np.testing.assert_allclose(scales[2:] / scales[1:-1], 2 ** (1 / 8), rtol=1e-6)
+    with pytest.raises(CorruptError, match="level table 2 is not the default"):
+        replace(BOOK, levels=tuple(2 * table for table in BOOK.levels), stored_depths=(1, 3))
+    for depths in ((0, 1), (2, 1), (9,), (1, 1)):
+        with pytest.raises(CorruptError, match="allowed 1 to 8, ascending"):
+            replace(BOOK, stored_depths=depths)
     assert BOOK.depth_thresholds.tolist() == [128, 384, 640, 896, 1152, 1408, 1664, 1920]
     again = Codebook.from_bytes(BOOK.to_bytes(), 6)
     assert again.to_bytes() == BOOK.to_bytes()

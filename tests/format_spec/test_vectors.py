@@ -18,8 +18,10 @@ from cvxq_format import (
     compander_levels,
     dequantize,
     dequantize_rows,
+    row_scale_factors,
     verify,
 )
+from cvxq_format.limits import FEATURES
 
 LATER = (
     "minor-1-without-features.cvxq",
@@ -150,6 +152,23 @@ def test_document_lists_the_default_levels(text: str) -> None:
         upper = np.array(numbers.split(), np.float32)
         np.testing.assert_array_equal(compander_levels(depth)[2 ** (depth - 1) :], upper)
         np.testing.assert_array_equal(compander_levels(depth), -compander_levels(depth)[::-1])
+
+
+def test_document_lists_the_row_scales(text: str) -> None:
+    rows = re.findall(r"^\| (\d) \| 0x([0-9A-F]{8}) \| ([0-9.]+) \|$", text, re.M)
+    codes, patterns, decimals = zip(*rows, strict=True)
+    factors = row_scale_factors(np.array(codes, np.uint8))
+    assert codes == ("0", "1", "2", "3")
+    assert [f"{pattern:08X}" for pattern in factors.view("u4")] == list(patterns)
+    np.testing.assert_array_equal(np.array(decimals, np.float32), factors)
+    every = np.arange(256, dtype=np.uint8)
+    np.testing.assert_allclose(row_scale_factors(every), 2.0 ** (-0.25 * every), rtol=2**-24)
+
+
+def test_document_names_the_features(text: str) -> None:
+    table = text[text.index("| feature | since |") :].split("\n\n")[0]
+    named = re.findall(r"^\| `([a-z-]+)` \| 1\.(\d+) \|", table, re.M)
+    assert {feature: int(minor) for feature, minor in named} == FEATURES
 
 
 def test_document_names_the_checksum(text: str) -> None:
