@@ -25,4 +25,5 @@ def test_blocks_add_up(name: str, present: set[str], absent: set[str]) -> None:
     assert sum(kinds.values()) == summary.file_bytes
     assert present < kinds.keys() <= KINDS.keys() - absent
     blocks = ("codes", "depths", "scales", "means", "permutation", "row_scales")
-    assert sum(kinds.get(kind, 0) for kind in blocks) == sum(m.payload_bytes for m in summary.matrices)
+    payloads = sum(matrix.payload_bytes for matrix in summary.matrices)
+    assert sum(kinds.get(kind, 0) for kind in blocks) == payloads
