@@ -1,34 +1,39 @@
 """How fast the GPU kernels multiply: python benchmarks/gpu_kernels.py [--minutes 5] [--dry-run]
 
 Prints Markdown tables: µs, GB/s of packed bytes, their share of the bandwidth of a copy measured in
-the same run, and the speed-up over `torch.matmul` in float16 and over GemLite (where it can be
-imported) in the same run. Every time is the median of replays of a CUDA graph in which copies of
-the weights that together exceed four times the L2 cache take turns, so that weights come from
-memory. Values are checked before anything is timed. What does not fit the minutes is left out and
-named. `--dry-run` checks values on tiny shapes and times nothing; it needs no GPU if Triton's
-interpreter is on (TRITON_INTERPRET=1).
+the same run, and the speed-up over `torch.matmul` in float16 and over GemLite (`gpu_peers.py`) in
+the same run. Every time is the median of replays of a CUDA graph in which copies of the weights
+that together exceed four times the L2 cache take turns, so that weights come from memory. Kernels
+are compiled beforehand, by several processes, and values checked before anything is timed. What
+does not fit the minutes is left out and named. `--dry-run` checks values on tiny shapes and times
+nothing; it needs no GPU if Triton's interpreter is on (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 from cvxq_kernels.gpu import GpuWeight
+from cvxq_kernels.gpu.plan import bucket
+from cvxq_kernels.gpu.tune import candidates
+from gpu_peers import Peers, graph_seconds
 from gpu_weights import GROUP_SIZE, copies, histogram, mixed_depths, random_packed
 
 SHAPES = ((8192, 28672), (4096, 11008), (11008, 4096), (4096, 32000), (4096, 4096))  # (K, N)
 BATCHES = (1, 2, 4, 8, 16, 32, 256)
 MIXED = (2.0, 3.0, 4.0)
+GEMLITE_SHARE = 0.3  # of the time, at most
 LEAST_BOUND_BYTES = 32e6  # goals are percentages where a matrix has at least these packed bytes
 # Of the output's norm: int8 activations and levels; a wrong index costs far more.
 TOLERANCE = 0.03
@@ -74,32 +79,6 @@ def cells(shapes: Sequence[tuple[int, int]]) -> Iterator[Cell]:
                     yield Cell(inputs, outputs, bits, False, batch)
 
 
-def graph_seconds(actions: Sequence[Callable[[], object]], replays: int = 7) -> float:
-    """Median seconds of one action in a CUDA graph that runs all of them in turn."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for action in actions[:2]:
-            action()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    rounds = max(1, 64 // len(actions))
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for action in actions:
-                action()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / (rounds * len(actions)))
-    return statistics.median(times)
-
-
 def copy_bandwidth() -> float:
     """Bytes per second, read and written, of a copy of 2 GB."""
     source = torch.randint(256, (1 << 31,), dtype=torch.uint8, device="cuda")
@@ -120,54 +99,26 @@ def check_values(weight: GpuWeight, x: torch.Tensor) -> float:
     return error
 
 
-def fp16_seconds(cell: Cell, least_bytes: int) -> float:
-    """Seconds of torch.matmul in float16 for the cell's shape and batch."""
-    x = torch.randn(cell.batch, cell.inputs, device="cuda", dtype=torch.float16)
-    count = max(1, -(-least_bytes // (2 * cell.inputs * cell.outputs)))
-    weights = [
-        torch.randn(cell.outputs, cell.inputs, device="cuda", dtype=torch.float16)
-        for _ in range(count)
-    ]
-    return graph_seconds([partial(torch.matmul, x, w.t()) for w in weights])
+def try_plans(cell: Cell, device: torch.device) -> None:
+    """Compile what tuning the cell asks for, by running it on a small matrix of the same kind."""
+    small = replace(cell, inputs=min(cell.inputs, 288), outputs=GROUP_SIZE)
+    depths = small.depths()
+    if cell.mixed:
+        depths[:] = torch.arange(small.inputs, dtype=torch.uint8) % 9  # all of them
+    packed = random_packed(small.outputs, small.inputs, depths, device)
+    weight = GpuWeight.from_packed(packed, device)
+    x = torch.zeros(cell.batch, small.inputs, dtype=torch.float16, device=device)
+    plans = candidates(bucket(cell.batch), 1, 8, weight.processors)
+    for plan in {replace(plan, splits=2) for plan in plans}:
+        weight.matmul(x, plan=plan)
 
 
-def gemlite_seconds(cell: Cell, bits: int, least_bytes: int) -> float | None:
-    """Seconds of GemLite's `bits`-bit kernel with groups of 128, or None where it is not there."""
-    try:
-        from gemlite import helper
-    except ImportError:
-        return None
-    make: Any = {4: helper.A16W4_HQQ_INT, 2: helper.A16W2_HQQ_INT}[bits]
-    shape = (cell.outputs, cell.inputs)
-    layers = []
-    for _ in range(max(1, -(-least_bytes * 8 // (bits * cell.inputs * cell.outputs)))):
-        codes = torch.randint(1 << bits, shape, dtype=torch.uint8, device="cuda")
-        scales = torch.rand(codes.numel() // 128, 1, device="cuda", dtype=torch.float16)
-        zeros = torch.full_like(scales, 2 ** (bits - 1))
-        layers.append(make(device="cuda", dtype=torch.float16).from_weights(codes, scales, zeros))
-    x = torch.randn(cell.batch, cell.inputs, device="cuda", dtype=torch.float16)
-    layers[0](x)  # tunes itself
-    return graph_seconds([partial(layer, x) for layer in layers])
-
-
-class Peers:
-    """Times of the other kernels, each measured once per shape and batch."""
-
-    def __init__(self, least_bytes: int):
-        """least_bytes: of the copies that take turns."""
-        self.least_bytes = least_bytes
-        self.known: dict[tuple[int, int, int, str], float | None] = {}
-
-    def seconds(self, cell: Cell, kind: str) -> float | None:
-        """Seconds of "fp16", "gemlite 4" or "gemlite 2"."""
-        key = (cell.inputs, cell.outputs, cell.batch, kind)
-        if key not in self.known:
-            self.known[key] = (
-                fp16_seconds(cell, self.least_bytes)
-                if kind == "fp16"
-                else gemlite_seconds(cell, int(kind[-1]), self.least_bytes)
-            )
-        return self.known[key]
+def compile_all(cells: Sequence[Cell], processes: int) -> None:
+    """Compile for all cells in several processes; Triton's cache on disk hands it to this one."""
+    kinds = {("mixed" if cell.mixed else cell.bits, bucket(cell.batch)): cell for cell in cells}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        list(pool.map(partial(try_plans, device=torch.device("cuda")), kinds.values()))
 
 
 def empty_seconds() -> float:
@@ -201,7 +152,10 @@ def row(cell: Cell, bandwidth: float, empty: float, peers: Peers) -> str:
         [partial(w.matmul, x, None, out) for w, out in zip(group, outs, strict=True)]
     )
     rate = weight.nbytes / seconds
-    others = [peers.seconds(cell, kind) for kind in ("fp16", "gemlite 4", "gemlite 2")]
+    others = [
+        peers.seconds(cell.inputs, cell.outputs, cell.batch, kind)
+        for kind in ("fp16", "gemlite 4", "gemlite 2")
+    ]
     ratios = " | ".join("–" if other is None else f"{other / seconds:.2f}" for other in others)
     label = f"mixed {cell.bits:g}" if cell.mixed else f"{cell.bits:g}"
     size = weight.nbytes / 1e6
@@ -217,6 +171,12 @@ def row(cell: Cell, bandwidth: float, empty: float, peers: Peers) -> str:
 def measure(minutes: float) -> None:
     """Measure cells in order until the minutes are over; print every row as it is known."""
     deadline = time.monotonic() + 60 * minutes
+    begin = time.perf_counter()
+    processes = max(1, min(8, (os.cpu_count() or 2) // 2))
+    compile_all(list(cells(SHAPES[:1])), processes)
+    print(
+        f"Compiled in {time.perf_counter() - begin:.0f} s by {processes} processes.\n", flush=True
+    )
     properties = torch.cuda.get_device_properties(0)
     least_bytes = 4 * properties.L2_cache_size
     bandwidth, empty = copy_bandwidth(), empty_seconds()
@@ -230,7 +190,7 @@ def measure(minutes: float) -> None:
     print("| K×N | bits | batch | MB | µs | above empty | GB/s | of copy | × fp16 | × GemLite 4 "
           "| × GemLite 2 | plan | error |")  # fmt: skip
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|")
-    peers = Peers(least_bytes)
+    peers = Peers(least_bytes, GEMLITE_SHARE * 60 * minutes)
     skipped = 0
     for cell in cells(SHAPES):
         if time.monotonic() > deadline:
@@ -238,6 +198,8 @@ def measure(minutes: float) -> None:
             continue
         print(row(cell, bandwidth, empty, peers), flush=True)
         torch.cuda.empty_cache()
+    for complaint in peers.complaints:
+        print(f"\n{complaint}.")
     if skipped:
         print(f"\nLeft out for want of time: {skipped} cells.")
 
@@ -248,9 +210,10 @@ def dry_run() -> None:
     for cell in (Cell(24, GROUP_SIZE, 3, False, 1), Cell(24, GROUP_SIZE, 3.0, True, 5)):
         depths = cell.depths()
         packed = random_packed(cell.outputs, cell.inputs, depths, device)
-        for weight in copies(GpuWeight.from_packed(packed, device), 2 * packed.nbytes)[:2]:
-            x = torch.randn(cell.batch, cell.inputs, device=device)
-            print(f"{cell}: {histogram(depths)}; error {check_values(weight, x):.1e}")
+        weight = copies(GpuWeight.from_packed(packed, device), 2 * packed.nbytes)[-1]
+        x = torch.randn(cell.batch, cell.inputs, device=device)
+        print(f"{cell}: {histogram(depths)}; error {check_values(weight, x):.1e}")
+    try_plans(Cell(24, GROUP_SIZE, 2, False, 1), device)
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from typing import Literal
 PROGRAMS_PER_PROCESSOR = 16  # warps that hide the latency of memory, where there is work for them
 LEAST_CHUNKS = 4  # of a program: fewer do not repay its prologue
 MATVEC_ROWS = 8  # rows of x that `matvec` takes at a time
+MATVEC_BATCH = 4  # the largest batch for which it is considered: tensor cores take over from there
+UNROLLS = (1, 2)  # of a matvec; for several rows 1, as compiling takes minutes otherwise
 GEMM_ROWS = 256  # rows of x that `gemm` takes at a time
 
 # Sizes that no kernel gains from knowing: without this, Triton compiles anew for many of them.
@@ -37,8 +39,9 @@ def split_for(tiles: int, chunks: int, processors: int, programs: int) -> int:
 
 def choose_plan(batch: int, tiles: int, chunks: int, processors: int) -> Plan:
     """Guess a plan for `batch` rows of x; what `tune` measures takes its place."""
-    if batch <= 4:
-        return Plan("matvec", split_for(tiles, chunks, processors, PROGRAMS_PER_PROCESSOR))
+    if batch <= MATVEC_BATCH:
+        splits = split_for(tiles, chunks, processors, PROGRAMS_PER_PROCESSOR)
+        return Plan("matvec", splits, UNROLLS[batch == 1])
     if batch <= 64:
         tile_batch = 16 if batch <= 16 else 32
         programs = PROGRAMS_PER_PROCESSOR // 2

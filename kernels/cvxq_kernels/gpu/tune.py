@@ -20,8 +20,9 @@ import torch
 import triton
 
 from cvxq_kernels.gpu.plan import (
-    MATVEC_ROWS,
+    MATVEC_BATCH,
     PROGRAMS_PER_PROCESSOR,
+    UNROLLS,
     Plan,
     bucket,
     choose_plan,
@@ -46,9 +47,9 @@ def candidates(batch: int, tiles: int, chunks: int, processors: int) -> Iterator
         for programs in (PROGRAMS_PER_PROCESSOR // 4, PROGRAMS_PER_PROCESSOR // 2,
                          PROGRAMS_PER_PROCESSOR, 2 * PROGRAMS_PER_PROCESSOR)
     }  # fmt: skip
-    if batch <= 2 * MATVEC_ROWS:
+    if batch <= MATVEC_BATCH:
         for split in sorted(splits):
-            for unroll in (2, 4):
+            for unroll in UNROLLS if batch == 1 else UNROLLS[:1]:
                 yield Plan("matvec", split, unroll)
     widths = [width for width in (16, 32, 64) if width == 16 or width < 2 * batch]
     for split in sorted(splits):

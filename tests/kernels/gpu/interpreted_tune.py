@@ -67,7 +67,7 @@ def test_candidates_fit_the_batch() -> None:
         assert len(plans) == len(set(plans))
         assert {plan.kind for plan in plans} >= {"gemm"}
         assert ("expand" in {plan.kind for plan in plans}) == (batch >= 16)
-        assert ("matvec" in {plan.kind for plan in plans}) == (batch <= 16)
+        assert ("matvec" in {plan.kind for plan in plans}) == (batch <= 4)
 
 
 @pytest.mark.parametrize(
