@@ -78,7 +78,7 @@ def _refuse_counts(
     cluster = int(np.flatnonzero(named != rows)[0])
     raise ValueError(
         f"cluster map names cluster {partition * rows.size + cluster} of expert {expert} "
-        f"{named[cluster]} times, it has {rows[cluster]} rows"
+        f"for {named[cluster]} rows, it has {rows[cluster]}"
     )
 
 
