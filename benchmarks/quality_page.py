@@ -35,7 +35,8 @@ charged the model's own. In table B, every row is of the first seed.
 
 llama.cpp's types come from its own `llama-imatrix` and `llama-quantize`. "alone" is one type for
 all matrices (`--pure`), the other rows are its mixtures, in table A with embeddings in 16 bits.
-AutoRound, at minutes per result, is asked for groups of {slow_groups} and the first seed only.
+AutoRound, which takes minutes per result, is asked for groups of {slow_groups} with offsets and
+for the first seed only.
 
 Not every peer can pack every matrix. AutoRound and GPTQModel leave those in 16 bits that have a
 side which is no multiple of 32; llama.cpp's K- and I-quants need rows that are multiples of 256,

@@ -363,7 +363,7 @@ def test_cells_of_all_peers_have_settings() -> None:
 
 def test_slow_peer_is_asked_for_few_groups() -> None:
     groups = [cell.name for cell in cells(peer("autoround"), [(256, 256)], [3], [32, 64, 128])]
-    assert groups == ["3 bits, group 64", "3 bits, group 128"]
+    assert groups == ["3 bits, group 128"]
 
 
 def test_tuned_rows_are_shown_beside_those_that_are_not() -> None:

@@ -18,8 +18,8 @@ class Peer:
     """One peer.
 
     key: names its module, environment and requirements; calibrates: whether it uses calibration
-    sequences, so that seeds matter; package: its name on the package index; is_slow: at minutes
-    per result it is asked for SLOW_GROUPS and the first seed only.
+    sequences, so that seeds matter; package: its name on the package index; is_slow: taking minutes
+    per result, it is asked for SLOW_GROUPS and the first seed only.
     """
 
     key: str
@@ -69,11 +69,10 @@ GRID: dict[str, dict[str, Settings]] = {
     },
     "autoround": {
         "asymmetric": {"symmetric": False, "steps": 200},
-        "symmetric": {"symmetric": True, "steps": 200},
     },
 }
 DEEP_BELOW = 4  # bits; from there on the search never clips so deep, and finds the same
-SLOW_GROUPS = (64, 128)  # what the slow peer's own recipes use
+SLOW_GROUPS = (128,)  # the slow peer's default
 SUPERBLOCK = 256  # weights of a row that llama.cpp's K- and I-quants take together
 PURE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")
 PURE_BLOCK = ("IQ4_NL", "Q4_0", "Q5_0")
