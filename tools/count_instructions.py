@@ -57,7 +57,7 @@ LOADS = ("LDG", "LDS", "LDSM", "LDC", "LDGSTS")
 
 @dataclass(frozen=True)
 class Count:
-    """Instructions of one compiled kernel; per weight unless a name says otherwise."""
+    """Instructions of one compiled kernel per weight; spills and shared_bytes are bytes."""
 
     kernel: str
     depth: int
@@ -216,20 +216,22 @@ def measure(kernel: str, depth: int, arch: int, rows: int) -> Count:
         other=(count.total() - share(count, known)) / weights,
         prologue=prologue.total() / shared_by,
         prologue_alu=share(prologue, ALU) / shared_by,
-        **resources(compiled, sass),
+        **resources(compiled),
     )
 
 
-def resources(compiled: Any, sass: str) -> dict[str, int]:
-    """Registers of a thread, spill instructions and bytes of shared memory of a whole kernel."""
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers of a thread, bytes of its stack and of shared memory of a whole kernel.
+
+    The kernels have no arrays of their own: what is on the stack was spilled.
+    """
     usage = run_tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    if found is None:
         raise ValueError(f"cuobjdump tells no registers: {usage!r}")
-    everything = opcodes(re.findall(r"\*/\s+(?:@!?U?P[T\d]\s+)?(.*?);", sass))
     return {
-        "registers": int(registers[1]),
-        "spills": share(everything, ("STL", "LDL")),
+        "registers": int(found[1]),
+        "spills": int(found[2]) + int(found[3]),
         "shared_bytes": compiled.metadata.shared,
     }
 
@@ -269,9 +271,8 @@ def main() -> None:
         found: list[dict[str, Any]] = []
         for arch in options.arch:
             for name, variant in full_variants(options.rows[0]).items():
-                compiled = compile_for(variant, arch)
-                sass = run_tool("nvdisasm", compiled.asm["cubin"], "-c")
-                found.append({"kernel": name, "arch": arch} | resources(compiled, sass))
+                used = resources(compile_for(variant, arch))
+                found.append({"kernel": name, "arch": arch} | used)
         print(json.dumps(found) if options.json else "\n".join(map(str, found)))
         return
     counts = [
