@@ -30,6 +30,7 @@ class Companded(ctypes.Structure):
         ("scales", c_void_p),
         ("means", c_void_p),
         ("levels", c_void_p),
+        ("row_scales", c_void_p),
         ("bias", c_void_p),
     ]
 

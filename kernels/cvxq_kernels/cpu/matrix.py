@@ -180,6 +180,7 @@ def _describe(tensor: CompandedTensor, codebook: Codebook) -> tuple[Companded, l
     levels = np.zeros(512, np.float32)
     levels[1:] = codebook.flat_levels()
     means = np.arange(-128, 128, dtype=np.float32) * np.float32(tensor.mean_step)
+    row_scales = tensor.row_scales()
     order = None
     if tensor.column_terms is not None and not tensor.transposed:
         # A column's term decides its place in every cluster: deeper columns come later in all.
@@ -198,6 +199,7 @@ def _describe(tensor: CompandedTensor, codebook: Codebook) -> tuple[Companded, l
         "scales": scales,
         "means": None if tensor.mean_codes is None else means,
         "levels": levels,
+        "row_scales": None if row_scales is None else np.ascontiguousarray(row_scales[0]),
     }
     source = Companded(
         rows=tensor.rows,

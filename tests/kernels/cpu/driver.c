@@ -56,7 +56,7 @@ static int check(cvxq_pool *pool, int rows, int columns, int group, int transpos
     }
     const cvxq_companded source = {rows, columns, group, 1, transposed, depths, scale_codes,
                                    mean_codes, NULL, NULL, codes, (int64_t)bytes, scales, means,
-                                   levels, NULL};
+                                   levels, NULL, NULL};
     cvxq_matrix *matrix = cvxq_matrix_pack(pool, &source);
     if (!matrix) return 1;
     const int n = transposed ? columns : rows, k = transposed ? rows : columns;

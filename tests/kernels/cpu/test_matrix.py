@@ -138,6 +138,17 @@ def test_many_inputs(
     )
 
 
+def test_row_scales(isa: str, random_companded: Maker, reference: Any) -> None:
+    """A factor for each output, in products and in rows."""
+    tensor = separable(random_companded((128, 70), seed=6, group_size=64))
+    codes = np.random.default_rng(6).integers(0, 16, (1, 128), dtype=np.uint8)
+    tensor = replace(tensor, row_scale_codes=codes, row_scale_bits=4)
+    for m in (1, 40):
+        check(isa, tensor, inputs(m, 70), reference)
+    rows = cpu.Matrix.from_tensor(tensor, CODEBOOK).rows(range(128))
+    assert np.array_equal(rows, dequantize(tensor, CODEBOOK))
+
+
 @pytest.mark.parametrize("depth", range(9))
 def test_many_inputs_of_one_depth(
     isa: str, depth: int, random_companded: Maker, reference: Any

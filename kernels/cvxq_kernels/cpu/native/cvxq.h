@@ -59,6 +59,7 @@ typedef struct {
     const float *scales;        /* (256,): scale unit · scale table, unused entries 0 */
     const float *means;         /* (256,): mean of code i at [i + 128]; NULL without means */
     const float *levels;        /* (512,): depth B's table at [2^B, 2^(B+1)) */
+    const float *row_scales;    /* (N,): factor of each output's weights, or NULL: none */
     const float *bias;          /* (N,), or NULL */
 } cvxq_companded;
 

@@ -118,7 +118,8 @@ typedef enum { KIND_PACKED, KIND_DENSE, KIND_TRANSPOSED } cvxq_kind;
 struct cvxq_matrix {
     cvxq_kind kind;
     int64_t outputs, inputs, bytes;
-    float *bias; /* (N,), or NULL */
+    float *bias;       /* (N,), or NULL */
+    float *row_scales; /* (N,), or NULL; only of packed ones */
     cvxq_item *items;
     int64_t item_count;
     uint8_t *codes; /* units, or dense weights, or bit planes */

@@ -33,6 +33,11 @@ static int copy_side(cvxq_matrix *w, const cvxq_companded *source) {
     if (posix_memalign((void **)&w->tables, 64, sizeof *w->tables)) return 0;
     cvxq_tables_fill(w->tables, source->levels);
     memcpy(w->scales, source->scales, sizeof w->scales);
+    if (source->row_scales) {
+        w->row_scales = copy_of(source->row_scales, sizeof(float) * (size_t)w->outputs);
+        if (!w->row_scales) return 0;
+        w->bytes += 4 * w->outputs;
+    }
     w->few_scales = 1;
     for (int i = 64; i < 256; i++) w->few_scales &= source->scales[i] == 0;
     w->mean_step = source->means ? source->means[129] : 0;
@@ -92,6 +97,7 @@ cvxq_matrix *cvxq_matrix_pack(cvxq_pool *pool, const cvxq_companded *source) {
     const int64_t inputs = source->transposed ? source->rows : source->columns;
     cvxq_kind kind = source->transposed ? KIND_TRANSPOSED : KIND_PACKED;
     if (source->rows > INT32_MAX - TILE || source->columns > INT32_MAX - TILE) return NULL;
+    if (source->transposed && source->row_scales) return NULL;
     cvxq_matrix *w = new_matrix(kind, outputs, inputs, source->bias);
     if (!w) return NULL;
     if (copy_side(w, source) &&
@@ -123,6 +129,7 @@ void cvxq_matrix_free(cvxq_matrix *w) {
     if (!w) return;
     if (w->codes) cvxq_arena_free(w->codes, (size_t)w->code_bytes);
     free(w->bias);
+    free(w->row_scales);
     free(w->items);
     free(w->tables);
     free(w->scale_codes);

@@ -52,7 +52,8 @@ static void store(const cvxq_job *job, int64_t tile, int64_t m, const float *sum
     for (int lane = 0; lane < w->tiles[tile].strips * STRIP; lane++) {
         const int32_t target = targets[lane];
         if (target < 0) continue;
-        y[target] = sums[lane] + mean + (w->bias ? w->bias[target] : 0);
+        const float scale = w->row_scales ? w->row_scales[target] : 1;
+        y[target] = (sums[lane] + mean) * scale + (w->bias ? w->bias[target] : 0);
     }
 }
 
@@ -132,6 +133,7 @@ void cvxq_packed_row(const cvxq_matrix *w, int64_t row, float *out) {
     const int32_t *order = cluster->order ? cluster->order : w->order;
     const int per_unit = (int)unit_columns(tile->strips);
     const uint8_t *units = w->codes + tile->codes;
+    const float scale = w->row_scales ? w->row_scales[row] : 1;
     memset(out, 0, sizeof(float) * (size_t)w->inputs);
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
@@ -145,7 +147,7 @@ void cvxq_packed_row(const cvxq_matrix *w, int64_t row, float *out) {
                 value = levels[cvxq_unit_code(run->depth, unit, vector, 4 * lane + i % 4)];
             }
             if (w->mean_codes) value += (float)w->mean_codes[groups + at] * w->mean_step;
-            out[order ? order[at] : at] = w->scales[w->scale_codes[groups + at]] * value;
+            out[order ? order[at] : at] = w->scales[w->scale_codes[groups + at]] * value * scale;
         }
         units += ceil_div(run->count, per_unit) * VECTOR * run->depth;
     }

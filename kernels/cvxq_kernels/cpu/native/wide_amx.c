@@ -120,6 +120,8 @@ TARGET void cvxq_wide_collect(const cvxq_wide *wide, const cvxq_matrix *w, int64
         const __m512 zero = _mm512_setzero_ps();
         __m512 sum = _mm512_mask_i32gather_ps(
             zero, mask, _mm512_maskz_loadu_epi32(mask, w->places + n), results, 4);
+        if (w->row_scales)
+            sum = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(mask, w->row_scales + n));
         if (w->bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, w->bias + n));
         _mm512_mask_storeu_ps(y + n, mask, sum);
     }
