@@ -1,6 +1,6 @@
 """Decoding and prefill on the CPU, side by side with llama.cpp on the same random weights.
 
-    python benchmarks/cpu.py --prepare              # make the models, build the peer: an hour
+    python benchmarks/cpu.py --prepare              # make what is missing: an hour or two
     python benchmarks/cpu.py                        # measure everything: 20 minutes
     python benchmarks/cpu.py --only 3 --rounds 2    # two rounds more of the models near 3 bits
     python benchmarks/cpu.py --rounds 0 --output docs/cpu.md   # no more rounds; write the page
@@ -10,13 +10,16 @@ calibration, and made into llama.cpp's types; the demo model is converted and ma
 are compared in groups. A round runs each model of a group once, in a process of its own, in
 alternating order: `cvxq bench` and `llama-bench`, with the same threads, prompt and number of
 tokens, after measuring what plain loads from memory reach. On a machine that others share only
-such rounds can be compared. They are kept in the work folder, and a later run adds to them unless
-the kernels have changed; the page has medians over all rounds.
+such rounds can be compared; one in which other processes took more than 3 % of the processors is
+thrown away. Rounds are kept in the work folder, and a later run adds to them unless the kernels
+have changed; the page has medians over all of them.
 """
 
 import argparse
 import datetime
 import json
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -45,6 +48,7 @@ GROUPS = {
     "demo": ("demo-3.cvxq", "demo-F16.gguf"),
 }
 PROMPT, TOKENS = 128, 64
+MOST_OTHERS = 0.03  # of the processors' time, that other processes may take from a round
 
 
 def say(text: str) -> None:
@@ -144,7 +148,7 @@ def measure_round(group: str, work: Path, threads: int, turn: int, peer: LlamaCp
     """Run each model of a group once, in reverse if `turn` is odd."""
     bandwidth = read_bandwidth(Pool(threads))
     samples = {}
-    names = GROUPS[group]
+    names = [name for name in GROUPS[group] if (work / name).exists()]
     for name in names if turn % 2 == 0 else reversed(names):
         path = work / name
         if path.suffix == ".cvxq":
@@ -156,6 +160,32 @@ def measure_round(group: str, work: Path, threads: int, turn: int, peer: LlamaCp
         else:
             samples[name] = measure_theirs(path, threads, peer)
     return Round(group, today(), bandwidth, samples)
+
+
+class Others:
+    """The share of all processors' time that other processes take, from now on."""
+
+    def __init__(self) -> None:
+        self._started, self._taken = time.perf_counter(), self._seconds()
+
+    @staticmethod
+    def _seconds() -> float:
+        """Seconds of work of the whole machine without that of this program and its children."""
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        user, nice, system, _, _, interrupts, soft = (int(field) for field in fields[:7])
+        busy = (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+            usage = resource.getrusage(who)
+            busy -= usage.ru_utime + usage.ru_stime
+        return busy
+
+    def are_quiet(self) -> bool:
+        """Whether they have left us alone; says so if not."""
+        elapsed = (time.perf_counter() - self._started) * (os.cpu_count() or 1)
+        share = (self._seconds() - self._taken) / elapsed
+        if share > MOST_OTHERS:
+            say(f"thrown away: other processes took {share:.0%} of the processors")
+        return share <= MOST_OTHERS
 
 
 def today() -> str:
@@ -226,26 +256,30 @@ def main() -> int:
     peer = build(FOLDER)
     chosen = options.only or [*GROUPS, "kernel"]
     options.work.mkdir(parents=True, exist_ok=True)
-    for group in chosen if options.rounds or options.prepare else ():
-        for path in (options.work / name for name in GROUPS.get(group, ())):
-            if not path.exists():
-                make(path, peer)
+    for path in (options.work / name for group in chosen for name in GROUPS.get(group, ())):
+        if options.prepare and not path.exists():
+            make(path, peer)
+        elif options.rounds and not path.exists():
+            say(f"{path.name} is left out: it is missing, and made by --prepare")
     if options.prepare:
         return 0
     kept = Kept(options.work / "rounds.json", options.threads)
     if "kernel" in chosen and options.rounds:
         for depth in DEPTHS:
             say(f"products at depth {depth}")
-            kept.products[depth] = [
-                *kept.products.get(depth, []),
-                *measure_products(depth, options.threads),
-            ]
-            kept.save()
+            others = Others()
+            products = list(measure_products(depth, options.threads))
+            if others.are_quiet():
+                kept.products[depth] = [*kept.products.get(depth, []), *products]
+                kept.save()
     for turn in range(options.rounds):
         for group in (group for group in chosen if group in GROUPS):
             say(f"round {turn + 1} of {options.rounds}, group {group}")
-            kept.rounds.append(measure_round(group, options.work, options.threads, turn, peer))
-            kept.save()
+            others = Others()
+            measured = measure_round(group, options.work, options.threads, turn, peer)
+            if others.are_quiet():
+                kept.rounds.append(measured)
+                kept.save()
     machine = f"{cpu_name()}, {options.threads} threads, {isa()} kernels"
     text = page(kept.rounds, kept.products, list(models(options.work, kept)), machine, peer.version)
     print(text)

@@ -138,7 +138,7 @@ def page(
         for group in dict.fromkeys(round_.group for round_ in rounds):
             mine = [round_ for round_ in rounds if round_.group == group]
             lines += [*head(MODEL_COLUMNS)]
-            lines += [model_line(by_name[name], mine) for name in mine[0].samples]
+            lines += [model_line(by_name[name], mine) for name in names_in(mine)]
             lines.append("")
         lines += [MODEL_READING, "", "Share of the weights at each depth:", ""]
         lines += [f"- {m.label}: {m.histogram}" for m in models if m.histogram]
@@ -151,6 +151,12 @@ def head(columns: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
 
 
+def names_in(rounds: Sequence[Round]) -> list[str]:
+    """Every model of some rounds, ours first."""
+    names = dict.fromkeys(name for round_ in rounds for name in round_.samples)
+    return sorted(names, key=lambda name: not name.endswith(".cvxq"))
+
+
 def spread(values: Sequence[float], form: str) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.median(values):{form}} ± {deviation:{form}}"
@@ -158,9 +164,10 @@ def spread(values: Sequence[float], form: str) -> str:
 
 def model_line(model: Model, rounds: Sequence[Round]) -> str:
     """One row of the table of models."""
-    samples = [round_.samples[model.name] for round_ in rounds]
+    mine = [round_ for round_ in rounds if model.name in round_.samples]
+    samples = [round_.samples[model.name] for round_ in mine]
     read = [sample.decode * model.file_bytes for sample in samples]
-    shares = [speed / round_.bandwidth for speed, round_ in zip(read, rounds, strict=True)]
+    shares = [speed / round_.bandwidth for speed, round_ in zip(read, mine, strict=True)]
     return (
         f"| {model.label} | {model.bits:.2f} | {model.file_bytes / 1e6:.0f} "
         f"| {spread([s.decode for s in samples], '.1f')} | {statistics.median(read) / GB:.1f} "
@@ -174,8 +181,16 @@ def ratio(
     rounds: Sequence[Round], ours: str, theirs: str, of: Callable[[Sample], float]
 ) -> tuple[float, str]:
     """How often ours is theirs, round by round: the median, and it with its deviation in words."""
-    ratios = [of(r.samples[ours]) / of(r.samples[theirs]) for r in rounds]
+    ratios = [
+        of(r.samples[ours]) / of(r.samples[theirs])
+        for r in rounds
+        if {ours, theirs} <= {*r.samples}
+    ]
     return statistics.median(ratios), spread(ratios, ".2f")
+
+
+def middle(rounds: Sequence[Round], name: str, of: Callable[[Sample], float]) -> float:
+    return statistics.median(of(r.samples[name]) for r in rounds if name in r.samples)
 
 
 def verdict(is_met: bool) -> str:
@@ -187,12 +202,12 @@ def claims(rounds: Sequence[Round], models: dict[str, Model]) -> Iterator[str]:
     bands = (("3", "3.2", 2.9, 3.6, 1.7), ("4", "4.25", 3.9, 4.9, 1.2), ("8", "8", 8.0, 9.0, 1.0))
     for group, rate, low, high, factor in bands:
         mine = [round_ for round_ in rounds if round_.group == group]
-        if not mine:
-            continue
         ours = f"cvxq-{rate}.cvxq"
         peers = [
-            name for name in mine[0].samples if name != ours and low <= models[name].bits <= high
+            name for name in names_in(mine) if name != ours and low <= models[name].bits <= high
         ]
+        if not peers or ours not in names_in(mine):
+            continue
         for what, of, wanted in (
             ("decodes", lambda s: s.decode, factor),
             ("prefills", lambda s: s.prefill, 1.0),
@@ -216,7 +231,7 @@ def claims(rounds: Sequence[Round], models: dict[str, Model]) -> Iterator[str]:
         ),
     ):
         mine = [round_ for round_ in rounds if round_.group == group]
-        if mine:
+        if {ours, theirs} <= {*names_in(mine)}:
             value, words = ratio(mine, ours, theirs, lambda s: s.decode)
             yield f"- {text.format(words)} (wanted more than 1): {verdict(value > 1)}."
     for model in models.values():

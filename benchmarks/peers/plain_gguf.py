@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 BLOCK = {
@@ -53,11 +54,11 @@ def write(model: Path, output: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     for shard in sorted(model.glob("*.safetensors")):
-        with safe_open(shard, framework="numpy") as file:
+        with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                array = file.get_tensor(name)
-                wide = array.ndim == 1  # llama.cpp wants norms in float32
-                writer.add_tensor(gguf_name(name), array.astype("float32" if wide else "float16"))
+                tensor = file.get_tensor(name)
+                dtype = torch.float32 if tensor.ndim == 1 else torch.float16  # norms are wide
+                writer.add_tensor(gguf_name(name), tensor.to(dtype).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
