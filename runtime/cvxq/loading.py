@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from cvxq_format import Reader
+from cvxq_kernels.cpu import crc32
 
 from cvxq.device import check_device
 from cvxq.errors import ArgumentError
@@ -46,7 +47,7 @@ def load(
         raise ArgumentError(f"weights is {weights!r}, allowed: 'packed', 'dense'")
     check_device(str(device))
     options = NetworkOptions(weights == "packed", device, dtype, threads)
-    reader = Reader(path, check=check)
+    reader = Reader(path, check=check, crc32=crc32)
     decoder, reason = None, None
     try:
         if weights == "packed" and dtype is None:

@@ -4,11 +4,11 @@
     weight = Matrix.from_tensor(reader.read(name), reader.codebook(index), pool=pool)
     y = weight.matmul(x)
 
-`native/` holds the code and how it works (`internal.h`), `library` finds and declares it, `matrix`
+`native/` holds the code and how it works (`internal.h`), `loader` finds and declares it, `matrix`
 wraps it. Where the library is missing, `is_available()` is false and `why_not()` says what to do.
 """
 
-from cvxq_kernels.cpu.loader import force_isa, is_available, isa, why_not
+from cvxq_kernels.cpu.loader import crc32, force_isa, is_available, isa, why_not
 from cvxq_kernels.cpu.matrix import Matrix, Pool
 
-__all__ = ["Matrix", "Pool", "force_isa", "is_available", "isa", "why_not"]
+__all__ = ["Matrix", "Pool", "crc32", "force_isa", "is_available", "isa", "why_not"]

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,13 @@ def test_declared_functions_are_those_of_the_header() -> None:
     header = (NATIVE / "cvxq.h").read_text()
     declared = set(re.findall(r"CVXQ_API [^;]*?\b(cvxq_\w+)\(", header))
     assert set(loader._FUNCTIONS) == declared - {"cvxq_pool_run", "cvxq_pool_barrier"}
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 79, 80, 1000, 65536 + 7])
+def test_checksums_are_those_of_zlib(size: int) -> None:
+    data = np.random.default_rng(size).bytes(size + 3)
+    assert cpu.crc32(data) == zlib.crc32(data)
+    assert cpu.crc32(memoryview(data)[3:]) == zlib.crc32(data[3:])
 
 
 def test_unknown_instruction_set_is_refused() -> None:

@@ -92,6 +92,9 @@ CVXQ_API const char *cvxq_isa(void);
  * For tests: not while a product is running. */
 CVXQ_API int cvxq_force_isa(const char *name);
 
+/* The CRC-32 of some bytes, as zlib has it; 0 if this processor has no fast way to it. */
+CVXQ_API int cvxq_crc32(const void *data, int64_t bytes, uint32_t *crc);
+
 /* Read `bytes` from memory on all threads as fast as loads go; what is returned depends on every
  * byte, so that no read is left out. For measuring bandwidth. */
 CVXQ_API uint64_t cvxq_read_through(cvxq_pool *pool, const void *memory, int64_t bytes);
