@@ -26,7 +26,7 @@ def pytest_configure() -> None:
 def make_companded(
     shape: tuple[int, ...], seed: int, *, transposed: bool = False, **changes: Any
 ) -> CompandedTensor:
-    """Companded tensor of random depths 0 to 8, scales, means, codes and permutation."""
+    """Companded tensor of random depths 0 to 8, scales of groups and rows, means, codes, order."""
     rng = np.random.default_rng(seed)
     experts = shape[0] if len(shape) == 3 else 1
     rows, columns = shape[-2:] if not transposed else shape[:-3:-1]
@@ -34,6 +34,7 @@ def make_companded(
     partitions = changes.pop("partitions", 1 if transposed or rows % 2 else 2)
     means = changes.pop("means", True)
     permuted = changes.pop("permuted", True)
+    row_scaled = changes.pop("row_scaled", not transposed)
     part = rows // partitions
     clusters = partitions * -(-part // group_size)
     depths = rng.integers(0, 9, (experts, clusters, columns), dtype=np.uint8)
@@ -57,6 +58,10 @@ def make_companded(
         mean_step=np.float32(0.005 if means else 0),
         mean_codes=rng.integers(-128, 128, depths.shape).astype(np.int8) if means else None,
         permutation=order.astype(np.int64) if permuted else None,
+        row_scale_codes=rng.integers(0, 16, (experts, rows), dtype=np.uint8)
+        if row_scaled
+        else None,
+        row_scale_bits=4 if row_scaled else 0,
         transposed=transposed,
         **changes,
     )

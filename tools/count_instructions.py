@@ -28,6 +28,7 @@ from cvxq_kernels.gpu.expand import expand_kernel, rows_kernel
 from cvxq_kernels.gpu.gemm import gemm_kernel, transpose_kernel
 from cvxq_kernels.gpu.matvec import matvec_kernel
 from cvxq_kernels.gpu.means import WIDTH, means_kernel
+from cvxq_kernels.gpu.plan import UNROLLS
 from cvxq_kernels.gpu.repack import repack_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -46,7 +47,7 @@ POINTERS = {
     "u8": "scale_codes codes",
     "i8": "mean_codes",
     "fp16": "halves x out bias",
-    "fp32": "scales exact units means steps partial top largest mean_steps levels",
+    "fp32": "factors scales exact units means steps partial top largest mean_steps levels",
 }
 TYPES = {name: f"*{kind}" for kind, names in POINTERS.items() for name in names.split()}
 
@@ -89,7 +90,7 @@ def matvec_variant(depths: int, rows: int, batch: int = 1, wide: bool = False) -
     """The matvec for the depths whose bits are set; wide: with activations of 16 bits."""
     constants = {
         "M": batch, "ROWS": rows, "DEPTHS": depths, "SPLIT": True, "HAS_MEANS": False,
-        "HAS_BIAS": False, "UNROLL": 2, "WIDE": wide, "PTX": True,
+        "HAS_BIAS": False, "UNROLL": UNROLLS[batch == 1], "WIDE": wide, "PTX": True,
     }  # fmt: skip
     return Variant(matvec_kernel, constants)
 

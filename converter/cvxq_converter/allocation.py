@@ -29,6 +29,7 @@ FIT_STEPS = 8
 GAUSSIAN_DISTORTION = np.array(  # squared error of the Lloyd–Max quantizers of depths 0 to 8
     [1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 6.4e-4, 1.6e-4, 4.1e-5]
 )
+ALL_TABLES = tuple(range(1, MAX_DEPTH + 1))
 ASCENT_RATE = 1.0  # α, bits of offset per bit of excess rate
 
 
@@ -71,6 +72,7 @@ class BitAllocation:
 
     depths: per matrix (C, K) uint8. cluster_offsets: per matrix (C,) int64, what the dual
     variable takes from each cluster's worth, in 1/256 bit. code_bytes: the packed codes' size.
+    stored_depths: those whose level tables the file is to hold.
     """
 
     depths: list[np.ndarray]
@@ -78,6 +80,7 @@ class BitAllocation:
     code_bytes: int
     dual_variable: float
     steps: int
+    stored_depths: tuple[int, ...] = ALL_TABLES
 
 
 def separable_worths(worth: np.ndarray, cluster_rows: np.ndarray) -> Worths:

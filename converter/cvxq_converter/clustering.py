@@ -78,7 +78,8 @@ def cluster_rows(
 
     row_variance: (N,) mean squared weight of each row, in weight².
     row_sensitivity: (N,) mean squared gradient of each row, > 0.
-    Rows without any weight sort first. Equal rows keep their order.
+    Rows without any weight sort first. Equal rows keep their order, and so do the rows of a
+    cluster: among them it has no meaning, and need not be stored.
     """
     rows = len(row_variance)
     if rows % partitions:
@@ -87,10 +88,13 @@ def cluster_rows(
         worth = np.log2(row_variance) + np.log2(row_sensitivity)
     part = rows // partitions
     order = np.argsort(worth.reshape(partitions, part), axis=1, kind="stable")
-    permutation = (order + np.arange(partitions)[:, None] * part).reshape(-1)
+    permutation = (order + np.arange(partitions)[:, None] * part).reshape(-1).astype(np.int64)
+    bounds = cluster_bounds(rows, group_size, partitions)
+    for first, last in pairwise(bounds):
+        permutation[first:last].sort()
     return Clustering(
-        permutation=permutation.astype(np.int64),
-        bounds=cluster_bounds(rows, group_size, partitions),
+        permutation=permutation,
+        bounds=bounds,
         group_size=group_size,
         partitions=partitions,
     )

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from cvxq_format import Codebook, compander_levels
 
-MAX_DEPTH = 8
+from cvxq_converter.allocation import ALL_TABLES, MAX_DEPTH
+
 HISTOGRAM_LIMIT = 12.0  # in units of the scale; the compander's outermost 8-bit level is 13.2
 HISTOGRAM_BINS = 1 << 15
 LLOYD_STEPS = 200
@@ -119,11 +120,15 @@ def scale_table(bits: int, steps_per_octave: int = 8) -> np.ndarray:
 
 
 def make_codebook(
-    levels: tuple[np.ndarray, ...], depth_thresholds: np.ndarray, scale_bits: int
+    levels: tuple[np.ndarray, ...],
+    depth_thresholds: np.ndarray,
+    scale_bits: int,
+    stored_depths: tuple[int, ...] = ALL_TABLES,
 ) -> Codebook:
-    """One codebook from its three parts."""
+    """One codebook from its parts; stored_depths: of tables that are not the default."""
     return Codebook(
         scale_table=scale_table(scale_bits),
         depth_thresholds=depth_thresholds.astype(np.int32),
         levels=levels,
+        stored_depths=stored_depths,
     )

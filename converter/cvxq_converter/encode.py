@@ -1,13 +1,15 @@
 """Plans and a budget → packed tensors and the codebook that reads them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from cvxq_format import Codebook, CompandedTensor, pack_codes, payload_size
+from cvxq_format.codebook import codebook_size
 
 from cvxq_converter.allocation import (
+    ALL_TABLES,
     MODEL_THRESHOLDS,
     BitAllocation,
     measured_thresholds,
@@ -26,6 +28,7 @@ from cvxq_converter.quantize import InverseFactor, QuantizedMatrix, quantize_mat
 
 SCALE_BITS = 6
 WEIGHTS_PER_LEVEL = 16  # that a depth needs for tables of its own
+FITTED_SAVES = 0.2  # bits per weight, by levels fitted to the weights instead of the compander's
 WeightOf = Callable[[MatrixPlan], torch.Tensor]
 FactorOf = Callable[[str], InverseFactor | None]
 
@@ -56,18 +59,43 @@ def overhead_bytes(plan: MatrixPlan, options: ConversionOptions) -> int:
         column_bits=plan.worths.column_bits,
         means=plan.with_means,
         permuted=clustering.is_permuted,
+        cluster_map=clustering.is_permuted,
+        row_scale_bits=plan.row_scales.bits,
         separable=options.separable_depths,
     )
 
 
-def default_codebook(thresholds: np.ndarray) -> Codebook:
+def default_codebook(thresholds: np.ndarray, stored_depths: tuple[int, ...]) -> Codebook:
     """The compander's levels with the thresholds and scales of a conversion."""
-    return make_codebook(default_levels(), thresholds, SCALE_BITS)
+    return make_codebook(default_levels(), thresholds, SCALE_BITS, stored_depths)
 
 
-def codebook_bytes() -> int:
-    """Bytes of the one codebook that a converted file holds."""
-    return len(default_codebook(MODEL_THRESHOLDS).to_bytes())
+def depth_mask(depths: tuple[int, ...]) -> int:
+    """Bit B − 1 set for each depth B, as the file's header has it."""
+    return sum(1 << (depth - 1) for depth in depths)
+
+
+def codebook_bytes(stored_depths: tuple[int, ...]) -> int:
+    """Bytes of the one codebook that a converted file holds, with the tables of these depths."""
+    return codebook_size(SCALE_BITS, depth_mask(stored_depths))
+
+
+def allocate_with_tables(
+    plans: Sequence[MatrixPlan], allocate: Callable[[tuple[int, ...]], BitAllocation]
+) -> BitAllocation:
+    """Allocate, once with all level tables in the file, then with those that pay.
+
+    allocate: takes the depths whose tables the file holds, as in `BitAllocation.stored_depths`. A
+    table of 2^B numbers pays if the weights of depth B save more by it than it takes; the others
+    use the compander's levels.
+    """
+    first = allocate(ALL_TABLES)
+    weights = np.zeros(MAX_DEPTH + 1)
+    for plan, depths in zip(plans, first.depths, strict=True):
+        rows = np.broadcast_to(plan.clustering.cluster_rows[:, None], depths.shape)
+        weights += np.bincount(depths.ravel(), rows.ravel(), minlength=MAX_DEPTH + 1)
+    pays = tuple(d for d in ALL_TABLES if weights[d] * FITTED_SAVES > 32 << d)
+    return replace(allocate(pays), stored_depths=pays)
 
 
 def empty_tensor(plan: MatrixPlan, options: ConversionOptions) -> CompandedTensor:
@@ -120,12 +148,15 @@ def encode_matrices(
     total = (2 if options.levels == "fitted" else 1) * len(plans)
     levels = default_levels()
     if options.levels == "fitted":
-        levels = _fit_tables(plans, allocation, weight_of, lambda i: progress(i, total))
-    codebook = make_codebook(levels, thresholds, SCALE_BITS)
+        fitted = _fit_tables(plans, allocation, weight_of, lambda i: progress(i, total))
+        levels = tuple(
+            (fitted if d in allocation.stored_depths else levels)[d - 1] for d in ALL_TABLES
+        )
+    codebook = make_codebook(levels, thresholds, SCALE_BITS, allocation.stored_depths)
     tensors, energies, projections = [], [], []
     for i, plan in enumerate(plans):
         matrix = quantize_matrix(
-            weight_of(plan),
+            plan.row_scales.normalize(weight_of(plan)),
             plan.clustering,
             allocation.depths[i],
             codebook,
@@ -150,7 +181,8 @@ def _fit_tables(
 ) -> tuple[np.ndarray, ...]:
     histograms = {depth: LevelHistogram.empty() for depth in range(1, MAX_DEPTH + 1)}
     for i, plan in enumerate(plans):
-        _add_to_histograms(histograms, weight_of(plan), plan, allocation.depths[i])
+        weight = plan.row_scales.normalize(weight_of(plan))
+        _add_to_histograms(histograms, weight, plan, allocation.depths[i])
         progress(i + 1)
     everything = LevelHistogram(np.sum([h.counts for h in histograms.values()], axis=0))
     return tuple(
@@ -163,7 +195,8 @@ def _pooled_histogram(plans: Sequence[MatrixPlan], weight_of: WeightOf) -> Level
     histograms = {0: LevelHistogram.empty()}
     for plan in plans:
         depths = np.zeros(plan.moments[0].shape, dtype=np.uint8)
-        _add_to_histograms(histograms, weight_of(plan), plan, depths)
+        weight = plan.row_scales.normalize(weight_of(plan))
+        _add_to_histograms(histograms, weight, plan, depths)
     return histograms[0]
 
 
@@ -196,6 +229,9 @@ def _pack(
         scale_codes=matrix.scale_codes[None],
         mean_codes=None if matrix.mean_codes is None else matrix.mean_codes[None],
         permutation=clustering.permutation[None] if clustering.is_permuted else None,
+        cluster_map=clustering.is_permuted,
+        row_scale_codes=plan.row_scales.codes[None] if plan.row_scales.bits else None,
+        row_scale_bits=plan.row_scales.bits,
         packed_codes=pack_codes(
             matrix.codes[None], matrix.depths[None], options.group_size, clustering.partitions
         ),
@@ -210,7 +246,7 @@ def _add_to_histograms(
 ) -> None:
     """Pool the weights of one matrix, each in units of its group's deviation, by bit depth.
 
-    weight: (N, K); depths: (C, K).
+    weight: (N, K), rows normalized; depths: (C, K).
     """
     clustering = plan.clustering
     permutation = torch.from_numpy(clustering.permutation).to(weight.device)

@@ -28,9 +28,14 @@ def shrinkage_ratios(
 
 
 def with_gain(codebook: Codebook, ratios: np.ndarray, exponent: float) -> Codebook:
-    """The codebook with the levels of each depth B multiplied by ratios[B] ** exponent."""
+    """The codebook with the levels of each depth B multiplied by ratios[B] ** exponent.
+
+    Tables that the file does not hold stay the compander's.
+    """
     levels = tuple(
         (table.astype(np.float64) * ratios[depth] ** exponent).astype(np.float32)
+        if depth in codebook.stored_depths
+        else table
         for depth, table in enumerate(codebook.levels, start=1)
     )
     return replace(codebook, levels=levels)

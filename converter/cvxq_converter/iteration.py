@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from cvxq_converter.bias import BIAS_BITS
 from cvxq_converter.budget import allocate_for_rate, allocate_for_size, empty_file_header
 from cvxq_converter.correction import Statistics, correct, layers_to_gain_bias
 from cvxq_converter.encode import (
+    allocate_with_tables,
     codebook_bytes,
     default_codebook,
     depth_thresholds,
@@ -138,17 +139,32 @@ def _allocate(
 ) -> BitAllocation:
     worths = [p.bounded_worths(options.largest_error, thresholds) for p in plans]
     side = {p.matrix.name: overhead_bytes(p, options) for p in plans}
-    if options.bits is not None:
-        bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)
-        side_bytes = sum(side.values()) + codebook_bytes() + bias_bytes
-        return allocate_for_rate(
-            worths, thresholds, options.bits, loaded.quantized_weights, side_bytes
-        )
-    assert options.size_bytes is not None
-    empty = Quantized(
+
+    def allocate(stored_depths: tuple[int, ...]) -> BitAllocation:
+        if options.bits is not None:
+            bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)
+            side_bytes = sum(side.values()) + codebook_bytes(stored_depths) + bias_bytes
+            return allocate_for_rate(
+                worths, thresholds, options.bits, loaded.quantized_weights, side_bytes
+            )
+        assert options.size_bytes is not None
+        empty = empty_result(plans, thresholds, stored_depths, gained, options)
+        header = empty_file_header(lambda path: write_empty(path, empty))
+        return allocate_for_size(worths, thresholds, options.size_bytes, header, side)
+
+    return allocate_with_tables(plans, allocate)
+
+
+def empty_result(
+    plans: Sequence[MatrixPlan],
+    thresholds: np.ndarray,
+    stored_depths: tuple[int, ...],
+    gained: Sequence[Matrix],
+    options: ConversionOptions,
+) -> Quantized:
+    """A result whose groups all have depth 0: for sizes only."""
+    return Quantized(
         tensors={p.matrix.name: empty_tensor(p, options) for p in plans},
-        codebook=default_codebook(thresholds),
+        codebook=default_codebook(thresholds, stored_depths),
         added_biases={m.bias_name: torch.zeros(len(m.weight)) for m in gained if m.bias_name},
     )
-    header = empty_file_header(lambda path: write_empty(path, empty))
-    return allocate_for_size(worths, thresholds, options.size_bytes, header, side)

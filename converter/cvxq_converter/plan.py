@@ -25,6 +25,7 @@ from cvxq_converter.clustering import (
     row_weights,
 )
 from cvxq_converter.quantize import means_pay
+from cvxq_converter.row_scaling import RowScales, choose_row_scales
 from cvxq_converter.shrinkage import shrink
 from cvxq_converter.statistics import MatrixStatistics
 
@@ -51,17 +52,23 @@ class Sensitivity:
         column = shrink(stats.column_sensitivity, stats.column_evidence, stats.sequences)
         return cls(row / row.sum(), column / column.sum() * max(total, 1e-300))
 
+    def of_normalized(self, scales: RowScales) -> "Sensitivity":
+        """The same for weights whose rows were divided by their scales."""
+        return replace(self, row=self.row * scales.factors().astype(np.float64) ** 2)
+
 
 @dataclass(frozen=True)
 class MatrixPlan:
     """One matrix cut into groups, with the moments and the worth of each group.
 
+    row_scales: rows are divided by these first; everything else is of what results.
     row_weights: (N,) float32, stored order, mean 1 in each cluster.
     moments: weighted (mean, mean square), each (C, K) float64.
     """
 
     matrix: Matrix
     clustering: Clustering
+    row_scales: RowScales
     row_weights: np.ndarray
     moments: tuple[torch.Tensor, torch.Tensor]
     with_means: bool
@@ -103,20 +110,24 @@ def plan_matrix(
     means: allow stored means, used where they pay. input_power: (K,) mean square of the inputs, 1
     if not known.
     """
-    rows = weight.shape[0]
+    rows, columns = weight.shape
     largest = torch.stack(weight.aminmax()).abs().max().float().clamp_min(1e-38)
-    row_variance = (weight / largest).float().square_().mean(1)  # only their order matters
+    row_variance = (weight / largest).float().square_().mean(1).double().cpu().numpy()
     clustering = cluster_rows(
-        row_variance.double().cpu().numpy(),
+        row_variance,
         sensitivity.row,
         group_size,
         choose_partitions(rows, group_size, partitions),
     )
+    scales = choose_row_scales(row_variance, columns, clustering)
+    weight, sensitivity = scales.normalize(weight), sensitivity.of_normalized(scales)
     weights = row_weights(sensitivity.row, clustering)
     mean, mean_square = group_moments(weight, clustering, weights)
     with_means = means and means_pay(mean, mean_square, group_size)
     variance = (mean_square - mean.square()) if with_means else mean_square
     spread = variance.double().cpu().numpy()
+    if group_sensitivity is not None:
+        group_sensitivity = group_sensitivity * scales.mean_squares(clustering)[:, None]
     worth = group_worth(spread, sensitivity, clustering, group_sensitivity)
     if uniform:
         worth = np.zeros_like(worth)
@@ -124,6 +135,7 @@ def plan_matrix(
     return MatrixPlan(
         matrix=matrix,
         clustering=clustering,
+        row_scales=scales,
         row_weights=weights,
         moments=(mean, mean_square),
         with_means=with_means,

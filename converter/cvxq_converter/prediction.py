@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cvxq_converter.allocation import GAUSSIAN_DISTORTION, code_bytes
+from cvxq_converter.allocation import (
+    ALL_TABLES,
+    GAUSSIAN_DISTORTION,
+    BitAllocation,
+    code_bytes,
+)
 from cvxq_converter.bias import BIAS_BITS
 from cvxq_converter.budget import allocate_for_rate, empty_file_header, file_size
 from cvxq_converter.correction import Statistics, layers_to_gain_bias
 from cvxq_converter.curve import Curve, Point
 from cvxq_converter.encode import (
+    allocate_with_tables,
     codebook_bytes,
-    default_codebook,
+    depth_mask,
     depth_thresholds,
-    empty_tensor,
     overhead_bytes,
 )
-from cvxq_converter.iteration import Quantized
+from cvxq_converter.iteration import Quantized, empty_result
 from cvxq_converter.loaded import LoadedModel
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.plan import MatrixPlan, Sensitivity, group_worth
@@ -48,19 +54,24 @@ def predict_curve(
     costs = [_group_costs(p, statistics) for p in plans]
     scale = 0.5 if statistics else 1 / sum(float(c.sum()) for c in costs)
     gained = layers_to_gain_bias(loaded, statistics, options)
-    empty = Quantized(
-        tensors={p.matrix.name: empty_tensor(p, options) for p in plans},
-        codebook=default_codebook(thresholds),
-        added_biases={m.bias_name: torch.zeros(len(m.weight)) for m in gained if m.bias_name},
-    )
+    empty = empty_result(plans, thresholds, ALL_TABLES, gained, options)
     header = empty_file_header(lambda path: write_empty(path, empty))
     side = {p.matrix.name: overhead_bytes(p, options) for p in plans}
     bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)
-    side_bytes = sum(side.values()) + codebook_bytes() + bias_bytes
+    side_bytes = sum(side.values()) + bias_bytes
     weights = loaded.quantized_weights
+
+    def allocate(rate: float) -> BitAllocation:
+        return allocate_with_tables(
+            plans,
+            lambda depths: allocate_for_rate(
+                worths, thresholds, rate, weights, side_bytes + codebook_bytes(depths)
+            ),
+        )
+
     points = []
-    for rate in _rates(8 * (side_bytes + 1) / weights):
-        found = allocate_for_rate(worths, thresholds, rate, weights, side_bytes)
+    for rate in _rates(8 * (side_bytes + codebook_bytes(ALL_TABLES) + 1) / weights):
+        found = allocate(rate)
         lost = [
             (c * GAUSSIAN_DISTORTION[d]).sum() for c, d in zip(costs, found.depths, strict=True)
         ]
@@ -68,7 +79,12 @@ def predict_curve(
             name: side[name] + code_bytes(d, w.group_bytes)
             for name, d, w in zip(side, found.depths, worths, strict=True)
         }
-        points.append(Point(rate, file_size(header, sizes), scale * sum(lost)))
+        stored = found.stored_depths
+        book = replace(
+            header.codebooks[0], level_depths=depth_mask(stored), size=codebook_bytes(stored)
+        )
+        size = file_size(replace(header, codebooks=(book,)), sizes)
+        points.append(Point(rate, size, scale * sum(lost)))
     return Curve(tuple(points))
 
 
@@ -84,6 +100,7 @@ def _group_costs(plan: MatrixPlan, statistics: Statistics) -> np.ndarray:
     rows = plan.clustering.cluster_rows[:, None]
     stats = statistics.get(plan.matrix.name)
     if stats is None:
-        return rows * variance
-    worth = group_worth(variance, Sensitivity.from_statistics(stats), plan.clustering)
+        return rows * variance * plan.row_scales.mean_squares(plan.clustering)[:, None]
+    sensitivity = Sensitivity.from_statistics(stats).of_normalized(plan.row_scales)
+    worth = group_worth(variance, sensitivity, plan.clustering)
     return np.asarray(rows * np.exp2(2 * worth))

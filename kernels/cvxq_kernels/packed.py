@@ -29,7 +29,8 @@ class PackedWeight:
     codes: 1-D uint8; depths, scale_codes: (E, clusters, columns) uint8; mean_codes: the same
     shape, int8, or None; row_of_position and position_of_row: (E, R) int64, or None when rows
     are stored in order; cluster_first_row and cluster_rows: (clusters,) int64;
-    cluster_offset: (E, clusters) int64, bytes into `codes`.
+    cluster_offset: (E, clusters) int64, bytes into `codes`. row_factors: (E, N) float32, what each
+    output is multiplied by, or None; never with `transposed`.
     scales: (2^s,) float32, the scale table times the matrix's scale unit; means: (256,) float32,
     the mean of code i at [i + 128]; levels: (512,) float32, depth B's table at [2^B, 2^(B+1)).
     """
@@ -46,6 +47,7 @@ class PackedWeight:
     cluster_first_row: torch.Tensor
     cluster_rows: torch.Tensor
     cluster_offset: torch.Tensor
+    row_factors: torch.Tensor | None
     scales: torch.Tensor
     means: torch.Tensor
     levels: torch.Tensor
@@ -57,7 +59,7 @@ class PackedWeight:
         plane_bytes = (rows + 7) // 8
         sizes = tensor.depths.sum(axis=2, dtype=np.int64) * plane_bytes
         ends = np.cumsum(sizes.reshape(-1)).reshape(sizes.shape)
-        order = tensor.permutation
+        order, factors = tensor.permutation, tensor.row_scales()
         scales = np.float32(tensor.scale_unit) * codebook.scale_table.astype(np.float32)
         means = np.arange(-128, 128, dtype=np.float32) * np.float32(tensor.mean_step)
         return cls(
@@ -73,6 +75,7 @@ class PackedWeight:
             cluster_first_row=torch.from_numpy(np.cumsum(rows) - rows),
             cluster_rows=_borrow(rows),
             cluster_offset=torch.from_numpy(ends - sizes),
+            row_factors=None if factors is None else _borrow(factors),
             scales=torch.from_numpy(scales),
             means=torch.from_numpy(means),
             levels=torch.from_numpy(_joined_levels(codebook)),

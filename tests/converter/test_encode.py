@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cvxq_converter.allocation import MODEL_THRESHOLDS, BitAllocation
+from cvxq_converter.allocation import ALL_TABLES, MODEL_THRESHOLDS, BitAllocation
 from cvxq_converter.budget import allocate_for_rate, file_size
 from cvxq_converter.checkpoint import open_source
 from cvxq_converter.companding import HISTOGRAM_BINS, HISTOGRAM_LIMIT, default_levels
@@ -87,7 +87,7 @@ def encode(
         return loaded.originals[plan.matrix.name]
 
     thresholds = depth_thresholds(plans, weight_of, options)
-    side = sum(overhead_bytes(p, options) for p in plans) + codebook_bytes()
+    side = sum(overhead_bytes(p, options) for p in plans) + codebook_bytes(ALL_TABLES)
     allocation = allocate_for_rate(
         [p.worths for p in plans], thresholds, 4.0, loaded.quantized_weights, side
     )
@@ -113,7 +113,7 @@ def test_sizes_are_known_before_anything_is_packed(name: str, loaded: LoadedMode
         payload = len(tensor.to_bytes())
         assert overhead_bytes(plan, options) + tensor.packed_codes.size == payload
         assert len(empty_tensor(plan, options).to_bytes()) == overhead_bytes(plan, options)
-    assert codebook_bytes() == len(encoded.codebook.to_bytes())
+    assert codebook_bytes(ALL_TABLES) == len(encoded.codebook.to_bytes())
 
 
 def test_each_variant_differs_from_the_default_as_it_says(loaded: LoadedModel) -> None:

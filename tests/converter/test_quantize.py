@@ -58,13 +58,16 @@ def quantize(
     refine: bool = True,
     codebook: Codebook = CODEBOOK,
 ) -> tuple[QuantizedMatrix, np.ndarray]:
-    """The quantized matrix, and what the packed tensor of it decodes to, float64 (N, K)."""
+    """The quantized matrix, and what the packed tensor of it decodes to, float64 (N, K).
+
+    Errors in the former are of weights whose rows were divided by the plan's scales.
+    """
     plan = plan or plan_of(weight)
     if with_means is not None:
         plan = MatrixPlan(**{**plan.__dict__, "with_means": with_means})
     shape = (plan.clustering.clusters, weight.shape[1])
     matrix = quantize_matrix(
-        weight,
+        plan.row_scales.normalize(weight),
         plan.clustering,
         np.broadcast_to(np.asarray(depths, np.uint8), shape).copy(),
         codebook,
@@ -104,7 +107,8 @@ def test_codes_fit_their_depth_and_errors_are_those_of_the_decoded_tensor(case: 
     plan = plan_of(weight)
     deep = np.repeat(depths, plan.clustering.cluster_rows, axis=0)
     assert (matrix.codes < (1 << deep)).all()
-    error = ((weight.double().numpy() - decoded) ** 2)[plan.clustering.permutation]
+    error = weight.double().numpy() - decoded
+    error = (error / plan.row_scales.factors()[:, None])[plan.clustering.permutation] ** 2
     by_depth = np.bincount(deep.ravel(), error.ravel(), minlength=9)
     rounding = 1e-7 * float(weight.double().square().sum())  # the errors are formed in float32
     assert matrix.squared_error == pytest.approx(by_depth, rel=1e-4, abs=rounding)
@@ -115,10 +119,13 @@ def test_codes_fit_their_depth_and_errors_are_those_of_the_decoded_tensor(case: 
 def test_refinement_never_raises_the_squared_error(case: Any) -> None:
     """But by what the search's table of levels blurs: 1/256 of the scale, felt at depth 8 only."""
     weight, depths, with_means = case
-    refined, _ = quantize(weight, depths, with_means=with_means)
-    plain, _ = quantize(weight, depths, with_means=with_means, refine=False)
-    blur = 0.2 * plain.squared_error[8]
-    assert refined.squared_error.sum() <= plain.squared_error.sum() * 1.001 + blur
+    plan, exact = plan_of(weight), weight.double().numpy()
+    deep = np.empty(weight.shape, np.uint8)
+    deep[plan.clustering.permutation] = np.repeat(depths, plan.clustering.cluster_rows, axis=0)
+    _, refined = quantize(weight, depths, with_means=with_means)
+    _, plain = quantize(weight, depths, with_means=with_means, refine=False)
+    blur = 0.2 * np.square(plain - exact)[deep == 8].sum()
+    assert np.square(refined - exact).sum() <= np.square(plain - exact).sum() * 1.001 + blur
 
 
 def test_refinement_is_worth_something() -> None:

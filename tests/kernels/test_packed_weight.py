@@ -131,7 +131,7 @@ def test_memory_is_codes_and_little_else(
     tensor = random_companded((512, 256), seed=1, group_size=128, means=False)
     weight = PackedWeight.from_tensor(tensor, CODEBOOK)
     groups, rows, tables = tensor.depths.size, 512, 4 * (512 + 256 + 64)
-    little = 2 * groups + 16 * rows + 24 * tensor.clusters + tables
+    little = 2 * groups + 20 * rows + 24 * tensor.clusters + tables
     assert weight.nbytes == tensor.packed_codes.nbytes + little
 
 

@@ -2,7 +2,7 @@
 
 The normative arithmetic is float32, each operation rounded: w = S · (level + t), or S · level
 where the matrix stores no means, with S = scale_unit · scale_table[code], t = mean_code ·
-mean_step.
+mean_step; then times the row's factor where there is one.
 
 How eight rows are decoded at once: `_SPREAD` maps a byte of one plane to an int64 whose eight
 bytes are its eight bits.  Shifting plane b's word left by b and adding puts eight finished codes
@@ -41,12 +41,13 @@ def dense(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
         for first, last in _runs(weight.cluster_rows.tolist(), step):
             block = _clusters(weight, expert, first, last)  # (clusters, rows, columns)
             start = int(weight.cluster_first_row[first])
-            block = block.reshape(-1, columns).to(dtype)
-            if weight.row_of_position is None:
-                result[expert, start : start + len(block)] = block
-            else:
+            block = block.reshape(-1, columns)
+            order = torch.arange(start, start + len(block), device=weight.device)
+            if weight.row_of_position is not None:
                 order = weight.row_of_position[expert, start : start + len(block)]
-                result[expert].index_copy_(0, order, block)
+            if weight.row_factors is not None:
+                block = block * weight.row_factors[expert, order, None]
+            result[expert].index_copy_(0, order, block.to(dtype))
     if weight.transposed:
         result = result.transpose(1, 2).contiguous()
     return result if len(weight.shape) == 3 else result[0]
@@ -149,7 +150,8 @@ def _stored_rows(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
         byte = weight.codes[(starts + bit * plane)[has_bit]]
         code[has_bit] += ((byte >> shift[has_bit]) & 1).to(torch.int64) << bit
     level = _look_up(weight.levels, code + (1 << depths))
-    return _weights(weight, level, (0, cluster))
+    values = _weights(weight, level, (0, cluster))
+    return values if weight.row_factors is None else values * weight.row_factors[0, ids, None]
 
 
 def _stored_columns(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:

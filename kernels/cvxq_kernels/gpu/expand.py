@@ -1,7 +1,7 @@
 """Weights from the packed form: the whole matrix for a vendor's GEMM, or rows for an embedding.
 
-Exact: w = S · (level + t) in float32, each operation rounded, as FORMAT.md has it, then rounded
-once to the type asked for.
+Exact: w = S · (level + t), times the row's factor, in float32, each operation rounded, as FORMAT.md
+has it, then rounded once to the type asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cvxq_kernels.gpu.codes import chunk_codes
 @triton.jit
 def expand_kernel(
     words, tiles, runs, chunks, order, scale_codes, mean_codes, scales, mean_steps, levels, row_of,
-    slot_tiles, out, out_stride,
+    factors, slot_tiles, out, out_stride,
     ROWS: tl.constexpr, DEPTHS: tl.constexpr, HAS_MEANS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
     """Write one chunk of one tile to out[row_of, column], columns in sorted order if not NATURAL.
@@ -52,13 +52,14 @@ def expand_kernel(
         value += (code * tl.load(mean_steps + matrix))[None, :]
     target = tl.load(row_of + tile * ROWS + row)
     pointers = out + target.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(pointers, scale[None, :] * value, mask=(target >= 0)[:, None] & inside[None, :])
+    value = scale[None, :] * value * tl.load(factors + tile * ROWS + row)[:, None]
+    tl.store(pointers, value, mask=(target >= 0)[:, None] & inside[None, :])
 
 
 @triton.jit
 def rows_kernel(
     words, tiles, runs, chunks, order, scale_codes, mean_codes, scales, mean_steps, levels,
-    places, place_of_row, ids, out, columns,
+    factors, places, place_of_row, ids, out, columns,
     ROWS: tl.constexpr, HAS_MEANS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write row ids[i] of W to out[i]; grid (ids, blocks of WIDTH chunks).
@@ -100,4 +101,5 @@ def rows_kernel(
     scale = tl.load(scale_codes + side, mask=inside, other=0).to(tl.int32)
     column = tl.load(order + tl.load(info + 4) + (entry >> 10)[:, None] + lane, inside, 0)
     target = out + tl.program_id(0).to(tl.int64) * columns + column
-    tl.store(target, tl.load(scales + matrix * 256 + scale) * value, mask=inside)
+    value = tl.load(scales + matrix * 256 + scale) * value * tl.load(factors + place)
+    tl.store(target, value, mask=inside)

@@ -110,7 +110,7 @@ def _operand(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def gemm_kernel(
     words, tiles, runs, chunks, order, scale_codes, scales, half_words, halves, units, top, row_of,
-    x, largest, batch, padded_batch, means, clusters, bias, out, out_stride,
+    factors, x, largest, batch, padded_batch, means, clusters, bias, out, out_stride,
     partial, arrived, splits, MT: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr,
     SPLIT: tl.constexpr, HAS_MEANS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -174,6 +174,7 @@ def gemm_kernel(
             )
     if HAS_MEANS:
         total += tl.load(means + m * clusters + cluster, mask=m < batch, other=0)[:, None]
+    total *= tl.load(factors + tile * ROWS + row)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + target, mask=target >= 0, other=0).to(tl.float32)[None, :]
     keep = (target >= 0)[None, :] & (m < batch)[:, None]

@@ -51,7 +51,7 @@ def matvec(
         matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order,
         matrix.scale_codes.view(torch.int64), matrix.scales,
         matrix.wide_words if wide else matrix.byte_words, matrix.exact,
-        matrix.units, matrix.row_of,
+        matrix.units, matrix.row_of, matrix.factors,
         x, x.stride(0), len(x), means, clusters, out if bias is None else bias, out, out.stride(0),
         work.take("acts8", (8 if wide else 4) * cells, torch.int64),
         work.take("acts32", 16 * cells if depths >= 32 else 1, torch.int64),
@@ -81,8 +81,8 @@ def gemm(
     gemm_kernel[grid](
         matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order, matrix.scale_codes,
         matrix.scales, matrix.half_words, matrix.halves, matrix.units, matrix.top, matrix.row_of,
-        transposed, largest, len(x), batch, means, clusters, out if bias is None else bias,
-        out, out.stride(0),
+        matrix.factors, transposed, largest, len(x), batch, means, clusters,
+        out if bias is None else bias, out, out.stride(0),
         work.take("partial", plan.splits * batch * tiles * matrix.rows, torch.float32),
         work.take("arrived", tiles * grid[2], torch.int32), plan.splits,
         MT=plan.tile_batch, ROWS=matrix.rows, DEPTHS=depth_set(matrix.depths),
@@ -111,7 +111,7 @@ def expand(weight: GpuWeight, out: torch.Tensor, natural: bool) -> torch.Tensor:
     expand_kernel[(matrix.slots,)](
         matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order, matrix.scale_codes,
         mean_codes, matrix.scales, matrix.mean_steps, matrix.exact, matrix.row_of,
-        weight.index.tile_of_slot, out, out.stride(0),
+        matrix.factors, weight.index.tile_of_slot, out, out.stride(0),
         ROWS=matrix.rows, DEPTHS=depth_set(matrix.depths),
         HAS_MEANS=matrix.mean_codes is not None, NATURAL=natural,
     )  # fmt: skip
@@ -142,7 +142,7 @@ def rows(weight: GpuWeight, ids: torch.Tensor, out: torch.Tensor) -> None:
     longest = triton.cdiv(matrix.inputs, 32) + 9  # a cluster's chunks: each run has a short one
     rows_kernel[(len(ids), triton.cdiv(longest, ROW_CHUNKS))](
         matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order, matrix.scale_codes,
-        mean_codes, matrix.scales, matrix.mean_steps, matrix.exact, places_on(weight.device),
-        weight.index.place_of_row, ids, out, matrix.inputs,
+        mean_codes, matrix.scales, matrix.mean_steps, matrix.exact, matrix.factors,
+        places_on(weight.device), weight.index.place_of_row, ids, out, matrix.inputs,
         ROWS=matrix.rows, HAS_MEANS=matrix.mean_codes is not None, WIDTH=ROW_CHUNKS,
     )  # fmt: skip

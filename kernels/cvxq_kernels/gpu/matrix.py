@@ -37,7 +37,8 @@ class DeviceMatrix:
     order: int32, the clusters' columns by depth, and 32 zeros: a chunk may be read as if full.
     scale_codes, mean_codes (or None): a byte per column of every chunk.
     scales: (matrices, 256) float32; mean_steps: (matrices,) float32; top: (C,) float32, the
-    largest scale of a cluster. row_of: (T·rows,) int32, the output of a row, −1 for padding.
+    largest scale of a cluster. row_of: (T·rows,) int32, the output of a row, −1 for padding;
+    factors: (T·rows,) float32, what the row's output is multiplied by.
     byte_words … units: see `tables`.
     """
 
@@ -55,6 +56,7 @@ class DeviceMatrix:
     mean_steps: torch.Tensor
     top: torch.Tensor
     row_of: torch.Tensor
+    factors: torch.Tensor
     byte_words: torch.Tensor
     wide_words: torch.Tensor
     half_words: torch.Tensor
@@ -141,6 +143,7 @@ def arrange(weights: Sequence[PackedWeight], device: torch.device) -> DeviceMatr
         mean_steps=torch.stack([part.weight.means[129] for part in parts]),
         top=torch.cat([part.top for part in parts]),
         row_of=torch.cat(row_of),
+        factors=torch.cat([part.factors for part in parts]),
         byte_words=torch.from_numpy(tables.words).to(device),
         wide_words=torch.from_numpy(tables.wide_words).to(device),
         half_words=torch.from_numpy(tables.half_words).to(device),
@@ -163,6 +166,7 @@ class _Part:
     chunks: torch.Tensor
     tiles: torch.Tensor
     row_of: torch.Tensor
+    factors: torch.Tensor
     scale_codes: torch.Tensor
     mean_codes: torch.Tensor | None
     top: torch.Tensor
@@ -217,6 +221,9 @@ class _Part:
         valid = row < heights[of_tile][:, None]
         place = torch.where(valid, place, 0)
         target = place if weight.row_of_position is None else weight.row_of_position[0][place]
+        factors = weight.scales.new_ones(target.shape)
+        if weight.row_factors is not None:
+            factors = weight.row_factors[0][target]
         means = weight.mean_codes
         table = weight.scales[weight.scale_codes[0].to(torch.int64)]
         return cls(
@@ -226,6 +233,7 @@ class _Part:
             chunks=(start << 10 | depth << 6 | width).to(torch.int32),
             tiles=tiles.to(torch.int32),
             row_of=torch.where(valid, target, -1).to(torch.int32).reshape(-1),
+            factors=factors.reshape(-1),
             scale_codes=codes(weight.scale_codes[0]),
             mean_codes=None if means is None else codes(means[0]),
             top=table.amax(1),

@@ -153,7 +153,7 @@ def _high_run(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def matvec_kernel(
     words, tiles, runs, chunks, order, scale_words, scales, level_words, exact, units, row_of,
-    x, x_stride, batch, means, clusters, bias, out, out_stride,
+    factors, x, x_stride, batch, means, clusters, bias, out, out_stride,
     acts8, acts32, steps, slots, partial, arrived, splits,
     M: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr, SPLIT: tl.constexpr,
     HAS_MEANS: tl.constexpr, HAS_BIAS: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr,
@@ -232,6 +232,7 @@ def matvec_kernel(
                 result += tl.load(part, cache_modifier=".cg")
         if HAS_MEANS:
             result += tl.load(means + m * clusters + cluster)
+        result *= tl.load(factors + place)
         if HAS_BIAS:
             result += tl.load(bias + target, mask=target >= 0, other=0).to(tl.float32)
         keep = (target >= 0) & (m < batch)
