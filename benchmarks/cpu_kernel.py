@@ -1,7 +1,8 @@
 """The CPU's matrix products alone, beside what plain loads from memory reach in the same second.
 
 Matrices of random codes, 5632 × 2048 as in a Llama's feed-forward block, more of them than any
-cache holds, are multiplied with one input, one after the other; then a gigabyte is read through.
+cache holds, are multiplied with one input, one after the other; then as much memory is read
+through.
 """
 
 import statistics
@@ -36,12 +37,14 @@ class Product:
 def read_bandwidth(pool: Pool, repeats: int = 5) -> float:
     """Bytes/s that loads reach on a gigabyte, the best of `repeats`."""
     memory = np.ones(1 << 27, np.uint64)
-    best = 0.0
-    for _ in range(repeats):
-        started = time.perf_counter()
-        native().cvxq_read_through(pool.handle, memory.ctypes.data, memory.nbytes)
-        best = max(best, memory.nbytes / (time.perf_counter() - started))
-    return best
+    return max(read_once(pool, memory) for _ in range(repeats))
+
+
+def read_once(pool: Pool, memory: np.ndarray) -> float:
+    """Bytes/s of one reading of `memory`."""
+    started = time.perf_counter()
+    native().cvxq_read_through(pool.handle, memory.ctypes.data, memory.nbytes)
+    return memory.nbytes / (time.perf_counter() - started)
 
 
 def random_tensor(depth: str) -> CompandedTensor:
@@ -66,8 +69,8 @@ def random_tensor(depth: str) -> CompandedTensor:
     )
 
 
-def measure_products(depth: str, threads: int, passes: int = 8) -> Iterator[Product]:
-    """Yield one measurement per pass."""
+def measure_products(depth: str, threads: int, passes: int = 40) -> Iterator[Product]:
+    """Yield one measurement per pass, each between two of reading as many bytes."""
     tensor, codebook, pool = random_tensor(depth), Codebook.default(), Pool(threads)
     count = int(PACKED_BYTES / tensor.packed_codes.size)
     single = Pool(1)
@@ -77,16 +80,19 @@ def measure_products(depth: str, threads: int, passes: int = 8) -> Iterator[Prod
     held = sum(weight.nbytes for weight in weights)
     x = np.random.default_rng(1).standard_normal((1, COLUMNS)).astype(np.float32)
     out = [np.empty((1, ROWS), np.float32)]
+    memory = np.ones(held // 8, np.uint64)
+    before = read_once(pool, memory)
     for _ in range(passes):
-        memory = read_bandwidth(pool, repeats=2)  # other tenants of a machine come and go
         native().cvxq_pool_begin(pool.handle)
         started = time.perf_counter()
         for weight in weights:
             matmul_many([weight], x, pool=pool, out=out)
         seconds = time.perf_counter() - started
         native().cvxq_pool_end(pool.handle)
-        amount = ROWS * COLUMNS * count
-        yield Product(8 * held / amount, held / seconds, memory, amount / seconds, repack)
+        amount, after = ROWS * COLUMNS * count, read_once(pool, memory)
+        between = (before + after) / 2  # other tenants of a machine come and go
+        yield Product(8 * held / amount, held / seconds, between, amount / seconds, repack)
+        before = after
 
 
 def product_line(depth: str, products: list[Product]) -> str:
