@@ -84,7 +84,9 @@ def test_error_is_a_fraction_of_the_depths_own(
 def test_all_depths_means_bias_and_permutation(
     make: Make, device: torch.device, nans: Nans
 ) -> None:
-    packed = make((16, 40), seed=3, means=True, group_size=10)
+    depths = np.tile([[1, 2, 3, 4], [5, 6, 7, 8]], 10)  # of two clusters
+    depths[:, 7] = 0
+    packed = make((16, 40), depths, seed=3, means=True, group_size=10)
     weight = GpuWeight.from_packed(packed, device)
     bias = torch.randn(16, generator=torch.Generator().manual_seed(1))
     x = inputs(2, 40)
