@@ -65,6 +65,7 @@ def tables(bench: Bench, plan: Plan, folder: Path) -> Tables:
     for peer in plan.peers:
         rtn = peer == RTN
         entries += rtn_entries(bench, plan) if rtn else first_entries(bench, peer, plan, folder)
+    goals = rates_to_meet(entries)  # by the first seed, as the peers' own choices are
     entries = with_all_seeds(bench, entries, plan, folder)
     partial = [entry.row for entry in entries if not entry.whole]
     # Peers that leave embeddings alone enter table B with what they have.
@@ -76,7 +77,7 @@ def tables(bench: Bench, plan: Plan, folder: Path) -> Tables:
     for number, matrices in enumerate(sets):
         rows = [row for row in partial if row.matrices == matrices]
         ours: dict[float, Row] = {}
-        for rate in nearest(spaced([row.rate for row in front(rows, "rate")]), plan.near):
+        for rate in nearest(goals[matrices], plan.near):
             flags = ["--bits", repr(rate)]
             name = f"a{number}-{rate:.4f}"
             ours[rate] = our_row(bench, plan, name, matrices, plan.samplings, *flags)
@@ -93,6 +94,15 @@ def tables(bench: Bench, plan: Plan, folder: Path) -> Tables:
         flags = ["--size", f"{size}B"]
         whole.append(our_row(bench, plan, f"b-{size}", everything, plan.samplings[:1], *flags))
     return Tables(groups, whole, tuned)
+
+
+def rates_to_meet(entries: Sequence[Entry]) -> dict[frozenset[str], list[float]]:
+    """By set of matrices, the rates of table A that cvxq is asked for."""
+    rows: dict[frozenset[str], list[Row]] = {}
+    for entry in entries:
+        if not entry.whole:
+            rows.setdefault(entry.row.matrices, []).append(entry.row)
+    return {m: spaced(row.rate for row in front(found, "rate")) for m, found in rows.items()}
 
 
 def nearest(rates: Sequence[float], goals: Sequence[float]) -> list[float]:
