@@ -13,7 +13,8 @@ from typing import TypeVar
 
 CLAIMED_RATES = (2.2, 4.5)  # bits per weight between which cvxq must be closer than every peer
 SIGMAS = 2.0
-SPACING = 1.02  # peers' rates or sizes closer than this share one row of cvxq's
+SPACING = 1.03  # peers' rates or sizes closer than this share one row of cvxq's
+ASKED_RATES = (2.0, 4.6)  # between which cvxq is asked for peers' rates
 OURS = "cvxq"
 Size = TypeVar("Size", int, float)
 

@@ -70,7 +70,7 @@ def with_all_seeds(bench: Bench, entries: Sequence[Entry], plan: Plan, folder: P
     leading: list[Row] = []
     for matrices in {row.matrices for row in partial}:
         leading += front([row for row in partial if row.matrices == matrices], "rate")
-    chosen = [e for e in entries if e.row in leading and e.peer.calibrates and not e.peer.is_slow]
+    chosen = [e for e in entries if e.row in leading and e.peer.calibrates and not e.peer.few]
     rows = {id(entry): entry.row for entry in entries}
     for peer in {entry.peer.key: entry.peer for entry in chosen}.values():
         theirs = [entry for entry in chosen if entry.peer == peer]

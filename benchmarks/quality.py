@@ -5,9 +5,9 @@
 
 Table A fixes the set of matrices and the rate: the linear layers of the blocks are quantized,
 embeddings and head stay in 16 bits, and cvxq is asked for the rates at which some peer is better
-than every peer of fewer bits; those within 2 % of one another share one row, at the lowest of
-them. Table B fixes the file: cvxq quantizes every matrix and is asked for the size of the peers'
-files in the same way, or less.
+than every peer of fewer bits, from 2 to 4.6 bits; those within 3 % of one another share one row, at
+the lowest of them. Table B fixes the file: cvxq quantizes every matrix and is asked for the size of
+three of the peers' files: of those chosen in the same way the smallest, the largest and the middle.
 
 The peers are favoured where a choice had to be made. Their bits are counted as if packed tightly,
 without padding, names or alignment; where a peer has several recipes of one rate, the one with
@@ -28,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from comparison import OURS, Row, best_opponent, failed_claims, front, spaced
+from comparison import ASKED_RATES, OURS, Row, best_opponent, failed_claims, front, spaced
 from measuring import Bench, BenchmarkError, Plan, Sampling, say
 from peer_rows import Entry, first_entries, rtn_entries, with_all_seeds
 from peers.catalogue import PEERS, RTN
@@ -89,8 +89,8 @@ def tables(bench: Bench, plan: Plan, folder: Path) -> Tables:
                 row = our_row(bench, plan, name, matrices, plan.samplings[:1], *flags)
                 tuned.append((ours[rate], row))
     everything = frozenset([*bench.embedding, *bench.shapes])
-    sizes = [] if plan.near else spaced([row.file_bytes for row in front(whole, "file_bytes")])
-    for size in sizes:
+    sizes = spaced(row.file_bytes for row in front(whole, "file_bytes"))
+    for size in [] if plan.near else sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}):
         flags = ["--size", f"{size}B"]
         whole.append(our_row(bench, plan, f"b-{size}", everything, plan.samplings[:1], *flags))
     return Tables(groups, whole, tuned)
@@ -102,7 +102,11 @@ def rates_to_meet(entries: Sequence[Entry]) -> dict[frozenset[str], list[float]]
     for entry in entries:
         if not entry.whole:
             rows.setdefault(entry.row.matrices, []).append(entry.row)
-    return {m: spaced(row.rate for row in front(found, "rate")) for m, found in rows.items()}
+    low, high = ASKED_RATES
+    return {
+        matrices: spaced(row.rate for row in front(found, "rate") if low <= row.rate <= high)
+        for matrices, found in rows.items()
+    }
 
 
 def nearest(rates: Sequence[float], goals: Sequence[float]) -> list[float]:

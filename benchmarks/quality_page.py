@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from comparison import OURS, Row, table
 from measuring import Bench, Plan
-from peers.catalogue import RTN, SLOW_GROUPS
+from peers.catalogue import RTN
 from peers.environment import pinned, requirements
 from peers.llamacpp import build
 
@@ -35,8 +35,8 @@ charged the model's own. In table B, every row is of the first seed.
 
 llama.cpp's types come from its own `llama-imatrix` and `llama-quantize`. "alone" is one type for
 all matrices (`--pure`), the other rows are its mixtures, in table A with embeddings in 16 bits.
-AutoRound, which takes minutes per result, is asked for groups of {slow_groups} with offsets and
-for the first seed only.
+AutoRound and GPTQModel, which take minutes per result, are asked for groups of 128 and 64 alone,
+their defaults but for offsets, and by the first seed.
 
 Not every peer can pack every matrix. AutoRound and GPTQModel leave those in 16 bits that have a
 side which is no multiple of 32; llama.cpp's K- and I-quants need rows that are multiples of 256,
@@ -149,7 +149,6 @@ def shown(word: str) -> str:
 def document(plan: Plan, folder: Path, sections: Sequence[str]) -> str:
     """The whole page: how it was made, the sections of the models, how to read them."""
     seeds = ", ".join(str(sampling.seed) for sampling in plan.samplings)
-    groups = " and ".join(str(group) for group in SLOW_GROUPS)
     return "\n".join(
         [
             "# Quality against peers",
@@ -162,7 +161,7 @@ def document(plan: Plan, folder: Path, sections: Sequence[str]) -> str:
             f"{platform.python_version()}; {versions(plan, folder)}.",
             "",
             *(line for section in sections for line in (section, "")),
-            READING.format(seeds=seeds, slow_groups=groups),
+            READING.format(seeds=seeds),
             "",
         ]
     )

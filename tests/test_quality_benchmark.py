@@ -145,7 +145,7 @@ def test_front_holds_the_rows_that_no_smaller_one_beats() -> None:
 
 
 def test_rates_that_are_nearly_equal_share_the_lowest_of_them() -> None:
-    assert spaced([2.04, 3.0, 2.0, 2.041, 2.07]) == [2.0, 2.041, 3.0]
+    assert spaced([2.06, 3.0, 2.0, 2.061, 2.1]) == [2.0, 2.061, 3.0]
 
 
 def test_other_seeds_are_for_rows_that_none_of_fewer_bits_beats(

@@ -19,15 +19,15 @@ class Peer:
     """One peer.
 
     key: names its module, environment and requirements; calibrates: whether it uses calibration
-    sequences, so that seeds matter; package: its name on the package index; is_slow: taking minutes
-    per result, it is asked for SLOW_GROUPS and the first seed only.
+    sequences, so that seeds matter; package: its name on the package index; few: the only groups it
+    is asked for, and by the first seed alone, because a result takes it minutes.
     """
 
     key: str
     label: str
     calibrates: bool
     package: str
-    is_slow: bool = False
+    few: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,9 @@ PEERS = (
     RTN,
     Peer("hqq", "HQQ", calibrates=False, package="hqq"),
     Peer("gptq", "GPTQ (LLM Compressor)", calibrates=True, package="llmcompressor"),
-    Peer("gptqmodel", "GPTQ (GPTQModel)", calibrates=True, package="GPTQModel"),
+    Peer("gptqmodel", "GPTQ (GPTQModel)", calibrates=True, package="GPTQModel", few=(64,)),
     Peer("gguf", "llama.cpp + imatrix", calibrates=True, package="llama-cpp-python"),
-    Peer("autoround", "AutoRound", calibrates=True, package="auto-round", is_slow=True),
+    Peer("autoround", "AutoRound", calibrates=True, package="auto-round", few=(128,)),
 )
 GRID: dict[str, dict[str, Settings]] = {
     "rtn": {"": {}},
@@ -72,7 +72,6 @@ GRID: dict[str, dict[str, Settings]] = {
     },
 }
 DEEP_BELOW = 4  # bits; from there on the search never clips so deep, and finds the same
-SLOW_GROUPS = (128,)  # the slow peer's default
 SUPERBLOCK = 256  # weights of a row that llama.cpp's K- and I-quants take together
 PURE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K")
 PURE_BLOCK = ("IQ4_NL", "Q4_0", "Q5_0")
@@ -102,7 +101,7 @@ def cells(
         )
         for depth in bits
         for group in groups
-        if not peer.is_slow or group in SLOW_GROUPS
+        if not peer.few or group in peer.few
     ]
 
 
