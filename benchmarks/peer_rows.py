@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from comparison import Row, front
+from comparison import ASKED_RATES, Row, front
 from measuring import Bench, Plan, Programs, Sampling
 from peers.catalogue import RTN, Peer, Settings, cells
 from peers.environment import peer_python
@@ -62,15 +62,19 @@ def rtn_entries(bench: Bench, plan: Plan) -> list[Entry]:
 
 
 def with_all_seeds(bench: Bench, entries: Sequence[Entry], plan: Plan, folder: Path) -> list[Entry]:
-    """The entries, with runs of all seeds for those of table A that no row of fewer bits beats.
+    """The entries, with runs of all seeds for those of ASKED_RATES that no smaller row beats.
 
     The others are beaten at no higher rate by another peer: their spread decides nothing.
     """
-    partial = [entry.row for entry in entries if not entry.whole]
+    partial = [
+        entry.row
+        for entry in entries
+        if not entry.whole and ASKED_RATES[0] <= entry.row.rate <= ASKED_RATES[1]
+    ]
     leading: list[Row] = []
     for matrices in {row.matrices for row in partial}:
         leading += front([row for row in partial if row.matrices == matrices], "rate")
-    chosen = [e for e in entries if e.row in leading and e.peer.calibrates and not e.peer.few]
+    chosen = [e for e in entries if e.row in leading and e.peer.calibrates and not e.peer.once]
     rows = {id(entry): entry.row for entry in entries}
     for peer in {entry.peer.key: entry.peer for entry in chosen}.values():
         theirs = [entry for entry in chosen if entry.peer == peer]

@@ -35,8 +35,8 @@ charged the model's own. In table B, every row is of the first seed.
 
 llama.cpp's types come from its own `llama-imatrix` and `llama-quantize`. "alone" is one type for
 all matrices (`--pure`), the other rows are its mixtures, in table A with embeddings in 16 bits.
-AutoRound and GPTQModel, which take minutes per result, are asked for groups of 128 and 64 alone,
-their defaults but for offsets, and by the first seed.
+AutoRound is asked for groups of 128 alone, GPTQModel for groups of 64. Both can take minutes per
+result, and so can llama.cpp; they are run with the first seed only.
 
 Not every peer can pack every matrix. AutoRound and GPTQModel leave those in 16 bits that have a
 side which is no multiple of 32; llama.cpp's K- and I-quants need rows that are multiples of 256,

@@ -19,15 +19,16 @@ class Peer:
     """One peer.
 
     key: names its module, environment and requirements; calibrates: whether it uses calibration
-    sequences, so that seeds matter; package: its name on the package index; few: the only groups it
-    is asked for, and by the first seed alone, because a result takes it minutes.
+    sequences, so that seeds matter; package: its name on the package index; groups: all that it
+    is asked for, if not every; once: by the first seed alone, because a result can take it minutes.
     """
 
     key: str
     label: str
     calibrates: bool
     package: str
-    few: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    once: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +45,16 @@ PEERS = (
     RTN,
     Peer("hqq", "HQQ", calibrates=False, package="hqq"),
     Peer("gptq", "GPTQ (LLM Compressor)", calibrates=True, package="llmcompressor"),
-    Peer("gptqmodel", "GPTQ (GPTQModel)", calibrates=True, package="GPTQModel", few=(64,)),
-    Peer("gguf", "llama.cpp + imatrix", calibrates=True, package="llama-cpp-python"),
-    Peer("autoround", "AutoRound", calibrates=True, package="auto-round", few=(128,)),
+    Peer(
+        "gptqmodel",
+        "GPTQ (GPTQModel)",
+        calibrates=True,
+        package="GPTQModel",
+        groups=(64,),
+        once=True,
+    ),
+    Peer("gguf", "llama.cpp + imatrix", calibrates=True, package="llama-cpp-python", once=True),
+    Peer("autoround", "AutoRound", calibrates=True, package="auto-round", groups=(128,), once=True),
 )
 GRID: dict[str, dict[str, Settings]] = {
     "rtn": {"": {}},
@@ -101,7 +109,7 @@ def cells(
         )
         for depth in bits
         for group in groups
-        if not peer.few or group in peer.few
+        if not peer.groups or group in peer.groups
     ]
 
 
