@@ -281,7 +281,10 @@ def main() -> int:
                 kept.rounds.append(measured)
                 kept.save()
     machine = f"{cpu_name()}, {options.threads} threads, {isa()} kernels"
-    text = page(kept.rounds, kept.products, list(models(options.work, kept)), machine, peer.version)
+    known = list(models(options.work, kept))
+    names = {model.name for model in known}
+    missing = [name for group in GROUPS.values() for name in group if name not in names]
+    text = page(kept.rounds, kept.products, known, machine, peer.version, missing)
     print(text)
     if options.output:
         options.output.write_text(text)
