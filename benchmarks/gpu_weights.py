@@ -66,6 +66,7 @@ def random_packed(
         cluster_first_row=first.to(device),
         cluster_rows=torch.full((clusters,), GROUP_SIZE, device=device),
         cluster_offset=offsets[None].to(device),
+        row_factors=None,
         scales=torch.from_numpy(codebook.scale_table.astype(np.float32) / 16).to(device),
         means=torch.zeros(256, device=device),
         levels=torch.from_numpy(levels).to(device),
