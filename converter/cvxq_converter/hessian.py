@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cvxq_converter.errors import ConversionError
 from cvxq_converter.loaded import LoadedModel
 from cvxq_converter.matrices import Matrix
 from cvxq_converter.quantize import InverseFactor
@@ -44,7 +45,8 @@ class Feedback:
 
     sequences: (S, L) int64, those that `statistics` were measured on. Asking leaves the original
     weights in the network. Factors stay in memory as long as they fit, so that further
-    quantizations of the same model find them.
+    quantizations of the same model find them. Raises ConversionError for inputs so large that their
+    squares are not finite.
     """
 
     def __init__(
@@ -106,8 +108,15 @@ class Feedback:
         sums = input_hessians(self._loaded.network, batch, self._sequences, self._statistics)
         for matrix in batch:
             hessian = sums.pop(matrix.name, None)
-            if hessian is not None:
-                self._factors[matrix.name] = InverseFactor.of(hessian)
+            if hessian is None:
+                continue
+            if not bool(torch.isfinite(hessian).all()):
+                dtype = str(matrix.parameter.dtype).removeprefix("torch.")
+                raise ConversionError(
+                    f"{matrix.name}: the squares of its inputs are not finite in {dtype}; "
+                    "convert with --dtype float32, or use other calibration text"
+                )
+            self._factors[matrix.name] = InverseFactor.of(hessian)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from cvxq_converter.allocation import MODEL_THRESHOLDS
 from cvxq_converter.checkpoint import open_source
 from cvxq_converter.clustering import cluster_rows, group_moments, row_weights
 from cvxq_converter.companding import default_levels, make_codebook
+from cvxq_converter.errors import ConversionError
 from cvxq_converter.hessian import Feedback, input_hessians
 from cvxq_converter.loaded import LoadedModel, load_model
 from cvxq_converter.options import ConversionOptions
@@ -229,3 +230,15 @@ def test_what_was_never_measured_has_no_factor(case: Case) -> None:
     bare = replace(case.statistics[name], token_weights=None, lookup_moment=None)
     feedback = Feedback(case.loaded, case.sequences, {name: bare})
     assert feedback.factor(name) is None
+
+
+def test_inputs_that_overflow_are_named(case: Case) -> None:
+    name = next(m.name for m in case.loaded.matrices if "mlp" in m.name)
+    stats = case.statistics[name]
+    assert stats.token_weights is not None
+    weights = stats.token_weights.copy()
+    weights[0, 0] = np.inf
+    statistics = {**case.statistics, name: replace(stats, token_weights=weights)}
+    feedback = Feedback(case.loaded, case.sequences, statistics)
+    with pytest.raises(ConversionError, match=rf"{name}.*not finite.*float32"):
+        feedback.factor(name)
