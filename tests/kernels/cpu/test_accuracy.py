@@ -40,7 +40,8 @@ def quantized(
     """Normal weights with log-normal column scales, their nearest levels, and the packed tensor."""
     rng = np.random.default_rng(depth)
     levels = book.levels[depth - 1]
-    base = make((ROWS, COLUMNS), seed=depth, group_size=64, means=False, permuted=False)
+    plain = {"means": False, "permuted": False, "row_scaled": False}
+    base = make((ROWS, COLUMNS), seed=depth, group_size=64, **plain)
     scales = base.scales(book)[0].repeat(base.cluster_rows(), axis=0).astype(np.float64)
     weights = rng.standard_normal((ROWS, COLUMNS))
     codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, weights).astype(np.uint8)

@@ -47,7 +47,7 @@ def decoder_of(path: Any, **options: Any) -> Iterator[NativeDecoder]:
 def test_logits_equal_transformers(lean_kind: str, make_file: MakeFile) -> None:
     made = make_file(lean_kind)
     expected = logits_of(made.network, IDS)
-    assert expected.std() > 0.01  # else equality would say nothing
+    assert expected.std() > 20 * TOLERANCE  # else equality would say nothing
     with decoder_of(made.path) as decoder:
         found = decoder.logits(IDS)
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
