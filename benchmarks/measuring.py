@@ -11,14 +11,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from comparison import Run
 from cvxq import evaluate, load
 from cvxq.original import load_checkpoint, load_subject
@@ -212,19 +211,22 @@ class Bench:
         """
         summary = json.loads((folder / "summary.json").read_text())
         matrices = load_file(folder / "matrices.safetensors")
-        network = load_checkpoint(self.model)
-        parameters = dict(network.named_parameters())
+        known = dict(self.original.named_parameters())
         for name, weight in matrices.items():
-            if name not in parameters or parameters[name].shape != weight.shape:
+            if name not in known or known[name].shape != weight.shape:
                 raise BenchmarkError(f"{folder}: {name} is no matrix of the model")
-            with torch.no_grad():
-                parameters[name].copy_(weight)
+
+        def quantized() -> PreTrainedModel:
+            network = load_checkpoint(self.model)
+            network.load_state_dict(matrices, strict=False)
+            return network
+
         weights = self.count(matrices)
         bits = sum(summary["bits"].values())
         size = -(-(bits + 16 * (self.parameters - weights)) // 8)
         size = (summary["file_bytes"] or size) + self.attached_bytes
         made = Sized(bits / weights, size, summary["seconds"])
-        return frozenset(matrices), self._measured(folder, network, made)
+        return frozenset(matrices), self._measured(folder, quantized, made)
 
     def statistics(self, sampling: Sampling) -> tuple[Path, float]:
         """File of what `cvxq measure` finds with a sampling, for all rates; and its seconds."""
@@ -257,8 +259,8 @@ class Bench:
             check_same_sequences(file, self.sequences(sampling))
         with Reader(file) as reader:
             rate = json.loads(reader.file("report.json"))["rate_bits_per_weight"]
-        network = load(file, weights="dense").network
-        return self._measured(folder, network, Sized(rate, file.stat().st_size, seconds))
+        made = Sized(rate, file.stat().st_size, seconds)
+        return self._measured(folder, lambda: load(file, weights="dense").network, made)
 
     def _folder(self, name: str) -> Path:
         """Folder of one of cvxq's results on this model, made when missing."""
@@ -280,12 +282,13 @@ class Bench:
             stamp.write_text(json.dumps({"of": known, "seconds": seconds}))
         return float(json.loads(stamp.read_text())["seconds"])
 
-    def _measured(self, folder: Path, network: PreTrainedModel, made: "Sized") -> Run:
-        """Measure a network, or read what was measured before on the same texts."""
+    def _measured(self, folder: Path, network: Callable[[], PreTrainedModel], made: "Sized") -> Run:
+        """Make and measure a network, or read what was measured before on the same texts."""
         path = folder / f"measured-{self.evaluation}.json"
         if path.exists():
             return Run(**json.loads(path.read_text()))
-        found = [evaluate.divergence(network, self.original, text.windows) for text in self.texts]
+        quantized = network()
+        found = [evaluate.divergence(quantized, self.original, t.windows) for t in self.texts]
         first, second = found[0], found[1] if len(found) > 1 else None
         measured = Run(
             rate=made.rate,

@@ -1,6 +1,7 @@
 """The page that the quality comparison writes: how it was made, its tables, how to read them."""
 
 import datetime
+import os
 import platform
 import shlex
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from comparison import OURS, Row, table
 from measuring import Bench, Plan
-from peers.catalogue import RTN
+from peers.catalogue import PEERS, RTN
 from peers.environment import pinned, requirements
 from peers.llamacpp import build
 
@@ -33,21 +34,30 @@ if packed tightly. Files of peers other than llama.cpp keep embeddings and head 
 their users do; llama.cpp's are counted without their vocabulary, in place of which everyone is
 charged the model's own. In table B, every row is of the first seed.
 
-llama.cpp's types come from its own `llama-imatrix` and `llama-quantize`. "alone" is one type for
-all matrices (`--pure`), the other rows are its mixtures, in table A with embeddings in 16 bits.
-AutoRound is asked for groups of 128 alone, GPTQModel for groups of 64. Both can take minutes per
-result, and so can llama.cpp; they are run with the first seed only.
+Where peers differ in the matrices they can pack, there is one table A for each set, and cvxq
+quantizes that very set.
 
-Not every peer can pack every matrix. AutoRound and GPTQModel leave those in 16 bits that have a
-side which is no multiple of 32; llama.cpp's K- and I-quants need rows that are multiples of 256,
-its other types (IQ4_NL, Q4_0, Q5_0) multiples of 32. Where peers differ in the matrices they
-quantize, there is one table A for each set, and cvxq quantizes that very set. LLM Compressor wants
-groups that divide the rows, and gets the nearest such size where 32, 64 or 128 do not.
-
-Seconds are wall clock, on a machine that did other work besides. Those of the peers leave out
-starting Python and importing their packages, which takes some of them longer than the work; cvxq's
-count everything, sampling the sequences and measuring included, which one seed's rows have in
-common. RTN is `cvxq convert --method rtn`, with 8-bit scales and offsets along the input."""
+Seconds are wall clock, whatever else the machine does. Those of the peers leave out starting
+Python and importing their packages, which takes some of them longer than the work; cvxq's count
+everything, sampling the sequences and measuring included, which one seed's rows have in common."""
+NOTES = {
+    "rtn": "RTN is `cvxq convert --method rtn`, with 8-bit scales and offsets along the input.",
+    "hqq": "HQQ runs with its default solver, groups along inputs and along outputs.",
+    "gptq": """\
+LLM Compressor wants groups that divide the rows, and gets the nearest such size where 32, 64 or
+128 do not.""",
+    "gptqmodel": """\
+GPTQModel is asked for groups of 64 by the first seed only. It leaves matrices in 16 bits that have
+a side which is no multiple of 32.""",
+    "gguf": """\
+llama.cpp's types come from its own `llama-imatrix` and `llama-quantize`, by the first seed only.
+"alone" is one type for all matrices (`--pure`), the other rows are its mixtures, in table A with
+embeddings in 16 bits. Its K- and I-quants need rows that are multiples of 256, its other types
+(IQ4_NL, Q4_0, Q5_0) multiples of 32.""",
+    "autoround": """\
+AutoRound takes minutes per result, and is asked for groups of 128 by the first seed only. It leaves
+matrices in 16 bits that have a side which is no multiple of 32.""",
+}
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,8 @@ def shown(word: str) -> str:
 def document(plan: Plan, folder: Path, sections: Sequence[str]) -> str:
     """The whole page: how it was made, the sections of the models, how to read them."""
     seeds = ", ".join(str(sampling.seed) for sampling in plan.samplings)
+    absent = [peer.label for peer in PEERS if peer not in plan.peers]
+    load = f"{os.getloadavg()[2]:.0f} jobs at a time on {os.cpu_count()} processors"
     return "\n".join(
         [
             "# Quality against peers",
@@ -158,10 +170,13 @@ def document(plan: Plan, folder: Path, sections: Sequence[str]) -> str:
             f"    python {shlex.join(['benchmarks/quality.py', *map(shown, sys.argv[1:])])}",
             "",
             f"on {processor()}, {torch.get_num_threads()} threads, Python "
-            f"{platform.python_version()}; {versions(plan, folder)}.",
+            f"{platform.python_version()}, {load}; {versions(plan, folder)}.",
             "",
             *(line for section in sections for line in (section, "")),
             READING.format(seeds=seeds),
+            "",
+            *(f"- {NOTES[peer.key]}".replace("\n", "\n  ") for peer in plan.peers),
+            *([f"- Not in this run: {', '.join(absent)}."] if absent else []),
             "",
         ]
     )
