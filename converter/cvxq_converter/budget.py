@@ -17,6 +17,7 @@ from cvxq_converter.errors import RateError
 
 REPORT_RESERVE = 256  # bytes that the quality report may grow by once its figures are known
 FITTING_ROUNDS = 8
+LARGEST_GROWTH = 128  # bytes of alignment and of digits in the header that codes add per tensor
 
 
 def allocate_for_rate(
@@ -60,7 +61,7 @@ def allocate_for_size(
         raise RateError(
             f"--size {size_bytes}: even with every weight pruned the file takes {smallest} bytes"
         )
-    for _ in range(FITTING_ROUNDS):
+    for left in reversed(range(FITTING_ROUNDS)):
         allocation = allocate_bit_depths(worths, thresholds, budget)
         codes = [
             code_bytes(d, w.group_bytes) for d, w in zip(allocation.depths, worths, strict=True)
@@ -69,6 +70,8 @@ def allocate_for_size(
         if excess <= 0:
             return allocation
         budget -= excess
+        if left == 1:  # alignment jumps to and fro: leave room for the most that it can take
+            budget = max(0, min(budget, size_bytes - smallest - LARGEST_GROWTH * len(names)))
     raise AssertionError("the file size does not settle")
 
 

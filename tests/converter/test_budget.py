@@ -83,3 +83,25 @@ def test_a_size_below_the_empty_file_names_the_least(header: Header) -> None:
     with pytest.raises(RateError, match=rf"^--size 1000: .* pruned the file takes {least} bytes$"):
         allocate_for_size(both, MODEL_THRESHOLDS, 1000, header, sides)
     assert allocate_for_size(both, MODEL_THRESHOLDS, least, header, sides).code_bytes == 0
+
+
+def test_sizes_settle_however_many_small_matrices_are_aligned(
+    random_companded: Callable[..., CompandedTensor],
+) -> None:
+    """Forty matrices of a few bytes each: what alignment takes is as much as the codes."""
+    names = [f"layer.{i}.weight" for i in range(40)]
+
+    def write(path: Path) -> None:
+        with Writer(path, codebooks=[Codebook.default()]) as writer:
+            for i, name in enumerate(names):
+                writer.add_companded(name, random_companded((16, 20), i))
+
+    empty = empty_file_header(write)
+    rng = np.random.default_rng(0)
+    small = [free_worths(rng.normal(0, 1, (2, 5)), np.full(2, 8)) for _ in names]
+    least = file_size(empty, dict.fromkeys(names, 100)) + REPORT_RESERVE
+    for size_bytes in range(least, least + 3000, 37):
+        sides = dict.fromkeys(names, 100)
+        found = allocate_for_size(small, MODEL_THRESHOLDS, size_bytes, empty, sides)
+        sizes = {n: 100 + int(d.sum()) for n, d in zip(names, found.depths, strict=True)}
+        assert file_size(empty, sizes) + REPORT_RESERVE <= size_bytes
