@@ -176,8 +176,9 @@ def table(rows: Sequence[Row], size: str, parameters: int, second: str | None) -
 
 
 def best_opponent(ours: Row, rows: Sequence[Row], size: str) -> Row | None:
-    """The peer's row of the lowest KL among those that cvxq's row `ours` stands against."""
-    against = [row for row, other in opponents(rows, size) if other is ours]
+    """The peer's row of the lowest KL among those up to SPACING above cvxq's row `ours`."""
+    most = SPACING * getattr(ours, size)
+    against = [row for row, o in opponents(rows, size) if o is ours and getattr(row, size) <= most]
     return min(against, key=lambda row: row.kl.mean, default=None)
 
 

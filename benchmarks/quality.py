@@ -88,12 +88,17 @@ def tables(bench: Bench, plan: Plan, folder: Path) -> Tables:
                 name = f"tuned-{rate:.4f}"
                 row = our_row(bench, plan, name, matrices, plan.samplings[:1], *flags)
                 tuned.append((ours[rate], row))
+    unmet: list[int] = []
     everything = frozenset([*bench.embedding, *bench.shapes])
     sizes = spaced(row.file_bytes for row in front(whole, "file_bytes"))
     for size in [] if plan.near else sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}):
         flags = ["--size", f"{size}B"]
-        whole.append(our_row(bench, plan, f"b-{size}", everything, plan.samplings[:1], *flags))
-    return Tables(groups, whole, tuned)
+        try:
+            whole.append(our_row(bench, plan, f"b-{size}", everything, plan.samplings[:1], *flags))
+        except BenchmarkError as error:
+            say(str(error))
+            unmet.append(size)
+    return Tables(groups, whole, tuned, unmet)
 
 
 def rates_to_meet(entries: Sequence[Entry]) -> dict[frozenset[str], list[float]]:

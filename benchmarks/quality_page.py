@@ -25,7 +25,7 @@ READING = """\
 KL is that of the original's next-token distribution to the quantized model's. `bits per weight`
 counts the quantized matrices with all their side information. ± is the standard deviation over
 the calibration seeds ({seeds}); rows without it are of one run. `ratio` is cvxq's KL divided by
-the lowest among the peers' rows that it stands against: those of as many bits or a little more.
+the lowest among the peers' rows that it stands against: those of as many bits or up to 3 % more.
 
 The peers are favoured. Each of their rows is the best of its recipes on this very text, by the
 first seed; the other seeds are for rows that no peer's row of fewer bits beats. cvxq runs with its
@@ -37,9 +37,9 @@ charged the model's own. In table B, every row is of the first seed.
 Where peers differ in the matrices they can pack, there is one table A for each set, and cvxq
 quantizes that very set.
 
-Seconds are wall clock, whatever else the machine does. Those of the peers leave out starting
-Python and importing their packages, which takes some of them longer than the work; cvxq's count
-everything, sampling the sequences and measuring included, which one seed's rows have in common."""
+Seconds are wall clock, whatever else the machine does: where more jobs than processors are stated
+above, they say little. Those of the peers leave out starting Python and importing their packages;
+cvxq's count everything, sampling the sequences and measuring included, which one seed's rows have in common."""
 NOTES = {
     "rtn": "RTN is `cvxq convert --method rtn`, with 8-bit scales and offsets along the input.",
     "hqq": "HQQ runs with its default solver, groups along inputs and along outputs.",
@@ -65,12 +65,13 @@ class Tables:
     """Rows about one model.
 
     partial: of table A, one list per set of matrices; whole: of table B; tuned: cvxq's rows
-    without and with tuning.
+    without and with tuning; unmet: file bytes that cvxq was asked for and failed to make.
     """
 
     partial: list[list[Row]]
     whole: list[Row]
     tuned: list[tuple[Row, Row]]
+    unmet: list[int]
 
 
 def processor() -> str:
@@ -130,6 +131,8 @@ def section(bench: Bench, plan: Plan, tables: Tables) -> str:
     if any(row.method == OURS for row in tables.whole):
         lines += ["", "### B: the whole file, every byte counted", ""]
         lines += [table(tables.whole, "file_bytes", bench.parameters, second)]
+    for size in tables.unmet:
+        lines += ["", f"`cvxq convert --size {size}B` failed."]
     return "\n".join(lines)
 
 
@@ -169,7 +172,7 @@ def document(plan: Plan, folder: Path, sections: Sequence[str]) -> str:
             "",
             f"    python {shlex.join(['benchmarks/quality.py', *map(shown, sys.argv[1:])])}",
             "",
-            f"on {processor()}, {torch.get_num_threads()} threads, Python "
+            f"on {processor()}, threads: {torch.get_num_threads()}, Python "
             f"{platform.python_version()}, {load}; {versions(plan, folder)}.",
             "",
             *(line for section in sections for line in (section, "")),
