@@ -32,14 +32,15 @@ first seed; the other seeds are for rows that no peer's row of fewer bits beats.
 defaults, and no choice of its own has seen these texts. Bits and bytes of the peers are counted as
 if packed tightly. Files of peers other than llama.cpp keep embeddings and head in 16 bits, as
 their users do; llama.cpp's are counted without their vocabulary, in place of which everyone is
-charged the model's own. In table B, every row is of the first seed.
+charged the model's own. In table B, cvxq's rows are of the first seed.
 
 Where peers differ in the matrices they can pack, there is one table A for each set, and cvxq
 quantizes that very set.
 
 Seconds are wall clock, whatever else the machine does: where more jobs than processors are stated
 above, they say little. Those of the peers leave out starting Python and importing their packages;
-cvxq's count everything, sampling the sequences and measuring included, which one seed's rows have in common."""
+cvxq's count everything, sampling the sequences and measuring included, which one seed's rows have
+in common."""
 NOTES = {
     "rtn": "RTN is `cvxq convert --method rtn`, with 8-bit scales and offsets along the input.",
     "hqq": "HQQ runs with its default solver, groups along inputs and along outputs.",

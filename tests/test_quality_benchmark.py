@@ -206,14 +206,15 @@ def test_rows_of_other_matrices_are_not_compared() -> None:
     assert len(failed_claims([row("A", 3.0, 0.2), other])) == 1
 
 
-def test_ratio_is_to_the_best_peer_that_the_row_stands_against() -> None:
-    ours = row(OURS, 2.9, 0.1)
-    rows = [row("A", 3.0, 0.2), row("B", 3.4, 0.4), row("C", 2.8, 0.05), ours]
+def test_ratio_is_to_the_best_peer_of_as_many_bits_or_a_little_more() -> None:
+    ours = row(OURS, 2.95, 0.1)
+    rows = [row("A", 3.0, 0.2), row("B", 3.02, 0.4), row("C", 2.8, 0.05), ours]
+    rows += [row("D", 3.4, 0.01)]
     best = best_opponent(ours, rows, "rate")
     assert best is not None
     assert best.method == "A"
     lines = table(rows, "rate", 2400, second=None).splitlines()
-    assert lines[3] == "| **cvxq** | 2.900 | 0.10000 | 0.50 | 20.000 | 5 |"
+    assert lines[3] == "| **cvxq** | 2.950 | 0.10000 | 0.50 | 20.000 | 5 |"
     assert lines[4] == "| A, 3 bits | 3.000 | 0.20000 |  | 20.000 | 5 |"
 
 
