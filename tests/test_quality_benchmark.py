@@ -389,7 +389,7 @@ def test_comparison_runs_without_other_environments(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, str(BENCHMARKS / "quality.py"), "--only", "rtn", "--seeds", "0"]
-    command += ["--model", str(model), "--text", str(text), "--bits", "4", "--group", "32"]
+    command += ["--model", str(model), "--text", str(text), "--bits", "3", "--group", "32"]
     command += ["--sequences", "4", "--length", "32", "--peers", str(tmp_path)]
     command += ["--output", str(tmp_path / "page.md")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -397,6 +397,6 @@ def test_comparison_runs_without_other_environments(
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert page == done.stdout.removesuffix("\n")
     assert page.count("| **cvxq** |") == 2
-    assert page.count("| RTN, 4 bits, group 32 |") == 2
+    assert page.count("| RTN, 3 bits, group 32 |") == 2
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.stdout == done.stdout
