@@ -31,9 +31,9 @@ The peers are favoured. Each of their rows is the best of its recipes on this ve
 first seed; the other seeds are for rows that no peer's row of fewer bits beats. cvxq runs with its
 defaults, and a conversion sees none of these texts. (Its developers have: scales of rows were added
 after an early version lost to GPTQ on stories260K's first text.) Bits and bytes of the peers are
-counted as if packed tightly. Files of peers other than llama.cpp keep embeddings and head in 16 bits, as
-their users do; llama.cpp's are counted without their vocabulary, in place of which everyone is
-charged the model's own. In table B, cvxq's rows are of the first seed.
+counted as if packed tightly. Files of peers other than llama.cpp keep embeddings and head in 16
+bits, as their users do; llama.cpp's are counted without their vocabulary, in place of which
+everyone is charged the model's own. In table B, cvxq's rows are of the first seed.
 
 Where peers differ in the matrices they can pack, there is one table A for each set, and cvxq
 quantizes that very set.
