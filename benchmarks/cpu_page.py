@@ -260,9 +260,7 @@ def claims(rounds: Sequence[Round], models: dict[str, Model]) -> Iterator[str]:
             ("decodes", lambda s: s.decode, factor),
             ("prefills", lambda s: s.prefill, 1.0),
         ):
-            theirs = max(
-                peers, key=lambda name: statistics.median(of(r.samples[name]) for r in mine)
-            )
+            theirs = max(peers, key=lambda name: middle(mine, name, of))
             text, judged = compare(mine, ours, theirs, of, wanted)
             yield (
                 f"- {rate} bits {what} {text} times as fast as {models[theirs].label}, the fastest "
