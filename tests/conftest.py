@@ -58,10 +58,8 @@ def make_companded(
         mean_step=np.float32(0.005 if means else 0),
         mean_codes=rng.integers(-128, 128, depths.shape).astype(np.int8) if means else None,
         permutation=order.astype(np.int64) if permuted else None,
-        row_scale_codes=rng.integers(0, 16, (experts, rows), dtype=np.uint8)
-        if row_scaled
-        else None,
-        row_scale_bits=4 if row_scaled else 0,
+        row_scale_codes=rng.integers(0, 4, (experts, rows), dtype=np.uint8) if row_scaled else None,
+        row_scale_bits=2 if row_scaled else 0,
         transposed=transposed,
         **changes,
     )
