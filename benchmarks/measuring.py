@@ -60,7 +60,8 @@ def sources(*folders: Path) -> list[Path]:
 def run(command: Sequence[str], log: Path) -> float:
     """Run a command to its end, and return its wall-clock seconds.
 
-    What it prints goes to `log`. BenchmarkError with the last line it printed if it fails.
+    It runs where `log` is, since some peers leave files of their own; what it prints goes to `log`.
+    BenchmarkError with the last line it printed if it fails.
     """
     environment = os.environ.copy()
     paths = [str(BENCHMARKS), *filter(None, [environment.get("PYTHONPATH")])]
@@ -69,7 +70,9 @@ def run(command: Sequence[str], log: Path) -> float:
     environment.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))
     started = time.perf_counter()
     with log.open("wb") as file:
-        done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
+        done = subprocess.run(
+            command, stdout=file, stderr=file, env=environment, cwd=log.parent, check=False
+        )
     if done.returncode:
         said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
         raise BenchmarkError(f"{' '.join(command)} failed, saying {said[-1]!r} (all: {log})")
