@@ -164,8 +164,9 @@ def test_a_target_is_met_and_hardly_exceeded(
     report = convert(str(folder), path, chosen, None, lines.append, measurement)
     assert report.target is not None
     assert report.target.asked == asked
-    # Of so few weights every one counts: the loss jumps by a few percent from rate to rate.
-    assert 0.85 * asked <= report.target.achieved <= asked
+    # Of so few weights every one counts, and so does every level table that begins to pay: the
+    # loss jumps from rate to rate.
+    assert 0.75 * asked <= report.target.achieved <= asked
     assert report.kl is not None
     increase = report.perplexity_increase
     assert increase == pytest.approx(math.expm1(report.kl))  # text of the model's own
