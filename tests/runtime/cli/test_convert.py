@@ -148,7 +148,8 @@ def test_a_conversion_from_folder_to_text(
     assert "of memory" in result.stderr.splitlines()[0]  # the estimate comes first
     record = json.loads((report / "report.json").read_text())
     assert record["file_bytes"] == target.stat().st_size
-    assert "<h1>original at 5.9" in (report / "index.html").read_text()
+    heading = f"<h1>original at {record['rate_bits_per_weight']:.3f} bits"
+    assert heading in (report / "index.html").read_text()
     inspected = json.loads(cvxq("inspect", target, "--json").stdout)
     assert inspected["rate_bits_per_weight"] == pytest.approx(record["rate_bits_per_weight"])
     assert inspected["rate_bits_per_weight"] == pytest.approx(6, rel=0.005)
