@@ -62,12 +62,15 @@ def greedy_of_transformers(
 
 
 def test_greedy_equals_transformers(kind: str, make_file: Callable[..., Any]) -> None:
+    """Every token is the likeliest, or as likely but for the rounding of the packed products."""
     made = make_file(kind)
-    made.network.generation_config.eos_token_id = None
-    expected = greedy_of_transformers(made.network, PROMPT, 12)
     with cvxq.load(made.path) as model:
         found = list(generate_tokens(model.session(), PROMPT, GREEDY))
-    assert found == expected
+    assert len(found) == 12
+    with torch.no_grad():
+        logits = made.network(torch.tensor([[*PROMPT, *found]])).logits[0, len(PROMPT) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(found)[:, None])[:, 0]
+    assert float((logits.max(1).values - chosen).max()) < 0.02 * float(logits.std())
 
 
 def test_greedy_with_penalty_equals_transformers(make_file: Callable[..., Any]) -> None:
