@@ -127,7 +127,8 @@ class _Columns:
     """The columns of one matrix on their way to codes, clusters padded to equal size.
 
     weights: (K, C, G) float32 in units of the grid, padding 0; shares: (C, G) of each row in the
-    error, padding 0; filled: (C, G) 1, padding 0; slots: (N,) place of each stored row in C·G.
+    error, padding 0; filled: (C, G) 1, padding 0; sizes: (C,) int32 rows of each cluster; slots:
+    (N,) place of each stored row in C·G.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class _Columns:
         shares = torch.zeros(C * G, device=device)
         shares[self.slots] = torch.from_numpy(row_weights).to(device)
         self.shares = shares.view(C, G)
+        self.sizes = torch.from_numpy(rows.astype(np.int32)).to(device)
         filled = torch.zeros(C * G, device=device)
         filled[self.slots] = 1
         self.filled = filled.view(C, G)
@@ -224,7 +226,7 @@ class _Columns:
         return quantize_block(
             weights,
             shares,
-            self.filled.sum(1).int(),
+            self.sizes,
             self.deep,
             feedback.order,
             feedback.factor,
