@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from cvxq_format.codebook import DEPTHS
 
 from cvxq_converter.errors import RateError
 
@@ -29,7 +30,6 @@ FIT_STEPS = 8
 GAUSSIAN_DISTORTION = np.array(  # squared error of the Lloyd–Max quantizers of depths 0 to 8
     [1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 6.4e-4, 1.6e-4, 4.1e-5]
 )
-ALL_TABLES = tuple(range(1, MAX_DEPTH + 1))
 ASCENT_RATE = 1.0  # α, bits of offset per bit of excess rate
 
 
@@ -80,7 +80,7 @@ class BitAllocation:
     code_bytes: int
     dual_variable: float
     steps: int
-    stored_depths: tuple[int, ...] = ALL_TABLES
+    stored_depths: tuple[int, ...] = DEPTHS
 
 
 def separable_worths(worth: np.ndarray, cluster_rows: np.ndarray) -> Worths:

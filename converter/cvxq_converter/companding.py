@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from cvxq_format import Codebook, compander_levels
+from cvxq_format.codebook import DEPTHS
 
-from cvxq_converter.allocation import ALL_TABLES, MAX_DEPTH
+from cvxq_converter.allocation import MAX_DEPTH
 
 HISTOGRAM_LIMIT = 12.0  # in units of the scale; the compander's outermost 8-bit level is 13.2
 HISTOGRAM_BINS = 1 << 15
@@ -123,7 +124,7 @@ def make_codebook(
     levels: tuple[np.ndarray, ...],
     depth_thresholds: np.ndarray,
     scale_bits: int,
-    stored_depths: tuple[int, ...] = ALL_TABLES,
+    stored_depths: tuple[int, ...] = DEPTHS,
 ) -> Codebook:
     """One codebook from its parts; stored_depths: of tables that are not the default."""
     return Codebook(

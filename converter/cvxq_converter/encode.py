@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from cvxq_format import Codebook, CompandedTensor, pack_codes, payload_size
-from cvxq_format.codebook import codebook_size
+from cvxq_format.codebook import DEPTHS, codebook_size, depth_mask
 
 from cvxq_converter.allocation import (
-    ALL_TABLES,
     MODEL_THRESHOLDS,
     BitAllocation,
     measured_thresholds,
@@ -70,11 +69,6 @@ def default_codebook(thresholds: np.ndarray, stored_depths: tuple[int, ...]) -> 
     return make_codebook(default_levels(), thresholds, SCALE_BITS, stored_depths)
 
 
-def depth_mask(depths: tuple[int, ...]) -> int:
-    """Bit B − 1 set for each depth B, as the file's header has it."""
-    return sum(1 << (depth - 1) for depth in depths)
-
-
 def codebook_bytes(stored_depths: tuple[int, ...]) -> int:
     """Bytes of the one codebook that a converted file holds, with the tables of these depths."""
     return codebook_size(SCALE_BITS, depth_mask(stored_depths))
@@ -89,12 +83,12 @@ def allocate_with_tables(
     table of 2^B numbers pays if the weights of depth B save more by it than it takes; the others
     use the compander's levels.
     """
-    first = allocate(ALL_TABLES)
+    first = allocate(DEPTHS)
     weights = np.zeros(MAX_DEPTH + 1)
     for plan, depths in zip(plans, first.depths, strict=True):
         rows = np.broadcast_to(plan.clustering.cluster_rows[:, None], depths.shape)
         weights += np.bincount(depths.ravel(), rows.ravel(), minlength=MAX_DEPTH + 1)
-    pays = tuple(d for d in ALL_TABLES if weights[d] * FITTED_SAVES > 32 << d)
+    pays = tuple(d for d in DEPTHS if weights[d] * FITTED_SAVES > 32 << d)
     return replace(allocate(pays), stored_depths=pays)
 
 
@@ -149,9 +143,7 @@ def encode_matrices(
     levels = default_levels()
     if options.levels == "fitted":
         fitted = _fit_tables(plans, allocation, weight_of, lambda i: progress(i, total))
-        levels = tuple(
-            (fitted if d in allocation.stored_depths else levels)[d - 1] for d in ALL_TABLES
-        )
+        levels = tuple((fitted if d in allocation.stored_depths else levels)[d - 1] for d in DEPTHS)
     codebook = make_codebook(levels, thresholds, SCALE_BITS, allocation.stored_depths)
     tensors, energies, projections = [], [], []
     for i, plan in enumerate(plans):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cvxq_format.codebook import DEPTHS, depth_mask
 
 from cvxq_converter.allocation import (
-    ALL_TABLES,
     GAUSSIAN_DISTORTION,
     BitAllocation,
     code_bytes,
@@ -22,7 +22,6 @@ from cvxq_converter.curve import Curve, Point
 from cvxq_converter.encode import (
     allocate_with_tables,
     codebook_bytes,
-    depth_mask,
     depth_thresholds,
     overhead_bytes,
 )
@@ -54,7 +53,7 @@ def predict_curve(
     costs = [_group_costs(p, statistics) for p in plans]
     scale = 0.5 if statistics else 1 / sum(float(c.sum()) for c in costs)
     gained = layers_to_gain_bias(loaded, statistics, options)
-    empty = empty_result(plans, thresholds, ALL_TABLES, gained, options)
+    empty = empty_result(plans, thresholds, DEPTHS, gained, options)
     header = empty_file_header(lambda path: write_empty(path, empty))
     side = {p.matrix.name: overhead_bytes(p, options) for p in plans}
     bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)
@@ -70,7 +69,7 @@ def predict_curve(
         )
 
     points = []
-    for rate in _rates(8 * (side_bytes + codebook_bytes(ALL_TABLES) + 1) / weights):
+    for rate in _rates(8 * (side_bytes + codebook_bytes(DEPTHS) + 1) / weights):
         found = allocate(rate)
         lost = [
             (c * GAUSSIAN_DISTORTION[d]).sum() for c, d in zip(costs, found.depths, strict=True)

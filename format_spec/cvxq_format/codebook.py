@@ -10,6 +10,7 @@ need not be stored.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,11 @@ def codebook_size(scale_bits: int, level_depths: int = ALL_LEVEL_DEPTHS) -> int:
     """Return the bytes of a codebook section; level_depths: bit B − 1 set for each table stored."""
     levels = sum(2**depth for depth in _depths_in(level_depths))
     return 4 * (2**scale_bits + MAX_DEPTH + levels)
+
+
+def depth_mask(depths: Iterable[int]) -> int:
+    """Return bit B − 1 set for each depth B, as the header names stored level tables."""
+    return sum(1 << (depth - 1) for depth in depths)
 
 
 def _depths_in(level_depths: int) -> tuple[int, ...]:
@@ -113,7 +119,7 @@ class Codebook:
     @property
     def level_depths(self) -> int:
         """The stored depths as the header has them: bit B − 1 for depth B."""
-        return sum(1 << (depth - 1) for depth in set(DEPTHS).intersection(self.stored_depths))
+        return depth_mask(set(DEPTHS).intersection(self.stored_depths))
 
     def flat_levels(self) -> Floats:
         """Return all levels as (511,) float32: depth B's level q sits at index 2^B − 1 + q."""

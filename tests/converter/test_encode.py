@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cvxq_converter.allocation import ALL_TABLES, MODEL_THRESHOLDS, BitAllocation
+from cvxq_converter.allocation import MODEL_THRESHOLDS, BitAllocation
 from cvxq_converter.budget import allocate_for_rate, file_size
 from cvxq_converter.checkpoint import open_source
 from cvxq_converter.companding import HISTOGRAM_BINS, HISTOGRAM_LIMIT, default_levels
@@ -28,6 +28,7 @@ from cvxq_converter.loaded import LoadedModel, load_model
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.plan import MatrixPlan, Sensitivity, plan_matrix
 from cvxq_format import CompandedEntry, CompandedTensor, Reader, dequantize, verify
+from cvxq_format.codebook import DEPTHS
 
 OPTIONS = ConversionOptions(bits=4.0, group_size=12, calibration="none")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -87,7 +88,7 @@ def encode(
         return loaded.originals[plan.matrix.name]
 
     thresholds = depth_thresholds(plans, weight_of, options)
-    side = sum(overhead_bytes(p, options) for p in plans) + codebook_bytes(ALL_TABLES)
+    side = sum(overhead_bytes(p, options) for p in plans) + codebook_bytes(DEPTHS)
     allocation = allocate_for_rate(
         [p.worths for p in plans], thresholds, 4.0, loaded.quantized_weights, side
     )
@@ -113,7 +114,7 @@ def test_sizes_are_known_before_anything_is_packed(name: str, loaded: LoadedMode
         payload = len(tensor.to_bytes())
         assert overhead_bytes(plan, options) + tensor.packed_codes.size == payload
         assert len(empty_tensor(plan, options).to_bytes()) == overhead_bytes(plan, options)
-    assert codebook_bytes(ALL_TABLES) == len(encoded.codebook.to_bytes())
+    assert codebook_bytes(DEPTHS) == len(encoded.codebook.to_bytes())
 
 
 def test_each_variant_differs_from_the_default_as_it_says(loaded: LoadedModel) -> None:
