@@ -78,7 +78,7 @@ def weight_distributions(
     by_group, by_matrix = _Sums(), _Sums()
     for plan in plans:
         weight, clustering, deviation = weight_of(plan), plan.clustering, plan.deviation()
-        normalized = plan.row_scales.normalize(weight)
+        factors = torch.from_numpy(plan.row_scales.factors()).to(weight.device)
         permutation = torch.from_numpy(clustering.permutation).to(weight.device)
         spread = weight.float().std()
         step = -(-weight.numel() // MOST_WEIGHTS)
@@ -87,7 +87,7 @@ def weight_distributions(
             block = weight[rows].float()
             if spread > 0:
                 by_matrix.add(block / spread)
-            block = normalized[rows].float()
+            block = block / factors[rows, None]
             if plan.with_means:
                 block = block - plan.moments[0][c].float()
             used = deviation[c] > 0
