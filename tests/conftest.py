@@ -71,6 +71,22 @@ def random_companded() -> Callable[..., CompandedTensor]:
     return make_companded
 
 
+@pytest.fixture
+def disassemble(tmp_path: Path) -> Callable[[Any], str]:
+    """Return the machine code of a kernel that Triton compiled, as text."""
+
+    def listing(compiled: Any) -> str:
+        import triton
+
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+        code = tmp_path / "kernel.cubin"
+        code.write_bytes(compiled.asm["cubin"])
+        done = subprocess.run([tool, "-c", code], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    return listing
+
+
 @pytest.fixture(scope="session")
 def run_interpreted() -> Callable[[Path], str]:
     """Run a file of tests in Triton's interpreter, which is chosen before Triton loads."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import triton
@@ -14,7 +14,6 @@ from cvxq_converter.quantize import FUSED_BLOCK
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 TYPES = {
     "*fp32": "weights shares factor nearest levels borders scales inverse middle errors",
     "*fp64": "sums",
@@ -35,7 +34,9 @@ def test_under_the_interpreter(run_interpreted: Callable[[Path], str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("group", "target"), [(64, 80), (64, 90), (256, 90)])
-def test_compiles_without_spilling(group: int, target: int, tmp_path: Path) -> None:
+def test_compiles_without_spilling(
+    group: int, target: int, disassemble: Callable[[Any], str]
+) -> None:
     """With all its options on, for the usual group size and the largest."""
     constants = {
         "SEARCH": search.SEARCH, "HAS_MEANS": True, "COUNT": FUSED_BLOCK, "GROUP": group,
@@ -49,10 +50,6 @@ def test_compiles_without_spilling(group: int, target: int, tmp_path: Path) -> N
         target=GPUTarget("cuda", target, 32),
         options={"num_warps": warps(group)},
     )
-    code = tmp_path / "kernel.cubin"
-    code.write_bytes(compiled.asm["cubin"])
-    listing = subprocess.run(
-        [DISASSEMBLER, "-c", str(code)], capture_output=True, text=True, check=True
-    ).stdout
+    listing = disassemble(compiled)
     assert "EXIT" in listing
     assert "STL" not in listing  # stores to local memory are registers that spilled
