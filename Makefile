@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
+# A worker holds PyTorch and a share of the tests' models: more than a few would want much memory.
+WORKERS = --numprocesses auto --maxprocesses 4 --dist loadscope
 
 .PHONY: help environment demo test static check clean
 
@@ -22,7 +24,7 @@ demo: environment
 	$(RUN)/cvxq generate demo/demo.cvxq "The old house stood at the end of the lane," --max-tokens 120 --seed 1
 
 test: environment
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest $(WORKERS)
 
 static: environment
 	$(RUN)/ruff check .
