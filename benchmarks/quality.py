@@ -37,7 +37,7 @@ from peers.llamacpp import BuildError
 from quality_page import Tables, document, section
 
 ROOT = Path(__file__).resolve().parent.parent
-TUNED_RATES = (2.28, 3.3, 4.3)  # near which rows are made a second time with --tune
+TUNED_RATES = (2.28, 3.3, 4.3)  # near which table A has rows of tuned conversions, too
 
 
 def our_row(
@@ -47,6 +47,7 @@ def our_row(
     matrices: frozenset[str],
     samplings: Sequence[Sampling],
     *flags: str,
+    variant: str = "",
 ) -> Row:
     """A row of cvxq: the `matrices` quantized as `flags` ask, once per sampling."""
     kept = [m for m in [*bench.embedding, *bench.shapes] if m not in matrices]
@@ -54,8 +55,9 @@ def our_row(
     runs = [
         bench.convert(f"{name}-seed-{s.seed}", s, *flags, *keep, *plan.convert) for s in samplings
     ]
-    row = Row(OURS, "", matrices, tuple(runs))
-    say(f"{bench.name}: cvxq at {row.rate:.3f} bits: KL {row.kl.mean:.5f} ± {row.kl.sigma:.5f}")
+    row = Row(OURS, variant, matrices, tuple(runs))
+    kl = f"KL {row.kl.mean:.5f} ± {row.kl.sigma:.5f}"
+    say(f"{bench.name}: {' '.join([OURS, variant]).rstrip()} at {row.rate:.3f} bits: {kl}")
     return row
 
 
@@ -73,21 +75,22 @@ def tables(bench: Bench, plan: Plan, folder: Path) -> Tables:
     whole = [e.row for e in entries if e.whole or e.peer.key not in complete]
     sets = sorted({row.matrices for row in partial}, key=lambda names: (-len(names), sorted(names)))
     groups: list[list[Row]] = []
-    tuned: list[tuple[Row, Row]] = []
     for number, matrices in enumerate(sets):
         rows = [row for row in partial if row.matrices == matrices]
-        ours: dict[float, Row] = {}
-        for rate in nearest(goals[matrices], plan.near):
-            flags = ["--bits", repr(rate)]
-            name = f"a{number}-{rate:.4f}"
-            ours[rate] = our_row(bench, plan, name, matrices, plan.samplings, *flags)
-        groups.append([*rows, *ours.values()])
-        if plan.tune and not number:
-            for rate in nearest(list(ours), TUNED_RATES):
-                flags = ["--bits", repr(rate), "--tune", str(plan.tune)]
-                name = f"tuned-{rate:.4f}"
-                row = our_row(bench, plan, name, matrices, plan.samplings[:1], *flags)
-                tuned.append((ours[rate], row))
+        rates = nearest(goals[matrices], plan.near)
+        variants: dict[str, tuple[list[float], list[str]]] = {"": (rates, [])}
+        if plan.tune:
+            tuning = ["--tune", str(plan.tune)]
+            variants[" ".join(tuning)] = (nearest(rates, TUNED_RATES), tuning)
+        for variant, (asked, extra) in variants.items():
+            for rate in asked:
+                name = f"{'tuned' if variant else 'a'}{number}-{rate:.4f}"
+                flags = ["--bits", repr(rate), *extra]
+                found = our_row(
+                    bench, plan, name, matrices, plan.samplings, *flags, variant=variant
+                )
+                rows.append(found)
+        groups.append(rows)
     unmet: list[int] = []
     everything = frozenset([*bench.embedding, *bench.shapes])
     sizes = spaced(row.file_bytes for row in front(whole, "file_bytes"))
@@ -98,7 +101,7 @@ def tables(bench: Bench, plan: Plan, folder: Path) -> Tables:
         except BenchmarkError as error:
             say(str(error))
             unmet.append(size)
-    return Tables(groups, whole, tuned, unmet)
+    return Tables(groups, whole, unmet)
 
 
 def rates_to_meet(entries: Sequence[Entry]) -> dict[frozenset[str], list[float]]:
@@ -128,7 +131,7 @@ def ratios(bench: Bench, rows: Sequence[Row]) -> list[str]:
         best = best_opponent(row, rows, "rate")
         if best is not None:
             lines.append(
-                f"{bench.name} at {row.rate:.3f} bits: {row.kl.mean:.5f} against "
+                f"{bench.name}, {row.label} at {row.rate:.3f} bits: {row.kl.mean:.5f} against "
                 f"{best.kl.mean:.5f} of {best.label}: ratio {row.kl.mean / best.kl.mean:.2f}"
             )
     return lines
@@ -166,7 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--convert", default="", help="further options for `cvxq convert`")
     parser.add_argument(
-        "--tune", type=int, default=0, metavar="STEPS", help="also show what tuning does, thrice"
+        "--tune", type=int, default=0, metavar="STEPS", help="also tune rows near three rates"
     )
     parser.add_argument(
         "--peers",

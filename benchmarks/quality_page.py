@@ -29,11 +29,12 @@ the lowest among the peers' rows that it stands against: those of as many bits o
 
 The peers are favoured. Each of their rows is the best of its recipes on this very text, by the
 first seed; the other seeds are for rows that no peer's row of fewer bits beats. cvxq runs with its
-defaults, and a conversion sees none of these texts. (Its developers have: scales of rows were added
-after an early version lost to GPTQ on stories260K's first text.) Bits and bytes of the peers are
-counted as if packed tightly. Files of peers other than llama.cpp keep embeddings and head in 16
-bits, as their users do; llama.cpp's are counted without their vocabulary, in place of which
-everyone is charged the model's own. In table B, cvxq's rows are of the first seed.
+defaults but for the options that a row names, and a conversion sees none of these texts. (Its
+developers have: scales of rows were added after an early version lost to GPTQ on stories260K's
+first text.) Bits and bytes of the peers are counted as if packed tightly. Files of peers other than
+llama.cpp keep embeddings and head in 16 bits, as their users do; llama.cpp's are counted without
+their vocabulary, in place of which everyone is charged the model's own. In table B, cvxq's rows are
+of the first seed.
 
 Where peers differ in the matrices they can pack, there is one table A for each set, and cvxq
 quantizes that very set.
@@ -66,13 +67,12 @@ matrices in 16 bits that have a side which is no multiple of 32.""",
 class Tables:
     """Rows about one model.
 
-    partial: of table A, one list per set of matrices; whole: of table B; tuned: cvxq's rows
-    without and with tuning; unmet: file bytes that cvxq was asked for and failed to make.
+    partial: of table A, one list per set of matrices; whole: of table B; unmet: file bytes that
+    cvxq was asked for and failed to make.
     """
 
     partial: list[list[Row]]
     whole: list[Row]
-    tuned: list[tuple[Row, Row]]
     unmet: list[int]
 
 
@@ -127,29 +127,12 @@ def section(bench: Bench, plan: Plan, tables: Tables) -> str:
             kinds = sorted({name.split(".")[-2] for name in missing})
             lines += [f"Without {', '.join(kinds)}, which the peers below leave in 16 bits.", ""]
         lines += [table(rows, "rate", bench.parameters, second)]
-    if tables.tuned:
-        lines += ["", f"### cvxq with `--tune {plan.tune}`, same matrices as first above", ""]
-        lines += [tuned_table(tables.tuned)]
     if any(row.method == OURS for row in tables.whole):
         lines += ["", "### B: the whole file, every byte counted", ""]
         lines += [table(tables.whole, "file_bytes", bench.parameters, second)]
     for size in tables.unmet:
         lines += ["", f"`cvxq convert --size {size}B` failed."]
     return "\n".join(lines)
-
-
-def tuned_table(pairs: Sequence[tuple[Row, Row]]) -> str:
-    """Markdown table of cvxq's rows without and with tuning, by the first seed of both."""
-    header = ["bits per weight", "KL, nats per token", "tuned", "ratio"]
-    header += ["perplexity", "tuned", "seconds", "tuned"]
-    lines = [header, ["--:"] * len(header)]
-    for plain, tuned in pairs:
-        before, after = plain.runs[0], tuned.runs[0]
-        line = [f"{after.rate:.3f}", f"{before.kl:.5f}", f"{after.kl:.5f}"]
-        line += [f"{after.kl / before.kl:.2f}", f"{before.perplexity:.3f}"]
-        line += [f"{after.perplexity:.3f}", f"{before.seconds:.0f}", f"{after.seconds:.0f}"]
-        lines.append(line)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def shown(word: str) -> str:
