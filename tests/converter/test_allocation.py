@@ -13,6 +13,7 @@ from cvxq_converter.allocation import (
     Worths,
     allocate_bit_depths,
     code_bytes,
+    column_step,
     depths_of,
     fit_additive,
     free_worths,
@@ -168,15 +169,30 @@ def test_an_exactly_separable_worth_is_recovered() -> None:
     rng = np.random.default_rng(2)
     clusters, columns = rng.normal(0, 2, 5), rng.uniform(0, 3, 30)
     worth = clusters[:, None] + columns
-    found = separable_worths(worth, np.array([8, 8, 8, 8, 3]))
+    found = separable_worths(worth, np.array([1024, 1024, 1024, 1024, 3]))
     assert np.abs(found.units() / 256 - worth).max() <= 1 / 32 + 1 / 512  # half a step of each
     assert found.column_shift == 4
     assert found.column_bits == int(found.column_terms.max()).bit_length() == 6  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("rows", [32, 64, 172, 256, 1024, 4096])
+def test_columns_of_few_rows_take_the_step_of_least_cost(rows: int) -> None:
+    """Brute force over the steps: depths round(worth − offset), squared errors 2^(−2 depth)."""
+    rng = np.random.default_rng(rows)
+    worth, offset = rng.uniform(0, 8, 1 << 16), rng.uniform(0, 1, 1 << 16)
+
+    def cost(step: int) -> float:
+        units = 2.0**step / 256
+        excess = np.rint(np.rint(worth / units) * units - offset) - (worth - offset)
+        error = np.exp2(-2 * excess).mean()
+        return float(np.log2(error) / 2 + excess.mean() + np.log2(8 / units) / rows)
+
+    assert column_step(rows) == min(range(4, 9), key=cost)
+
+
 def test_a_wide_spread_of_columns_takes_coarser_steps() -> None:
     columns = np.linspace(0, 24, 50)
-    found = separable_worths(np.broadcast_to(columns, (2, 50)).copy(), np.array([8, 8]))
+    found = separable_worths(np.broadcast_to(columns, (2, 50)).copy(), np.array([2048, 2048]))
     assert found.column_shift == 5
     assert found.column_terms is not None
     assert found.column_terms.max() <= 255
