@@ -24,8 +24,8 @@ from cvxq_converter.companding import (
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.plan import MatrixPlan
 from cvxq_converter.quantize import InverseFactor, QuantizedMatrix, quantize_matrix
+from cvxq_converter.scale_width import choose_scale_bits
 
-SCALE_BITS = 6
 WEIGHTS_PER_LEVEL = 16  # that a depth needs for tables of its own
 FITTED_SAVES = 0.2  # bits per weight, by levels fitted to the weights instead of the compander's
 WeightOf = Callable[[MatrixPlan], torch.Tensor]
@@ -45,7 +45,7 @@ class Encoded:
     projections: list[np.ndarray]
 
 
-def overhead_bytes(plan: MatrixPlan, options: ConversionOptions) -> int:
+def overhead_bytes(plan: MatrixPlan, options: ConversionOptions, scale_bits: int) -> int:
     """Bytes of one matrix in the file apart from its codes."""
     clustering = plan.clustering
     columns = plan.moments[0].shape[1]
@@ -54,7 +54,7 @@ def overhead_bytes(plan: MatrixPlan, options: ConversionOptions) -> int:
         options.group_size,
         clustering.partitions,
         np.zeros((1, clustering.clusters, columns), dtype=np.uint8),
-        scale_bits=SCALE_BITS,
+        scale_bits=scale_bits,
         column_bits=plan.worths.column_bits,
         means=plan.with_means,
         permuted=clustering.is_permuted,
@@ -64,14 +64,16 @@ def overhead_bytes(plan: MatrixPlan, options: ConversionOptions) -> int:
     )
 
 
-def default_codebook(thresholds: np.ndarray, stored_depths: tuple[int, ...]) -> Codebook:
+def default_codebook(
+    thresholds: np.ndarray, scale_bits: int, stored_depths: tuple[int, ...]
+) -> Codebook:
     """The compander's levels with the thresholds and scales of a conversion."""
-    return make_codebook(default_levels(), thresholds, SCALE_BITS, stored_depths)
+    return make_codebook(default_levels(), thresholds, scale_bits, stored_depths)
 
 
-def codebook_bytes(stored_depths: tuple[int, ...]) -> int:
+def codebook_bytes(scale_bits: int, stored_depths: tuple[int, ...]) -> int:
     """Bytes of the one codebook that a converted file holds, with the tables of these depths."""
-    return codebook_size(SCALE_BITS, depth_mask(stored_depths))
+    return codebook_size(scale_bits, depth_mask(stored_depths))
 
 
 def allocate_with_tables(
@@ -92,7 +94,7 @@ def allocate_with_tables(
     return replace(allocate(pays), stored_depths=pays)
 
 
-def empty_tensor(plan: MatrixPlan, options: ConversionOptions) -> CompandedTensor:
+def empty_tensor(plan: MatrixPlan, options: ConversionOptions, scale_bits: int) -> CompandedTensor:
     """A tensor with the plan's side information, all its groups at depth 0: for sizes only."""
     clusters, columns = plan.moments[0].shape
     zeros = np.zeros((clusters, columns), dtype=np.uint8)
@@ -111,7 +113,7 @@ def empty_tensor(plan: MatrixPlan, options: ConversionOptions) -> CompandedTenso
     lowest = None
     if plan.worths.cluster_terms is not None:
         lowest = plan.worths.cluster_terms - np.iinfo(np.int16).min
-    return _pack(plan, matrix, lowest, options)
+    return _pack(plan, matrix, lowest, options, scale_bits)
 
 
 def depth_thresholds(
@@ -144,7 +146,8 @@ def encode_matrices(
     if options.levels == "fitted":
         fitted = _fit_tables(plans, allocation, weight_of, lambda i: progress(i, total))
         levels = tuple((fitted if d in allocation.stored_depths else levels)[d - 1] for d in DEPTHS)
-    codebook = make_codebook(levels, thresholds, SCALE_BITS, allocation.stored_depths)
+    scale_bits = choose_scale_bits(plans)
+    codebook = make_codebook(levels, thresholds, scale_bits, allocation.stored_depths)
     tensors, energies, projections = [], [], []
     for i, plan in enumerate(plans):
         matrix = quantize_matrix(
@@ -158,7 +161,8 @@ def encode_matrices(
             row_weights=plan.row_weights,
             feedback=factor_of(plan.matrix.name),
         )
-        tensors.append(_pack(plan, matrix, allocation.cluster_offsets[i], options))
+        offsets = allocation.cluster_offsets[i]
+        tensors.append(_pack(plan, matrix, offsets, options, scale_bits))
         energies.append(matrix.energy)
         projections.append(matrix.projection)
         progress(total - len(plans) + i + 1, total)
@@ -197,6 +201,7 @@ def _pack(
     matrix: QuantizedMatrix,
     offsets: np.ndarray | None,
     options: ConversionOptions,
+    scale_bits: int,
 ) -> CompandedTensor:
     clustering, worths = plan.clustering, plan.worths
     cluster_terms = None
@@ -219,6 +224,7 @@ def _pack(
         column_bits=worths.column_bits,
         column_shift=worths.column_shift,
         scale_codes=matrix.scale_codes[None],
+        scale_bits=scale_bits,
         mean_codes=None if matrix.mean_codes is None else matrix.mean_codes[None],
         permutation=clustering.permutation[None] if clustering.is_permuted else None,
         cluster_map=clustering.is_permuted,

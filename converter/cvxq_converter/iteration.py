@@ -29,6 +29,7 @@ from cvxq_converter.matrices import Matrix
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.plan import MatrixPlan, Sensitivity, plan_matrix
 from cvxq_converter.quality import Divergence, Reference
+from cvxq_converter.scale_width import choose_scale_bits
 from cvxq_converter.stages import Stages
 
 
@@ -138,12 +139,14 @@ def _allocate(
     write_empty: WriteEmpty,
 ) -> BitAllocation:
     worths = [p.bounded_worths(options.largest_error, thresholds) for p in plans]
-    side = {p.matrix.name: overhead_bytes(p, options) for p in plans}
+    scale_bits = choose_scale_bits(plans)
+    side = {p.matrix.name: overhead_bytes(p, options, scale_bits) for p in plans}
 
     def allocate(stored_depths: tuple[int, ...]) -> BitAllocation:
         if options.bits is not None:
             bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)
-            side_bytes = sum(side.values()) + codebook_bytes(stored_depths) + bias_bytes
+            codebook = codebook_bytes(scale_bits, stored_depths)
+            side_bytes = sum(side.values()) + codebook + bias_bytes
             return allocate_for_rate(
                 worths, thresholds, options.bits, loaded.quantized_weights, side_bytes
             )
@@ -163,8 +166,9 @@ def empty_result(
     options: ConversionOptions,
 ) -> Quantized:
     """A result whose groups all have depth 0: for sizes only."""
+    scale_bits = choose_scale_bits(plans)
     return Quantized(
-        tensors={p.matrix.name: empty_tensor(p, options) for p in plans},
-        codebook=default_codebook(thresholds, stored_depths),
+        tensors={p.matrix.name: empty_tensor(p, options, scale_bits) for p in plans},
+        codebook=default_codebook(thresholds, scale_bits, stored_depths),
         added_biases={m.bias_name: torch.zeros(len(m.weight)) for m in gained if m.bias_name},
     )

@@ -29,6 +29,7 @@ from cvxq_converter.iteration import Quantized, empty_result
 from cvxq_converter.loaded import LoadedModel
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.plan import MatrixPlan, Sensitivity, group_worth
+from cvxq_converter.scale_width import choose_scale_bits
 
 STEP = 0.25  # bits per weight between the points of a curve
 HIGHEST_RATE = 8.0
@@ -55,7 +56,8 @@ def predict_curve(
     gained = layers_to_gain_bias(loaded, statistics, options)
     empty = empty_result(plans, thresholds, DEPTHS, gained, options)
     header = empty_file_header(lambda path: write_empty(path, empty))
-    side = {p.matrix.name: overhead_bytes(p, options) for p in plans}
+    scale_bits = choose_scale_bits(plans)
+    side = {p.matrix.name: overhead_bytes(p, options, scale_bits) for p in plans}
     bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)
     side_bytes = sum(side.values()) + bias_bytes
     weights = loaded.quantized_weights
@@ -64,12 +66,12 @@ def predict_curve(
         return allocate_with_tables(
             plans,
             lambda depths: allocate_for_rate(
-                worths, thresholds, rate, weights, side_bytes + codebook_bytes(depths)
+                worths, thresholds, rate, weights, side_bytes + codebook_bytes(scale_bits, depths)
             ),
         )
 
     points = []
-    for rate in _rates(8 * (side_bytes + codebook_bytes(DEPTHS) + 1) / weights):
+    for rate in _rates(8 * (side_bytes + codebook_bytes(scale_bits, DEPTHS) + 1) / weights):
         found = allocate(rate)
         lost = [
             (c * GAUSSIAN_DISTORTION[d]).sum() for c, d in zip(costs, found.depths, strict=True)
@@ -79,9 +81,8 @@ def predict_curve(
             for name, d, w in zip(side, found.depths, worths, strict=True)
         }
         stored = found.stored_depths
-        book = replace(
-            header.codebooks[0], level_depths=depth_mask(stored), size=codebook_bytes(stored)
-        )
+        book_size = codebook_bytes(scale_bits, stored)
+        book = replace(header.codebooks[0], level_depths=depth_mask(stored), size=book_size)
         size = file_size(replace(header, codebooks=(book,)), sizes)
         points.append(Point(rate, size, scale * sum(lost)))
     return Curve(tuple(points))

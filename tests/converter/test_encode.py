@@ -27,6 +27,7 @@ from cvxq_converter.job import convert
 from cvxq_converter.loaded import LoadedModel, load_model
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.plan import MatrixPlan, Sensitivity, plan_matrix
+from cvxq_converter.scale_width import choose_scale_bits
 from cvxq_format import CompandedEntry, CompandedTensor, Reader, dequantize, verify
 from cvxq_format.codebook import DEPTHS
 
@@ -88,7 +89,8 @@ def encode(
         return loaded.originals[plan.matrix.name]
 
     thresholds = depth_thresholds(plans, weight_of, options)
-    side = sum(overhead_bytes(p, options) for p in plans) + codebook_bytes(DEPTHS)
+    bits = choose_scale_bits(plans)
+    side = sum(overhead_bytes(p, options, bits) for p in plans) + codebook_bytes(bits, DEPTHS)
     allocation = allocate_for_rate(
         [p.worths for p in plans], thresholds, 4.0, loaded.quantized_weights, side
     )
@@ -110,11 +112,12 @@ def encode(
 def test_sizes_are_known_before_anything_is_packed(name: str, loaded: LoadedModel) -> None:
     options = replace(OPTIONS, **VARIANTS[name])
     plans, tensors, encoded = encode(loaded, options)
+    bits = encoded.codebook.scale_bits
     for plan, tensor in zip(plans, tensors, strict=True):
-        payload = len(tensor.to_bytes())
-        assert overhead_bytes(plan, options) + tensor.packed_codes.size == payload
-        assert len(empty_tensor(plan, options).to_bytes()) == overhead_bytes(plan, options)
-    assert codebook_bytes(DEPTHS) == len(encoded.codebook.to_bytes())
+        side = overhead_bytes(plan, options, bits)
+        assert side + tensor.packed_codes.size == len(tensor.to_bytes())
+        assert len(empty_tensor(plan, options, bits).to_bytes()) == side
+    assert codebook_bytes(bits, DEPTHS) == len(encoded.codebook.to_bytes())
 
 
 def test_each_variant_differs_from_the_default_as_it_says(loaded: LoadedModel) -> None:

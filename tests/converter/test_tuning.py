@@ -21,7 +21,7 @@ from cvxq_converter.teaching import Lesson, make_lessons
 from cvxq_converter.tuning import tune
 from cvxq_format import dequantize
 
-OPTIONS = ConversionOptions(bits=2.2, group_size=8, gain=0.0)
+OPTIONS = ConversionOptions(bits=2.0, group_size=8, gain=0.0)
 
 
 @dataclass
