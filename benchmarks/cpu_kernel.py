@@ -8,13 +8,13 @@ through.
 import statistics
 import time
 from collections.abc import Iterator
+from ctypes import c_void_p
 from dataclasses import dataclass
 
 import numpy as np
 from cvxq_format import Codebook, CompandedTensor
 from cvxq_kernels.cpu import Matrix, Pool
 from cvxq_kernels.cpu.loader import native
-from cvxq_kernels.cpu.matrix import matmul_many
 
 ROWS, COLUMNS, CLUSTER = 5632, 2048, 64
 PACKED_BYTES = 400e6
@@ -79,14 +79,17 @@ def measure_products(depth: str, threads: int, passes: int = 40) -> Iterator[Pro
     repack = count * tensor.packed_codes.size / (time.perf_counter() - started)
     held = sum(weight.nbytes for weight in weights)
     x = np.random.default_rng(1).standard_normal((1, COLUMNS)).astype(np.float32)
-    out = [np.empty((1, ROWS), np.float32)]
+    y = np.empty((1, ROWS), np.float32)
+    # Called as the decoder calls them, not by way of Python's checks.
+    products = [((c_void_p * 1)(w.handle.value), (c_void_p * 1)(y.ctypes.data)) for w in weights]
+    multiply, source = native().cvxq_matmul, x.ctypes.data
     memory = np.ones(held // 8, np.uint64)
     before = read_once(pool, memory)
     for _ in range(passes):
         native().cvxq_pool_begin(pool.handle)
         started = time.perf_counter()
-        for weight in weights:
-            matmul_many([weight], x, pool=pool, out=out)
+        for weight, result in products:
+            multiply(pool.handle, weight, 1, source, 1, result, 0)
         seconds = time.perf_counter() - started
         native().cvxq_pool_end(pool.handle)
         amount, after = ROWS * COLUMNS * count, read_once(pool, memory)

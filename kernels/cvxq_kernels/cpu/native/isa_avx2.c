@@ -19,9 +19,7 @@ typedef struct {
     __m256i even, odd; /* columns 0 and 2, 1 and 3 as 16-bit pairs, in every lane */
 } inputs_t;
 
-enum { AHEAD = 1024 };
-
-INLINE void prefetch(const uint8_t *p) { _mm_prefetch((const char *)p + AHEAD, _MM_HINT_T0); }
+INLINE void fetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 INLINE codes_t load(const uint8_t *p) {
     return (codes_t){{_mm256_loadu_si256((const __m256i *)p),
                       _mm256_loadu_si256((const __m256i *)(p + 32))}};

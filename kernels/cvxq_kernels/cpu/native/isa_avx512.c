@@ -18,9 +18,7 @@
 typedef __m512i codes_t, sums_t, inputs_t;
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-enum { AHEAD = 1536 }; /* bytes: hides the memory's latency, stays inside the next pages */
-
-INLINE void prefetch(const uint8_t *p) { _mm_prefetch((const char *)p + AHEAD, _MM_HINT_T0); }
+INLINE void fetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 INLINE __m512i load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 INLINE sums_t sums_of(int32_t n) { return _mm512_set1_epi32(n); }
 INLINE inputs_t inputs_at(const int8_t *p) {

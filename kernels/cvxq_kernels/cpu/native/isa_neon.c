@@ -26,9 +26,7 @@ typedef struct {
     int32x4_t offset;
 } inputs_t;
 
-enum { AHEAD = 1024 };
-
-INLINE void prefetch(const uint8_t *p) { __builtin_prefetch(p + AHEAD); }
+INLINE void fetch(const uint8_t *p) { __builtin_prefetch(p, 0, 2); }
 INLINE codes_t load(const uint8_t *p) {
     return (codes_t){{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
 }

@@ -9,13 +9,27 @@
  *   decode_5 … decode_8(unit, tables, high[8], low[8])    wide depths
  *   add_sums(out, sums, scale)                  out[16] += scale · sums
  *   add_sums2(out, sums, sums2, scale)          out[16] += scale · (256 · sums + sums2)
- *   prefetch(p)
+ *   fetch(p)                                    line at p to the second cache, if it can be had
  *
  * Every loop is inlined with constant depth, strips and batch, so that sums stay in registers; RUNS
  * holds one function for each choice. With ONE_INPUT defined there is none for 2 and 4 inputs at
  * once: compilers choke on that where a register holds little.
  */
 #define UNROLL _Pragma("GCC unroll 16")
+
+enum { PAGE = 4096, LINE = 64, STREAMS = 8, REGION = STREAMS * PAGE };
+
+/* Fetch as many lines as a unit at `unit` has, a region ahead: line 0 of each of its pages, then
+ * line 1 and so on. Processors recognize one stream per page and run ahead of it only inside that
+ * page, so that eight at once keep more of the memory busy than one: on a Sapphire Rapids, where one
+ * stream per core reads 16 GB/s on two cores, eight read 24. Every line is asked for once. */
+INLINE void fetch_ahead(const uint8_t *unit, const int lines) {
+    UNROLL for (int i = 0; i < lines; i++) {
+        const uintptr_t at = (uintptr_t)unit + LINE * (uintptr_t)i, line = at % REGION / LINE;
+        const uintptr_t next = at / REGION * REGION + REGION;
+        fetch((const uint8_t *)(next + line % STREAMS * PAGE + line / STREAMS * LINE));
+    }
+}
 
 typedef struct {
     const uint8_t *codes;
@@ -39,7 +53,7 @@ typedef struct {
                 sums[m][s] = sums_of(job->inputs[m].start[block]);                                \
             for (int64_t u = 0; u < units; u++, unit += 64 * DEPTH) {                             \
                 codes_t levels[UNIT];                                                             \
-                prefetch(unit);                                                                   \
+                fetch_ahead(unit, DEPTH);                                                         \
                 decode_##DEPTH(unit, job->tables, levels);                                        \
                 UNROLL for (int q = 0; q < UNIT / strips; q++)                                    \
                     UNROLL for (int m = 0; m < batch; m++) {                                      \
@@ -70,8 +84,7 @@ typedef struct {
             }                                                                                     \
             for (int64_t u = 0; u < units; u++, unit += 64 * DEPTH) {                             \
                 codes_t high[UNIT], low[UNIT];                                                    \
-                prefetch(unit);                                                                   \
-                prefetch(unit + 256);                                                             \
+                fetch_ahead(unit, DEPTH);                                                         \
                 decode_##DEPTH(unit, job->tables, high, low);                                     \
                 UNROLL for (int q = 0; q < UNIT / strips; q++)                                    \
                     UNROLL for (int m = 0; m < batch; m++) {                                      \
