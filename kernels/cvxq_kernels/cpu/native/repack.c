@@ -15,26 +15,33 @@ typedef struct {
     cluster_depths *found;     /* (clusters,) */
     const int64_t *code_start; /* (clusters,): first byte in the file */
     const int64_t *first_row;  /* (clusters + 1,): first stored position */
-    int64_t *starts;           /* (parts, K): scratch, first byte of each column's planes */
+    int64_t *scratch;          /* (parts, 2, K) */
     atomic_llong next;
 } repack_job;
 
 static void look_at_depths(const uint8_t *depths, const int32_t *order, int64_t columns,
                            cluster_depths *found) {
+    /* Where depths never fall, the last column of each says how many there are. */
+    int32_t end[9] = {0};
+    int fell = 0, before = 0;
+    for (int64_t k = 0; k < columns; k++) {
+        const int depth = depths[order ? order[k] : k];
+        fell |= depth < before;
+        before = depth;
+        end[depth] = (int32_t)k + 1;
+    }
+    found->is_sorted = !fell;
     memset(found->have, 0, sizeof found->have);
-    for (int64_t k = 0; k < columns; k += 128) {
-        /* Counted depth by depth in bytes, which compilers do 16 at a time. */
-        const int64_t some = min_of(128, columns - k);
-        for (int depth = 0; depth < 9; depth++) {
-            uint8_t count = 0;
-            for (int64_t i = 0; i < some; i++) count += depths[k + i] == depth;
-            found->have[depth] += count;
+    if (fell) {
+        for (int64_t k = 0; k < columns; k++) found->have[depths[k]]++;
+        return;
+    }
+    for (int32_t depth = 0, first = 0; depth <= 8; depth++) {
+        if (end[depth]) {
+            found->have[depth] = end[depth] - first;
+            first = end[depth];
         }
     }
-    int32_t fell = 0;
-    for (int64_t k = 1; k < columns; k++)
-        fell |= order ? depths[order[k]] < depths[order[k - 1]] : depths[k] < depths[k - 1];
-    found->is_sorted = !fell;
 }
 
 /* Columns by depth, equal ones in their natural order. */
@@ -132,80 +139,68 @@ static int plan_tiles(cvxq_matrix *w, const cvxq_companded *source, const int64_
     return 1;
 }
 
-#if defined(__x86_64__)
-static int has_fast_repacking(void) { return cvxq_ops_in_use() == &cvxq_ops_avx512; }
-
-/* The usual case: a cluster that is one tile of four strips. */
-static void repack_whole_tile(const repack_job *job, const cvxq_cluster *cluster,
-                              const int32_t *order, const int64_t *starts, uint8_t *out) {
-    for (int32_t r = 0; r < cluster->runs; r++) {
-        const cvxq_run *run = &job->w->runs[cluster->first_run + r];
-        if (!run->depth) continue;
-        for (int64_t i = 0; i < run->count; i += 8, out += VECTOR * run->depth) {
-            const uint8_t *planes[8] = {NULL};
-            for (int64_t j = 0; j < min_of(8, run->count - i); j++) {
-                const int64_t at = run->first + i + j;
-                planes[j] = job->source->codes + starts[order ? order[at] : at];
-            }
-            cvxq_repack_unit_avx512(run->depth, planes, out);
-        }
+/* One run of a tile, any shape; `first` is the tile's first row in the cluster. */
+static void repack_run(const cvxq_run *run, const uint8_t *codes, const int64_t *starts,
+                       int strips, int64_t plane, int64_t first, uint8_t *out) {
+    const int64_t rows = strips * STRIP, bytes = min_of(rows / 8, plane - first / 8);
+    const int per_unit = (int)unit_columns(strips);
+    for (int64_t i = 0; i < run->count; i += per_unit, out += VECTOR * run->depth) {
+        _Alignas(64) uint8_t columns[UNIT * VECTOR] = {0};
+        _Alignas(64) uint8_t unit[UNIT][VECTOR];
+        for (int64_t j = 0; j < min_of(per_unit, run->count - i); j++)
+            cvxq_spread(codes + starts[i + j], run->depth, plane, first / 8, bytes,
+                        columns + j * rows);
+        cvxq_interleave(columns, strips, unit);
+        cvxq_pack_unit(run->depth, unit, out);
     }
 }
-#else
-static int has_fast_repacking(void) { return 0; }
-static void repack_whole_tile(const repack_job *job, const cvxq_cluster *cluster,
-                              const int32_t *order, const int64_t *starts, uint8_t *out) {
-    (void)job, (void)cluster, (void)order, (void)starts, (void)out;
-}
-#endif
 
-/* Codes of one tile. `first` is its first row in the cluster, `height` the cluster's rows. */
+/* Codes of one tile. starts (K,): first byte of each column, in the cluster's order; `first` is the
+ * tile's first row in the cluster, `height` the cluster's rows. */
 static void repack_tile(const repack_job *job, const cvxq_cluster *cluster, const cvxq_tile *tile,
                         const int64_t *starts, int64_t first, int64_t height) {
     const cvxq_matrix *w = job->w;
-    const int32_t *order = cluster->order ? cluster->order : w->order;
-    const int64_t plane = (height + 7) / 8, rows = tile->strips * STRIP;
-    const int64_t bytes = min_of(rows / 8, plane - first / 8);
-    const int per_unit = (int)unit_columns(tile->strips);
+    const uint8_t *codes = job->source->codes;
+    const int64_t plane = (height + 7) / 8;
     uint8_t *out = w->codes + tile->codes;
-    if (tile->strips == 4 && plane == 8 && has_fast_repacking()) {
-        repack_whole_tile(job, cluster, order, starts, out);
-        return;
-    }
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
         if (!run->depth) continue;
-        for (int64_t i = 0; i < run->count; i += per_unit, out += VECTOR * run->depth) {
-            _Alignas(64) uint8_t columns[UNIT * VECTOR] = {0};
-            _Alignas(64) uint8_t codes[UNIT][VECTOR];
-            for (int64_t j = 0; j < min_of(per_unit, run->count - i); j++) {
-                const int64_t at = run->first + i + j;
-                cvxq_spread(job->source->codes + starts[order ? order[at] : at], run->depth,
-                            plane, first / 8, bytes, columns + j * rows);
-            }
-            cvxq_interleave(columns, tile->strips, codes);
-            cvxq_pack_unit(run->depth, codes, out);
-        }
+        const int64_t *from = starts + run->first;
+#if defined(__x86_64__)
+        /* The usual case: a tile of four strips that is a whole cluster. */
+        if (tile->strips == 4 && plane == 8 && cvxq_ops_in_use() == &cvxq_ops_avx512)
+            cvxq_repack_run_avx512(run->depth, codes, from, run->count, out);
+        else
+#endif
+            repack_run(run, codes, from, tile->strips, plane, first, out);
+        out += ceil_div(run->count, unit_columns(tile->strips)) * VECTOR * run->depth;
     }
 }
 
-static void repack_cluster(const repack_job *job, int64_t c, int64_t *starts) {
+/* scratch: (2, K) */
+static void repack_cluster(const repack_job *job, int64_t c, int64_t *scratch) {
     cvxq_matrix *w = job->w;
     const cvxq_companded *source = job->source;
     const cvxq_cluster *cluster = &w->clusters[c];
     const int32_t *order = cluster->order ? cluster->order : w->order;
     const int64_t columns = w->inputs, groups = c * columns;
-    const int64_t height = job->first_row[c + 1] - job->first_row[c];
-    int64_t at = job->code_start[c];
+    const int64_t height = job->first_row[c + 1] - job->first_row[c], plane = (height + 7) / 8;
+    const uint8_t *depths = source->depths + groups, *scales = source->scale_codes + groups;
+    uint8_t *to = w->scale_codes + groups; /* its bytes may alias anything: pointers are kept here */
+    int64_t *starts = scratch, *natural = scratch + columns, at = job->code_start[c];
     for (int64_t k = 0; k < columns; k++) {
-        starts[k] = at;
-        at += source->depths[groups + k] * ((height + 7) / 8);
+        natural[k] = at;
+        __builtin_prefetch(source->codes + at); /* wanted soon, in another order */
+        at += depths[k] * plane;
     }
     for (int64_t k = 0; k < columns; k++) {
-        const int64_t from = groups + (order ? order[k] : k);
-        w->scale_codes[groups + k] = source->scale_codes[from];
-        if (w->mean_codes) w->mean_codes[groups + k] = source->mean_codes[from];
+        const int64_t from = order ? order[k] : k;
+        starts[k] = natural[from];
+        to[k] = scales[from];
     }
+    for (int64_t k = 0; w->mean_codes && k < columns; k++)
+        w->mean_codes[groups + k] = source->mean_codes[groups + (order ? order[k] : k)];
     /* Tiles of a cluster follow each other; the first one is found from its first row's place. */
     const int64_t row = job->first_row[c];
     int64_t tile = w->places[source->permutation ? source->permutation[row] : row] / TILE;
@@ -229,7 +224,7 @@ static void repack_task(void *context, int part, int parts) {
     for (;;) {
         const int64_t c = atomic_fetch_add(&job->next, 1);
         if (c >= job->w->cluster_count) return;
-        repack_cluster(job, c, job->starts + part * job->w->inputs);
+        repack_cluster(job, c, job->scratch + part * 2 * job->w->inputs);
     }
 }
 
@@ -256,18 +251,19 @@ int cvxq_repack(cvxq_pool *pool, cvxq_matrix *w, const cvxq_companded *source) {
         source->partitions * ceil_div(source->rows / source->partitions, source->group_size);
     const size_t groups = (size_t)(count * columns);
     int64_t *first_row = malloc(sizeof(int64_t) * (size_t)(2 * count + 1));
-    int64_t *starts = malloc(sizeof(int64_t) * (size_t)(cvxq_pool_threads(pool) * columns));
+    int64_t *scratch =
+        malloc(sizeof(int64_t) * (size_t)(cvxq_pool_threads(pool) * 2 * columns));
     w->cluster_count = count;
     w->scale_codes = malloc(groups);
     if (source->mean_codes) w->mean_codes = malloc(groups);
     if (source->order) w->order = malloc(sizeof *w->order * (size_t)columns);
-    int is_whole = first_row && starts && w->scale_codes && (w->mean_codes || !source->mean_codes) &&
-                   (w->order || !source->order);
+    int is_whole = first_row && scratch && w->scale_codes &&
+                   (w->mean_codes || !source->mean_codes) && (w->order || !source->order);
     if (is_whole && source->order)
         memcpy(w->order, source->order, sizeof *w->order * (size_t)columns);
     cluster_depths *found = malloc(sizeof *found * (size_t)count);
     is_whole = is_whole && found;
-    repack_job job = {w, source, found, first_row + count + 1, first_row, starts, 0};
+    repack_job job = {w, source, found, first_row + count + 1, first_row, scratch, 0};
     if (is_whole) cvxq_pool_run(pool, look_task, &job);
     is_whole = is_whole &&
                find_clusters(source, found, first_row, first_row + count + 1) ==
@@ -280,6 +276,6 @@ int cvxq_repack(cvxq_pool *pool, cvxq_matrix *w, const cvxq_companded *source) {
     }
     free(found);
     free(first_row);
-    free(starts);
+    free(scratch);
     return is_whole;
 }

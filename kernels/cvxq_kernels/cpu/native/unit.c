@@ -143,7 +143,7 @@ int cvxq_unit_code(int depth, const uint8_t *unit, int vector, int byte) {
 /* A plane of 64 rows is a mask register: it sets one bit of 64 codes at once. */
 INLINE TARGET __m512i column_codes(const int depth, const uint8_t *planes) {
     __m512i codes = _mm512_setzero_si512();
-    UNROLL for (int b = 0; planes && b < depth; b++) {
+    UNROLL for (int b = 0; b < depth; b++) {
         uint64_t rows;
         memcpy(&rows, planes + 8 * b, 8);
         codes = _mm512_or_si512(codes,
@@ -194,24 +194,36 @@ INLINE TARGET void put_unit(const int depth, const __m512i codes[UNIT], uint8_t 
     }
 }
 
-INLINE TARGET void repack(const int depth, const uint8_t *const planes[8], uint8_t *out) {
-    __m512i codes[UNIT];
+/* A unit from the planes of its first `have` columns. */
+INLINE TARGET void repack(const int depth, const uint8_t *codes, const int64_t *starts,
+                          const int have, uint8_t *out) {
+    __m512i units[UNIT];
     UNROLL for (int quad = 0; quad < 2; quad++) {
         __m512i c[4];
-        UNROLL for (int j = 0; j < 4; j++) c[j] = column_codes(depth, planes[4 * quad + j]);
+        UNROLL for (int j = 0; j < 4; j++)
+            c[j] = 4 * quad + j < have ? column_codes(depth, codes + starts[4 * quad + j])
+                                       : _mm512_setzero_si512();
         const __m512i low01 = _mm512_unpacklo_epi8(c[0], c[1]);
         const __m512i high01 = _mm512_unpackhi_epi8(c[0], c[1]);
         const __m512i low23 = _mm512_unpacklo_epi8(c[2], c[3]);
         const __m512i high23 = _mm512_unpackhi_epi8(c[2], c[3]);
-        codes[4 * quad] = _mm512_unpacklo_epi16(low01, low23);
-        codes[4 * quad + 1] = _mm512_unpackhi_epi16(low01, low23);
-        codes[4 * quad + 2] = _mm512_unpacklo_epi16(high01, high23);
-        codes[4 * quad + 3] = _mm512_unpackhi_epi16(high01, high23);
+        units[4 * quad] = _mm512_unpacklo_epi16(low01, low23);
+        units[4 * quad + 1] = _mm512_unpackhi_epi16(low01, low23);
+        units[4 * quad + 2] = _mm512_unpacklo_epi16(high01, high23);
+        units[4 * quad + 3] = _mm512_unpackhi_epi16(high01, high23);
     }
-    put_unit(depth, codes, out);
+    put_unit(depth, units, out);
 }
 
-TARGET void cvxq_repack_unit_avx512(int depth, const uint8_t *const planes[8], uint8_t *out) {
-    BY_DEPTH(depth, repack(DEPTH, planes, out))
+INLINE TARGET void repack_run(const int depth, const uint8_t *codes, const int64_t *starts,
+                              int64_t count, uint8_t *out) {
+    for (; count >= UNIT; count -= UNIT, starts += UNIT, out += VECTOR * depth)
+        repack(depth, codes, starts, UNIT, out);
+    if (count) repack(depth, codes, starts, (int)count, out);
+}
+
+TARGET void cvxq_repack_run_avx512(int depth, const uint8_t *codes, const int64_t *starts,
+                                   int64_t count, uint8_t *out) {
+    BY_DEPTH(depth, repack_run(DEPTH, codes, starts, count, out))
 }
 #endif
