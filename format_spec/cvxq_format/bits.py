@@ -77,16 +77,18 @@ def unpack_bits(stream: Bytes, count: int, width: int) -> npt.NDArray[np.unsigne
     if (count * width) % 8 and int(stream[-1]) >> ((count * width) % 8):
         raise ValueError("spare bits at the end of a bit stream are not zero")
     eights = -(-count // 8)
-    padded = np.zeros(eights * width, np.uint8)
+    padded = np.zeros(eights * width + 8, np.uint8)
     padded[:size] = stream
-    grouped = padded.reshape(eights, width)
     if width <= 8:
-        lanes = np.zeros((eights, 8), np.uint8)
-        lanes[:, :width] = grouped
-        word = lanes.reshape(-1).view("<u8").astype(np.uint64)
+        # Words overlap: the masks drop what belongs to the next one.
+        word = np.ndarray(eights, "<u8", padded, strides=(width,)).astype(np.uint64)
         for shift, stay, move in _spread_steps(width):
-            word = (word & np.uint64(stay)) | ((word << np.uint64(shift)) & np.uint64(move))
-        return word.astype("<u8").view(np.uint8)[:count]
+            moved = word << np.uint64(shift)
+            moved &= np.uint64(move)
+            word &= np.uint64(stay)
+            word |= moved
+        return word.astype("<u8", copy=False).view(np.uint8)[:count]
+    grouped = padded[: eights * width].reshape(eights, width)
     values = np.zeros(eights * 8, np.uint64)
     for i in range(8):
         first, offset = divmod(i * width, 8)

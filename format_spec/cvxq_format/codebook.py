@@ -139,11 +139,17 @@ class Codebook:
 
         A depth counts the thresholds that do not exceed cluster term + column term · 2^shift.
         """
-        columns = column_terms.astype(np.int32)[:, None, :] << column_shift
-        total = columns + cluster_terms.astype(np.int32)[:, :, None]
-        depths = np.zeros(total.shape, np.uint8)
-        for threshold in self.depth_thresholds:
-            depths += total >= threshold
+        depths = np.empty((*cluster_terms.shape, column_terms.shape[1]), np.uint8)
+        for out, columns, clusters in zip(depths, column_terms, cluster_terms, strict=True):
+            # Few terms differ: one column for each of them, and copies of those.
+            present = np.bincount(columns) > 0
+            terms = np.flatnonzero(present).astype(np.int32)
+            places = (np.cumsum(present) - 1)[columns]
+            total = (terms << column_shift) + clusters.astype(np.int32)[:, None]
+            table = np.zeros(total.shape, np.uint8)
+            for threshold in self.depth_thresholds:
+                table += total >= threshold
+            np.take(table, places, axis=1, out=out, mode="clip")
         return depths
 
     def to_bytes(self) -> bytes:
