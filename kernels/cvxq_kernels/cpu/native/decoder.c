@@ -3,162 +3,20 @@
 #if !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L
 #endif
-#include "decoder.h"
-
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-#include "decoder_math.h"
-#include "internal.h"
+#include "decoder_state.h"
 
-#define ROWS 16                /* rows of attention that one task computes together */
 #define SERIAL_ELEMENTS 4096   /* below this many, activations stay on one thread */
 #define SERIAL_PRODUCTS 60000  /* likewise for the multiplications of attention */
-
-struct cvxq_decoder {
-    cvxq_decoder_shape shape;
-    cvxq_layer *layers;
-    cvxq_pool *pool;
-    const cvxq_decoder_math *math;
-    int threads, blocks, held;
-    float **memory;                /* (blocks) what was allocated, NULL beyond `held` */
-    const float **keys, **values;  /* (layers, kv_heads, blocks) */
-    float *scratch;
-    int64_t scratch_floats, part_floats;
-    float *stream, *input, *query, *key, *value, *branch, *gate, *up, *cosine, *sine, *parts;
-    int64_t products, attended, total;
-    /* what the tasks of this call work on */
-    int count, layer, exact, prepares;
-    int64_t start;
-    const cvxq_norm *norms[3]; /* of the branch, of branch + stream, of the next input */
-    float *cut;                /* logits that are capped */
-    int64_t cut_count;
-};
 
 static int64_t now(void)
 {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
-
-static int padded(int width) { return (width + CVXQ_PADDING - 1) / CVXQ_PADDING * CVXQ_PADDING; }
-
-static const cvxq_decoder_math *best_math(void)
-{
-#if defined(__x86_64__)
-    if (strcmp(cvxq_isa(), cvxq_decoder_math_avx512.name) == 0) return &cvxq_decoder_math_avx512;
-    if (strcmp(cvxq_isa(), cvxq_decoder_math_avx2.name) == 0) return &cvxq_decoder_math_avx2;
-#endif
-    return &cvxq_decoder_math_base;
-}
-
-/* Floats of `count` rows of `width`, rounded up so that what follows is aligned as well. */
-static int64_t span(int64_t count, int64_t width) { return (count * width + 15) / 16 * 16; }
-
-static int reserve_scratch(cvxq_decoder *decoder)
-{
-    const cvxq_decoder_shape *s = &decoder->shape;
-    const int64_t chunk = s->chunk;
-    const int wide = s->hidden > s->embedding ? s->hidden : s->embedding;
-    decoder->part_floats =
-        span(ROWS, s->head_dim) + span(ROWS, CVXQ_BLOCK + padded(s->head_dim) + 2);
-    struct {
-        float **place;
-        int64_t floats;
-    } plan[] = {
-        {&decoder->stream, span(chunk, s->hidden)},
-        {&decoder->input, span(chunk, wide)},
-        {&decoder->query, span(chunk, (int64_t)s->heads * s->head_dim)},
-        {&decoder->key, span(chunk, (int64_t)s->kv_heads * s->head_dim)},
-        {&decoder->value, span(chunk, (int64_t)s->kv_heads * s->head_dim)},
-        {&decoder->branch, span(chunk, wide)},
-        {&decoder->gate, span(chunk, s->ffn)},
-        {&decoder->up, span(chunk, s->ffn)},
-        {&decoder->cosine, span(chunk, s->rotary_pairs)},
-        {&decoder->sine, span(chunk, s->rotary_pairs)},
-        {&decoder->parts, decoder->threads * decoder->part_floats},
-    };
-    const int places = (int)(sizeof plan / sizeof *plan);
-    int64_t floats = 0;
-    for (int i = 0; i < places; i++) floats += plan[i].floats;
-    decoder->scratch = cvxq_arena_new((size_t)floats * sizeof(float));
-    if (decoder->scratch == NULL) return 1;
-    decoder->scratch_floats = floats;
-    float *next = decoder->scratch;
-    for (int i = 0; i < places; i++) {
-        *plan[i].place = next;
-        next += plan[i].floats;
-    }
-    return 0;
-}
-
-static int64_t block_floats(const cvxq_decoder *decoder)
-{
-    const cvxq_decoder_shape *s = &decoder->shape;
-    return (int64_t)s->layers * s->kv_heads * CVXQ_BLOCK * (s->head_dim + padded(s->head_dim));
-}
-
-cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
-                               const cvxq_layer *layers)
-{
-    cvxq_decoder *decoder = calloc(1, sizeof *decoder);
-    if (decoder == NULL) return NULL;
-    decoder->shape = *shape;
-    decoder->pool = pool;
-    decoder->math = best_math();
-    decoder->threads = cvxq_pool_threads(pool);
-    decoder->blocks = (shape->capacity + CVXQ_BLOCK - 1) / CVXQ_BLOCK;
-    const size_t pointers = (size_t)shape->layers * shape->kv_heads * decoder->blocks;
-    decoder->layers = malloc((size_t)shape->layers * sizeof *layers);
-    decoder->memory = calloc(decoder->blocks, sizeof *decoder->memory);
-    decoder->keys = calloc(pointers, sizeof *decoder->keys);
-    decoder->values = calloc(pointers, sizeof *decoder->values);
-    if (decoder->layers == NULL || decoder->memory == NULL || decoder->keys == NULL ||
-        decoder->values == NULL || reserve_scratch(decoder)) {
-        cvxq_decoder_free(decoder);
-        return NULL;
-    }
-    memcpy(decoder->layers, layers, (size_t)shape->layers * sizeof *layers);
-    return decoder;
-}
-
-void cvxq_decoder_free(cvxq_decoder *decoder)
-{
-    if (decoder == NULL) return;
-    for (int i = 0; i < decoder->held; i++)
-        cvxq_arena_free(decoder->memory[i], (size_t)block_floats(decoder) * sizeof(float));
-    free(decoder->memory);
-    free(decoder->keys);
-    free(decoder->values);
-    free(decoder->layers);
-    if (decoder->scratch != NULL)
-        cvxq_arena_free(decoder->scratch, (size_t)decoder->scratch_floats * sizeof(float));
-    free(decoder);
-}
-
-/* Hold keys and values of all layers for the first `positions` positions. */
-static int hold(cvxq_decoder *decoder, int64_t positions)
-{
-    const cvxq_decoder_shape *s = &decoder->shape;
-    const int key_floats = CVXQ_BLOCK * s->head_dim;
-    const int value_floats = CVXQ_BLOCK * padded(s->head_dim);
-    while ((int64_t)decoder->held * CVXQ_BLOCK < positions) {
-        const int block = decoder->held;
-        float *memory = cvxq_arena_new((size_t)block_floats(decoder) * sizeof(float));
-        if (memory == NULL) return 1;
-        float *next = memory;
-        for (int i = 0; i < s->layers * s->kv_heads; i++) {
-            decoder->keys[(int64_t)i * decoder->blocks + block] = next;
-            decoder->values[(int64_t)i * decoder->blocks + block] = next + key_floats;
-            next += key_floats + value_floats;
-        }
-        decoder->memory[block] = memory;
-        decoder->held++;
-    }
-    return 0;
 }
 
 static void run(cvxq_decoder *decoder, void (*task)(void *, int, int), int alone)
@@ -429,7 +287,7 @@ int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int6
 {
     const int layers = decoder->shape.layers;
     if (!in_range(decoder, ids, count, start, wanted)) return 2;
-    if (hold(decoder, start + count)) return 1;
+    if (cvxq_decoder_hold(decoder, start + count)) return 1;
     const int64_t begin = now();
     decoder->count = count;
     decoder->start = start;
@@ -459,10 +317,4 @@ void cvxq_decoder_clock(const cvxq_decoder *decoder, int64_t *products, int64_t 
     *products = decoder->products;
     *attention = decoder->attended;
     *total = decoder->total;
-}
-
-int64_t cvxq_decoder_bytes(const cvxq_decoder *decoder)
-{
-    return (decoder->held * block_floats(decoder) + decoder->scratch_floats) *
-           (int64_t)sizeof(float);
 }

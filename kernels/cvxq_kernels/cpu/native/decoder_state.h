@@ -1,0 +1,42 @@
+/* What a decoder holds; see decoder.h. decoder.c computes with it, decoder_memory.c allocates it. */
+#ifndef CVXQ_DECODER_STATE_H
+#define CVXQ_DECODER_STATE_H
+
+#include "decoder.h"
+#include "decoder_math.h"
+#include "internal.h"
+
+#define ROWS 16 /* rows of attention that one task computes together */
+
+struct cvxq_decoder {
+    cvxq_decoder_shape shape;
+    cvxq_layer *layers;
+    cvxq_pool *pool;
+    const cvxq_decoder_math *math;
+    int threads, blocks, held;
+    float **memory;                /* (blocks) what was allocated, NULL beyond `held` */
+    const float **keys, **values;  /* (layers, kv_heads, blocks) */
+    float *scratch;
+    int64_t scratch_floats, part_floats;
+    float *stream, *input, *query, *key, *value, *branch, *gate, *up, *cosine, *sine, *parts;
+    int64_t products, attended, total;
+    /* what the tasks of this call work on */
+    int count, layer, exact, prepares;
+    int64_t start;
+    const cvxq_norm *norms[3]; /* of the branch, of branch + stream, of the next input */
+    float *cut;                /* logits that are capped */
+    int64_t cut_count;
+};
+
+static inline int padded(int width)
+{
+    return (width + CVXQ_PADDING - 1) / CVXQ_PADDING * CVXQ_PADDING;
+}
+
+/* Floats of `count` rows of `width`, rounded up so that what follows is aligned as well. */
+static inline int64_t span(int64_t count, int64_t width) { return (count * width + 15) / 16 * 16; }
+
+/* Hold keys and values of all layers for the first `positions` positions; 1 without memory. */
+int cvxq_decoder_hold(cvxq_decoder *decoder, int64_t positions);
+
+#endif
