@@ -90,10 +90,13 @@ MODEL_COLUMNS = (
 KERNEL_READING = """\
 Bits held per weight count everything that a product reads: codes padded to whole units, a byte for
 each group's scale, four bytes per row. The share is a median over passes ± their deviation, each
-beside plain loads in the same second. Bounds, counted in instructions: at depths 1 to 4 a product
-needs 2.3 to 2.7 vector instructions per 64 weights and waits for memory; at 7 and 8 it needs some
-ten, which is about what memory delivers. What remains is the rounding of the inputs for every
-cluster of 64 rows: per byte of codes it is dearest at 2 bits."""
+beside plain loads in the same second, which read eight pages at a time in turn: one after the other
+they reach two thirds of that. Bounds: with all in the second caches, the same products reach 16 to
+19 GB/s at 2 bits, 21 to 25 at 3, 24 to 29 at 4 and 18 to 19 at 8, not far above what memory
+delivers or below it, and neither hides the other altogether. At depths 1 to 4 a product needs 2.3
+to 2.7 vector instructions per 64 weights, at 7 and 8 some ten. To these come the rounding of the
+inputs for every cluster of 64 rows and the fetching of every line ahead, a tenth of all
+instructions at 2 bits: per byte of codes both are dearest there."""
 
 MODEL_READING = """\
 Figures are medians over rounds ± their deviation; rounds in which other processes took more than
@@ -110,17 +113,17 @@ shows."""
 BOUNDS = """\
 What bounds the rest, from profiles of the model at 3.2 bits:
 
-- Decoding waits for memory: the share of reading is that of the products alone, less 3 % for
-  attention and what lies between products.
+- Decoding waits for memory, and at 2 and 3 bits as much for instructions: the share of reading is
+  that of the products alone, less 3 % for attention and what lies between products.
 - Of the time beside products and attention, two sums with norms take 7 µs per layer, the
   activation 5.5 µs, rotation and the new key and value 4.5 µs. Little of it is arithmetic: 100 kB
   per layer pass from one core's cache to the other's, or were evicted since the last token; on
   one thread it is no less. It is 1 to 3 % of a token.
 - Loading: about a third of the processors' time is Python's and numpy's, for depths and scales of
   every group, and goes with the number of weights: files of few bits per weight take longer per
-  byte.
+  byte. Next come repacking, pages that the system clears, and checksums.
 - Repacking at 2 bits: per column of 64 codes the bookkeeping (where its planes begin, its scale's
-  place) costs about as much as the 16 bytes of codes.
+  place) costs more than the 16 bytes of codes, and clearing new pages about as much.
 - Prefill: the matrix unit's inner loop reaches 0.67 of 1.15 T products/s on a core where all is
   in the second cache; at 128 tokens it takes 60 % of the time, expanding weights 15 %, putting
   inputs and results in order 15 %."""

@@ -3,8 +3,8 @@
 
 typedef uint64_t words __attribute__((vector_size(32), aligned(8)));
 
-/* A page, in words; pages that are read at once, line by line in turn: processors run ahead of every
- * one of them, and reach half as much again as with one. */
+/* A page, in words; pages that are read line by line in turn: processors run ahead of each of them,
+ * and reach half as much again as with one. */
 enum { PAGE = 4096 / sizeof(words), STREAMS = 8 };
 
 typedef struct {

@@ -1,4 +1,4 @@
-/* What a decoder holds; see decoder.h. decoder.c computes with it, decoder_memory.c allocates it. */
+/* What a decoder holds: decoder_memory.c allocates it, decoder.c computes with it. */
 #ifndef CVXQ_DECODER_STATE_H
 #define CVXQ_DECODER_STATE_H
 
