@@ -187,7 +187,7 @@ static void repack_cluster(const repack_job *job, int64_t c, int64_t *scratch) {
     const int64_t columns = w->inputs, groups = c * columns;
     const int64_t height = job->first_row[c + 1] - job->first_row[c], plane = (height + 7) / 8;
     const uint8_t *depths = source->depths + groups, *scales = source->scale_codes + groups;
-    uint8_t *to = w->scale_codes + groups; /* its bytes may alias anything: pointers are kept here */
+    uint8_t *to = w->scale_codes + groups; /* bytes may alias anything: pointers are kept here */
     int64_t *starts = scratch, *natural = scratch + columns, at = job->code_start[c];
     for (int64_t k = 0; k < columns; k++) {
         natural[k] = at;

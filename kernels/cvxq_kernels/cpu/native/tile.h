@@ -21,8 +21,8 @@ enum { PAGE = 4096, LINE = 64, STREAMS = 8, REGION = STREAMS * PAGE };
 
 /* Fetch as many lines as a unit at `unit` has, a region ahead: line 0 of each of its pages, then
  * line 1 and so on. Processors recognize one stream per page and run ahead of it only inside that
- * page, so that eight at once keep more of the memory busy than one: on a Sapphire Rapids, where one
- * stream per core reads 16 GB/s on two cores, eight read 24. Every line is asked for once. */
+ * page, so that eight at once keep more of the memory busy than one: on two cores of a Sapphire
+ * Rapids one stream each reads 16 GB/s, eight read 24. Every line is asked for once. */
 INLINE void fetch_ahead(const uint8_t *unit, const int lines) {
     UNROLL for (int i = 0; i < lines; i++) {
         const uintptr_t at = (uintptr_t)unit + LINE * (uintptr_t)i, line = at % REGION / LINE;
