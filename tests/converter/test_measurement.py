@@ -180,10 +180,18 @@ def test_a_target_is_met_and_hardly_exceeded(
     assert asked_for[name] == asked
     assert asked_for["bits"] is None
     rate = report.rate_bits_per_weight
-    at_rate = convert(
-        str(folder), tmp_path / "b.cvxq", options(bits=rate + 1e-9), measurement=measurement
-    )
-    assert at_rate.kl == report.kl  # the very same weights
+    again = tmp_path / "b.cvxq"
+    at_rate = convert(str(folder), again, options(bits=rate + 1e-9), measurement=measurement)
+    if stored_tables(again) == stored_tables(path):
+        assert at_rate.kl == report.kl  # the very same weights
+    else:  # one that pays at the rate tried need not at the rate achieved: so few are the weights
+        assert at_rate.rate_bits_per_weight < rate
+
+
+def stored_tables(path: Path) -> int:
+    """Mask of the depths whose level tables a file holds."""
+    with Reader(path) as reader:
+        return reader.header.codebooks[0].level_depths
 
 
 def test_on_a_text_the_tokens_that_came_count(

@@ -77,7 +77,7 @@ def quantize(
         row_weights=plan.row_weights,
     )
     options = ConversionOptions(bits=3, group_size=plan.clustering.group_size)
-    tensor = _pack(plan, matrix, None, options)
+    tensor = _pack(plan, matrix, None, options, codebook.scale_bits)
     return matrix, dequantize(tensor, codebook).astype(np.float64)
 
 
