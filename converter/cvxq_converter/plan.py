@@ -119,7 +119,12 @@ def plan_matrix(
         group_size,
         choose_partitions(rows, group_size, partitions),
     )
-    scales = choose_row_scales(row_variance, columns, clustering)
+    if matrix.kind == "embedding":
+        # Calibration never meets most tokens. A scale shared by a cluster spares their rows, which
+        # it takes for insensitive, no more than the others'.
+        scales = RowScales.none(rows)
+    else:
+        scales = choose_row_scales(row_variance, columns, clustering)
     weight, sensitivity = scales.normalize(weight), sensitivity.of_normalized(scales)
     weights = row_weights(sensitivity.row, clustering)
     mean, mean_square = group_moments(weight, clustering, weights)

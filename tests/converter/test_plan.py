@@ -16,8 +16,10 @@ from cvxq_converter.plan import MatrixPlan, Sensitivity, group_worth, plan_matri
 from cvxq_converter.statistics import MatrixStatistics, measure
 
 
-def plan_of(weight: torch.Tensor, sensitivity: Sensitivity, **options: Any) -> MatrixPlan:
-    matrix = SimpleNamespace(name="m", weight=weight, source_orientation="out_in")
+def plan_of(
+    weight: torch.Tensor, sensitivity: Sensitivity, kind: str = "linear", **options: Any
+) -> MatrixPlan:
+    matrix = SimpleNamespace(name="m", kind=kind, weight=weight, source_orientation="out_in")
     chosen = {
         "group_size": 2,
         "partitions": 1,
@@ -63,6 +65,14 @@ def test_means_are_stored_only_where_allowed_and_worth_it() -> None:
         assert spread == pytest.approx(
             5.1 if weight is not centred and not expected else 1, rel=0.2
         )
+
+
+def test_rows_are_scaled_unless_they_are_tokens() -> None:
+    sizes = torch.logspace(0, 3, 64, base=2)[torch.randperm(64, generator=torch.Generator())]
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * sizes[:, None]
+    sensitivity = Sensitivity(1 / sizes.numpy() ** 2, np.ones(128))  # every row is worth the same
+    assert plan_of(weight, sensitivity, group_size=16).row_scales.bits > 0
+    assert plan_of(weight, sensitivity, "embedding", group_size=16).row_scales.bits == 0
 
 
 def test_sensitivities_keep_the_total_that_was_measured() -> None:

@@ -34,7 +34,9 @@ def plan_of(
     weight: torch.Tensor, sensitivity: Sensitivity | None = None, **options: Any
 ) -> MatrixPlan:
     """Plan of one matrix with free depths, groups of 8 rows unless told otherwise."""
-    matrix = SimpleNamespace(name="m.weight", weight=weight, source_orientation="out_in")
+    matrix = SimpleNamespace(
+        name="m.weight", kind="linear", weight=weight, source_orientation="out_in"
+    )
     settings_ = {
         "group_size": 8,
         "partitions": 1,
