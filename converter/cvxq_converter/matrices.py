@@ -32,6 +32,7 @@ class Matrix:
     has_bias: bool
     source_orientation: str  # "out_in" or "in_out" (Conv1D)
     input_module_name: str | None  # module that multiplies an input by it; None for a pure table
+    rows_are_tokens: bool  # the input embedding or the output head
 
     @property
     def weight(self) -> Tensor:
@@ -49,7 +50,8 @@ def find_matrices(network: Any, names: Mapping[str, str] | None = None) -> list[
     """
     users = _matrix_users(network)
     _refuse_unknown_weights(network, {id(parameter) for parameter, _ in users.values()})
-    return [_describe(parameter, uses, names or {}) for parameter, uses in users.values()]
+    head = network.get_output_embeddings()
+    return [_describe(parameter, uses, names or {}, head) for parameter, uses in users.values()]
 
 
 _Use = tuple[str, nn.Module]
@@ -68,7 +70,9 @@ def _matrix_users(network: Any) -> dict[int, tuple[nn.Parameter, list[_Use]]]:
     return users
 
 
-def _describe(parameter: nn.Parameter, uses: list[_Use], names: Mapping[str, str]) -> Matrix:
+def _describe(
+    parameter: nn.Parameter, uses: list[_Use], names: Mapping[str, str], head: nn.Module | None
+) -> Matrix:
     tables = [use for use in uses if isinstance(use[1], nn.Embedding)]
     products = [use for use in uses if not isinstance(use[1], nn.Embedding)]
     first = (tables or products)[0]
@@ -95,6 +99,7 @@ def _describe(parameter: nn.Parameter, uses: list[_Use], names: Mapping[str, str
         has_bias=has_bias,
         source_orientation="in_out" if kind == "conv1d" else "out_in",
         input_module_name=products[0][0] if products else None,
+        rows_are_tokens=bool(tables) or any(module is head for _, module in products),
     )
 
 

@@ -119,7 +119,7 @@ def plan_matrix(
         group_size,
         choose_partitions(rows, group_size, partitions),
     )
-    if matrix.kind == "embedding":
+    if matrix.rows_are_tokens:
         # Calibration never meets most tokens. A scale shared by a cluster spares their rows, which
         # it takes for insensitive, no more than the others'.
         scales = RowScales.none(rows)

@@ -89,6 +89,9 @@ def test_matrices_cover_the_blocks_the_embedding_and_the_head(
     assert len(matrices) == 2 * per_block + (1 if tied else 2)
     embedding = next(m for m in matrices if m.kind == "embedding")
     assert bool(embedding.aliases) == tied
+    tokens = {m.name for m in matrices if m.rows_are_tokens}
+    assert len(tokens) == (1 if tied else 2)
+    assert {len(m.weight) for m in matrices if m.name in tokens} == {network.config.vocab_size}
     assert (embedding.input_module_name is not None) == tied
     inputs = torch.randn(3, matrices[1].weight.shape[1])
     module = network.get_submodule(matrices[1].module_name)

@@ -17,9 +17,11 @@ from cvxq_converter.statistics import MatrixStatistics, measure
 
 
 def plan_of(
-    weight: torch.Tensor, sensitivity: Sensitivity, kind: str = "linear", **options: Any
+    weight: torch.Tensor, sensitivity: Sensitivity, tokens: bool = False, **options: Any
 ) -> MatrixPlan:
-    matrix = SimpleNamespace(name="m", kind=kind, weight=weight, source_orientation="out_in")
+    matrix = SimpleNamespace(
+        name="m", weight=weight, source_orientation="out_in", rows_are_tokens=tokens
+    )
     chosen = {
         "group_size": 2,
         "partitions": 1,
@@ -72,7 +74,7 @@ def test_rows_are_scaled_unless_they_are_tokens() -> None:
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * sizes[:, None]
     sensitivity = Sensitivity(1 / sizes.numpy() ** 2, np.ones(128))  # every row is worth the same
     assert plan_of(weight, sensitivity, group_size=16).row_scales.bits > 0
-    assert plan_of(weight, sensitivity, "embedding", group_size=16).row_scales.bits == 0
+    assert plan_of(weight, sensitivity, tokens=True, group_size=16).row_scales.bits == 0
 
 
 def test_sensitivities_keep_the_total_that_was_measured() -> None:

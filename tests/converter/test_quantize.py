@@ -35,7 +35,7 @@ def plan_of(
 ) -> MatrixPlan:
     """Plan of one matrix with free depths, groups of 8 rows unless told otherwise."""
     matrix = SimpleNamespace(
-        name="m.weight", kind="linear", weight=weight, source_orientation="out_in"
+        name="m.weight", weight=weight, source_orientation="out_in", rows_are_tokens=False
     )
     settings_ = {
         "group_size": 8,

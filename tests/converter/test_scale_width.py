@@ -17,7 +17,7 @@ def plan(octaves: np.ndarray, rows: int = 64) -> MatrixPlan:
     weight = torch.randn(rows, len(octaves), generator=generator)
     weight *= torch.from_numpy(np.exp2(-octaves)).float()
     return plan_matrix(
-        Matrix("w", "", "linear", nn.Parameter(weight), (), None, False, "out_in", None),
+        Matrix("w", "", "linear", nn.Parameter(weight), (), None, False, "out_in", None, False),
         weight,
         Sensitivity.uniform((rows, len(octaves))),
         group_size=64,
