@@ -21,24 +21,28 @@ def choose_scale_bits(plans: Sequence[MatrixPlan]) -> int:
     error grows by s0² / s². Depths are such that every weight's error costs alike, so the mean m
     of these factors costs ½ log2(m) per weight.
     """
-    weights = sum(int(np.prod(p.matrix.weight.shape)) for p in plans)
-    groups = sum(p.deviation().numel() for p in plans)
+    weights = sum(p.matrix.weight.numel() for p in plans)
+    groups = sum(p.moments[0].numel() for p in plans)
+    widths = range(NARROWEST, WIDEST + 1)
+    grown = dict.fromkeys(widths, 0.0)
+    for plan in plans:
+        deviation = plan.deviation().double().cpu().numpy()
+        for bits in widths:
+            grown[bits] += _grown_error(deviation, plan.clustering.cluster_rows, bits)
 
     def cost(bits: int) -> float:
-        reach = ((1 << bits) - 2 - HEADROOM_STEPS) / STEPS_PER_OCTAVE
-        grown = sum(_grown_error(p, reach) for p in plans)
         side = bits * groups + (32 << bits)
-        return side / weights + 0.5 * float(np.log2(grown / weights))
+        return side / weights + 0.5 * float(np.log2(grown[bits] / weights))
 
-    return min(range(NARROWEST, WIDEST + 1), key=cost) if weights else WIDEST
+    return min(widths, key=cost) if weights else WIDEST
 
 
-def _grown_error(plan: MatrixPlan, reach: float) -> float:
+def _grown_error(deviation: np.ndarray, cluster_rows: np.ndarray, bits: int) -> float:
     """Sum over the weights of what their error is multiplied by, 1 for those within reach.
 
-    reach: octaves from the largest deviation of the matrix to the lowest scale.
+    deviation: (C, K) float64. The ladder reaches down from the largest of them.
     """
-    deviation = plan.deviation().double().cpu().numpy()
+    reach = ((1 << bits) - 2 - HEADROOM_STEPS) / STEPS_PER_OCTAVE
     lowest = float(deviation.max()) * 2.0**-reach
     ratio = np.divide(lowest, deviation, out=np.ones_like(deviation), where=deviation > 0)
-    return float(plan.clustering.cluster_rows @ np.clip(ratio**2, 1, LARGEST_LOSS).sum(1))
+    return float(cluster_rows @ np.clip(ratio**2, 1, LARGEST_LOSS).sum(1))
