@@ -18,20 +18,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from cvxq.evaluate import divergence, token_ids, windows
-from cvxq_converter.calibration import CalibrationOptions, make_sequences
-from cvxq_converter.checkpoint import load_network, load_tokenizer, open_source
-from cvxq_converter.correction import install
-from cvxq_converter.hessian import Feedback
-from cvxq_converter.iteration import make_plan, quantize_network
 from cvxq_converter.job import split_sequences
-from cvxq_converter.loaded import LoadedModel, load_model
+from cvxq_converter.measure.calibration import CalibrationOptions, make_sequences
+from cvxq_converter.measure.hessian import Feedback
+from cvxq_converter.measure.quality import Reference, make_reference
+from cvxq_converter.measure.statistics import MatrixStatistics, measure, measure_groups
+from cvxq_converter.measure.teaching import Lesson, make_lessons
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import calibration_amount
-from cvxq_converter.quality import Reference, make_reference
+from cvxq_converter.quantize.correction import install
+from cvxq_converter.quantize.iteration import make_plan, quantize_network
+from cvxq_converter.quantize.tuning import tune
+from cvxq_converter.source.checkpoint import load_network, load_tokenizer, open_source
+from cvxq_converter.source.loaded import LoadedModel, load_model
 from cvxq_converter.stages import Stages
-from cvxq_converter.statistics import MatrixStatistics, measure, measure_groups
-from cvxq_converter.teaching import Lesson, make_lessons
-from cvxq_converter.tuning import tune
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,9 +21,9 @@ from typing import Any
 from comparison import Run
 from cvxq import evaluate, load
 from cvxq.original import load_checkpoint, load_subject
-from cvxq_converter import calibration
-from cvxq_converter.calibration import CalibrationOptions, make_sequences
-from cvxq_converter.matrices import find_matrices
+from cvxq_converter.measure import calibration
+from cvxq_converter.measure.calibration import CalibrationOptions, make_sequences
+from cvxq_converter.source.matrices import find_matrices
 from cvxq_format import Reader
 from peers.catalogue import Peer, Settings
 from peers.environment import requirements

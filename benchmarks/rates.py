@@ -19,13 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from cvxq import evaluate
-from cvxq_converter.checkpoint import load_network, load_tokenizer, open_source
-from cvxq_converter.curve import Curve
 from cvxq_converter.job import Outcome, Prepared, finish, prepare, quantize, seek
-from cvxq_converter.loaded import load_model
-from cvxq_converter.measurement import Measurement, load_measurement
+from cvxq_converter.measure.curve import Curve
+from cvxq_converter.measure.measurement import Measurement, load_measurement
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import preflight
+from cvxq_converter.source.checkpoint import load_network, load_tokenizer, open_source
+from cvxq_converter.source.loaded import load_model
 from cvxq_converter.stages import Stages
 
 RATES = (2.1, 2.4, 2.6, 2.8, 3.2, 3.4, 3.7, 4.5, 5.0, 6.0)

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from ablation import Bench, divergence
-from cvxq_converter.companding import fit_levels
-from cvxq_converter.gain import EXPONENTS, shrinkage_ratios
-from cvxq_converter.iteration import make_plan, quantize_network
-from cvxq_converter.plan import MatrixPlan
-from cvxq_converter.quality import divergence as loss
-from cvxq_converter.quantize import InverseFactor
-from cvxq_converter.search import Tables, make_grid, search
+from cvxq_converter.allocate.plan import MatrixPlan
+from cvxq_converter.measure.quality import divergence as loss
+from cvxq_converter.quantize.columns import InverseFactor
+from cvxq_converter.quantize.companding import fit_levels
+from cvxq_converter.quantize.gain import EXPONENTS, shrinkage_ratios
+from cvxq_converter.quantize.iteration import make_plan, quantize_network
+from cvxq_converter.quantize.search import Tables, make_grid, search
 from cvxq_converter.stages import Stages
 from cvxq_format import Codebook, CompandedTensor
 from torch import Tensor

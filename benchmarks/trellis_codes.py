@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from cvxq_converter.companding import LevelHistogram, fit_levels
+from cvxq_converter.quantize.companding import LevelHistogram, fit_levels
 from torch import Tensor
 
 DENSE = (2, 3, 4)

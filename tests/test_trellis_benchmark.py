@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from cvxq_converter.companding import fit_levels
+from cvxq_converter.quantize.companding import fit_levels
 from trellis_codes import (
     Code,
     Computed,

@@ -18,21 +18,14 @@ from pathlib import Path
 
 import torch
 
-from cvxq_converter.assembling import (
-    make_report,
-    perplexity_increase,
-    surroundings,
-    write_result,
-)
-from cvxq_converter.calibration import CalibrationOptions, make_sequences
-from cvxq_converter.checkpoint import Source, load_tokenizer, open_source
-from cvxq_converter.curve import Curve, Trial
-from cvxq_converter.details import Details, losses_by_position, weight_distributions
+from cvxq_converter.allocate.plan import MatrixPlan
+from cvxq_converter.allocate.prediction import predict_curve
+from cvxq_converter.allocate.target import Target, TargetResult, search_rate
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.hessian import Feedback
-from cvxq_converter.iteration import Quantized, make_plan, quantize_network
-from cvxq_converter.loaded import LoadedModel, load_model
-from cvxq_converter.measurement import (
+from cvxq_converter.measure.calibration import CalibrationOptions, make_sequences
+from cvxq_converter.measure.curve import Curve, Trial
+from cvxq_converter.measure.hessian import Feedback
+from cvxq_converter.measure.measurement import (
     Measurement,
     calibration_digest,
     matrices_of,
@@ -40,19 +33,26 @@ from cvxq_converter.measurement import (
     save_measurement,
     shared_arrays,
 )
-from cvxq_converter.measurement_file import Record
+from cvxq_converter.measure.measurement_file import Record
+from cvxq_converter.measure.quality import LOGIT_LIMIT, Reference, divergence, make_reference
+from cvxq_converter.measure.statistics import MatrixStatistics, measure
+from cvxq_converter.measure.teaching import Lesson, make_lessons
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.plan import MatrixPlan
-from cvxq_converter.prediction import predict_curve
 from cvxq_converter.preflight import Preflight, preflight, refuse_what_cannot_fit
-from cvxq_converter.quality import LOGIT_LIMIT, Reference, divergence, make_reference
-from cvxq_converter.report import ConversionReport
-from cvxq_converter.rtn import quantize_network_rtn
+from cvxq_converter.quantize.iteration import Quantized, make_plan, quantize_network
+from cvxq_converter.quantize.rtn import quantize_network_rtn
+from cvxq_converter.quantize.tuning import tune
+from cvxq_converter.source.checkpoint import Source, load_tokenizer, open_source
+from cvxq_converter.source.loaded import LoadedModel, load_model
 from cvxq_converter.stages import Progress, Stages
-from cvxq_converter.statistics import MatrixStatistics, measure
-from cvxq_converter.target import Target, TargetResult, search_rate
-from cvxq_converter.teaching import Lesson, make_lessons
-from cvxq_converter.tuning import tune
+from cvxq_converter.write.assembling import (
+    make_report,
+    perplexity_increase,
+    surroundings,
+    write_result,
+)
+from cvxq_converter.write.details import Details, losses_by_position, weight_distributions
+from cvxq_converter.write.report import ConversionReport
 
 HELD_BACK = 8  # one sequence in eight is kept from the measurement
 TRIAL_RATES = (2.25, 3.0, 4.0, 5.5)  # at which a measurement checks its prediction

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from .calibration import cache_bytes, context_length, sampling_batch
-from .checkpoint import Source
-from .errors import ConversionError
-from .hessian import MEMORY as HESSIAN_BYTES
-from .teaching import KEPT
-from .tuning import BATCH
+from cvxq_converter.errors import ConversionError
+from cvxq_converter.measure.calibration import cache_bytes, context_length, sampling_batch
+from cvxq_converter.measure.hessian import MEMORY as HESSIAN_BYTES
+from cvxq_converter.measure.teaching import KEPT
+from cvxq_converter.quantize.tuning import BATCH
+from cvxq_converter.source.checkpoint import Source
 
 FULL_SEQUENCES, FULL_LENGTH = 128, 2048  # the papers' amount; the default on a GPU
 CPU_LENGTH = 512  # shorter documents cost less per token and sample as many contexts

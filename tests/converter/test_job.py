@@ -18,11 +18,11 @@ import pytest
 import torch
 from cvxq.summary import summarize
 from cvxq_converter.errors import ConversionError, RateError
-from cvxq_converter.iteration import quantize_network
 from cvxq_converter.job import convert
+from cvxq_converter.measure.statistics import MatrixStatistics, measure
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.report import ConversionReport
-from cvxq_converter.statistics import MatrixStatistics, measure
+from cvxq_converter.quantize.iteration import quantize_network
+from cvxq_converter.write.report import ConversionReport
 from cvxq_format import CompandedTensor, Reader, dequantize, verify
 from torch import nn
 from transformers import AutoModelForCausalLM

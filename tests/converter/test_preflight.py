@@ -11,7 +11,6 @@ from typing import Any
 import cvxq_converter.preflight as module
 import pytest
 import torch
-from cvxq_converter.checkpoint import open_source
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.preflight import (
     Preflight,
@@ -22,6 +21,7 @@ from cvxq_converter.preflight import (
     preflight,
     refuse_what_cannot_fit,
 )
+from cvxq_converter.source.checkpoint import open_source
 
 LAPTOP = Speed(flops=1e11, elements=1e9, call_seconds=5e-6)
 

@@ -23,7 +23,7 @@ from cvxq.cli.output import Progress, bytes_text, print_table
 from cvxq.summary import summarize
 
 if TYPE_CHECKING:
-    from cvxq_converter.report import ConversionReport
+    from cvxq_converter.write.report import ConversionReport
 
 TARGETS = ("bits", "size_bytes", "max_kl", "max_perplexity_increase")
 
@@ -77,7 +77,7 @@ def command(
     prepare(threads)
     measurement = None
     if statistics is not None:
-        from cvxq_converter.measurement import load_measurement
+        from cvxq_converter.measure.measurement import load_measurement
 
         measurement = load_measurement(statistics)
         given = {**measurement.record.options, **given}
@@ -91,7 +91,7 @@ def command(
         with_details=report is not None,
     )
     if report is not None:
-        from cvxq_converter.page import write_report
+        from cvxq_converter.write.page import write_report
 
         write_report(report, result.to_json(), summarize(output).record())
         announce(f"report: {report / 'index.html'}")

@@ -18,7 +18,7 @@ from cvxq.cli.conversion import (
 from cvxq.cli.output import Progress, bytes_text, print_table
 
 if TYPE_CHECKING:
-    from cvxq_converter.measurement_file import Record
+    from cvxq_converter.measure.measurement_file import Record
 
 
 @click.command("measure", short_help="Measure a model once, for many conversions.")

@@ -13,7 +13,7 @@ from cvxq.cli.failures import existing_file
 from cvxq.cli.output import bytes_text, emit_json, print_table
 
 if TYPE_CHECKING:
-    from cvxq_converter.measurement_file import Record
+    from cvxq_converter.measure.measurement_file import Record
 
 PICTURES = (".png", ".svg")
 
@@ -35,11 +35,11 @@ def command(statistics: Path, plot: Path | None, as_json: bool) -> None:
     """
     if plot is not None and plot.suffix.lower() not in PICTURES:
         raise click.UsageError(f"--plot {plot}: its name must end in .png or .svg")
-    from cvxq_converter.measurement_file import read_record
+    from cvxq_converter.measure.measurement_file import read_record
 
     record = read_record(existing_file(statistics, "a file that cvxq measure wrote"))
     if plot is not None:
-        from cvxq_converter.plotting import draw_curve
+        from cvxq_converter.write.plotting import draw_curve
 
         draw_curve(record, plot)
     entries = curve_entries(record)

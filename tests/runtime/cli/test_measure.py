@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from cvxq_converter.curve import Curve, Point, Trial
-from cvxq_converter.measurement_file import Record
+from cvxq_converter.measure.curve import Curve, Point, Trial
+from cvxq_converter.measure.measurement_file import Record
 
 Cvxq = Callable[..., Result]
 Fails = Callable[..., str]

@@ -1,0 +1,1 @@
+"""Statistics → clusters, worths, bit depths for a target, and the sizes that follow."""

@@ -1,0 +1,248 @@
+"""Sequences to calibrate on: sampled from the model itself, or cut from a text.
+
+Self-calibration samples at temperature 1 without truncation, so that the sequences follow the
+model's own distribution, the one whose change is being measured. Every document begins with the
+start token (BOS, else EOS, else a random token); after an EOS a new document begins in the same
+sequence, as in packed training data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvxq_converter.errors import ConversionError
+
+Progress = Callable[[str, int, int], None]
+_CACHE_BYTES = 1 << 31  # keys and values of one sampling batch
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to calibrate on: "self", "none" or the path of a .txt or .jsonl file."""
+
+    source: str = "self"
+    sequences: int = 128
+    length: int = 2048
+    seed: int = 0
+
+
+def make_sequences(
+    network: Any,
+    tokenizer: Any | None,
+    options: CalibrationOptions,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return calibration tokens (S, L) int64; (0, L) for "none".
+
+    L is `options.length`, or the model's context if that is smaller. A text gives non-overlapping
+    windows spread evenly over it, and must be long enough for all of them.
+    Raises ConversionError for a text that is missing, empty, too short or wrongly encoded.
+    """
+    if options.sequences < 1 or options.length < 2:
+        raise ConversionError(
+            f"calibration: {options.sequences} sequences of {options.length} tokens; "
+            "expected at least 1 of at least 2"
+        )
+    length = min(options.length, context_length(network.config) or options.length)
+    if options.source == "none":
+        return torch.empty(0, length, dtype=torch.int64)
+    if options.source == "self":
+        return _sample(network, tokenizer, options.sequences, length, options.seed, progress)
+    if tokenizer is None:
+        raise ConversionError(
+            f"{options.source}: the model has no tokenizer; use --calibration self"
+        )
+    documents = read_documents(options.source)
+    tokens = _tokenize(network, tokenizer, documents)
+    return _cut(tokens, options.sequences, length, options.source)
+
+
+def context_length(config: Any) -> int | None:
+    """Return the number of positions that the model was made for, or None if it is not stated."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def read_documents(source: str) -> list[str]:
+    """Read a .jsonl file ({"text": …} per line) or a text file (one document), as UTF-8."""
+    path = Path(source)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConversionError(
+            f"{source}: no such file; --calibration takes self, none, a .txt or a .jsonl file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConversionError(
+            f"{source}: byte {error.start} is not UTF-8; convert the file to UTF-8 first"
+        ) from error
+    except OSError as error:
+        raise ConversionError(f"{source}: cannot be read: {error.strerror}") from error
+    documents = _json_lines(text, source) if path.suffix == ".jsonl" else [text]
+    if not any(document.strip() for document in documents):
+        raise ConversionError(f"{source}: no text in it; calibration needs some")
+    return documents
+
+
+def _json_lines(text: str, source: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except ValueError:
+            raise ConversionError(f"{source}, line {number}: not JSON") from None
+        if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+            raise ConversionError(
+                f'{source}, line {number}: no text; expected {{"text": "…"}} on every line'
+            )
+        documents.append(item["text"])
+    return documents
+
+
+def _tokenize(network: Any, tokenizer: Any, documents: Iterable[str]) -> Tensor:
+    """Join the documents' tokens, each with the special tokens that the tokenizer adds."""
+    pieces = [
+        torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
+        for document in documents
+        if document
+    ]
+    tokens = torch.cat(pieces)
+    size = network.get_input_embeddings().weight.shape[0]
+    if len(tokens) and int(tokens.max()) >= size:
+        raise ConversionError(
+            f"calibration: the tokenizer gives token {int(tokens.max())}, the model has {size}"
+        )
+    return tokens
+
+
+def _cut(tokens: Tensor, sequences: int, length: int, source: str) -> Tensor:
+    windows = len(tokens) // length
+    if windows < sequences:
+        raise ConversionError(
+            f"{source}: too short: {len(tokens)} tokens, {sequences} sequences of {length} need "
+            f"{sequences * length}; use a longer text, or fewer or shorter sequences"
+        )
+    chosen = torch.arange(sequences) * windows // sequences
+    return tokens[: windows * length].view(windows, length)[chosen].clone()
+
+
+# --- the model's own text -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Specials:
+    start: int | None  # None: a random token
+    ends: tuple[int, ...]
+
+
+def _special_tokens(network: Any, tokenizer: Any | None) -> _Specials:
+    """Find the start token (BOS, else EOS) and all EOS ids, within the vocabulary."""
+    size = network.get_input_embeddings().weight.shape[0]
+    places = [network.generation_config, network.config.get_text_config(), tokenizer]
+
+    def find(name: str) -> list[int]:
+        for place in places:
+            value = getattr(place, name, None)
+            given = value if isinstance(value, list | tuple) else [value]
+            ids = [int(item) for item in given if item is not None and 0 <= int(item) < size]
+            if ids:
+                return ids
+        return []
+
+    ends = find("eos_token_id")
+    begin = find("bos_token_id") or ends
+    return _Specials(begin[0] if begin else None, tuple(ends))
+
+
+def cache_bytes(config: Any, length: int, element_bytes: int) -> int:
+    """Return the size of one sequence's keys and values."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * size * length * element_bytes)
+
+
+def sampling_batch(config: Any, length: int, element_bytes: int) -> int:
+    """Sequences per batch so that the cache stays bounded; a function of shapes only.
+
+    Free memory takes no part: another batch size gives other rounding, hence other samples.
+    """
+    return max(1, min(64, _CACHE_BYTES // cache_bytes(config, length, element_bytes)))
+
+
+def _sample(
+    network: Any,
+    tokenizer: Any | None,
+    sequences: int,
+    length: int,
+    seed: int,
+    progress: Progress | None,
+) -> Tensor:
+    parameter = next(network.parameters())
+    specials = _special_tokens(network, tokenizer)
+    batch = sampling_batch(network.config, length, parameter.element_size())
+    generator = torch.Generator(device=parameter.device).manual_seed(seed)
+    parts: list[Tensor] = []
+    for first in range(0, sequences, batch):
+        count = min(batch, sequences - first)
+
+        def report(position: int, first: int = first, count: int = count) -> None:
+            if progress is not None:
+                progress("calibration", first * length + count * position, sequences * length)
+
+        parts.append(_sample_batch(network, specials, count, length, generator, report).cpu())
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def _sample_batch(
+    network: Any,
+    specials: _Specials,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    report: Callable[[int], None],
+) -> Tensor:
+    """Sample `count` sequences side by side, one token of each per step."""
+    device = next(network.parameters()).device
+    vocabulary = network.get_input_embeddings().weight.shape[0]
+    tokens = torch.empty(count, length, dtype=torch.int64, device=device)
+    ends = torch.tensor(specials.ends, dtype=torch.int64, device=device)
+
+    def starts() -> Tensor:
+        if specials.start is not None:
+            return torch.full((count,), specials.start, device=device)
+        return torch.randint(vocabulary, (count,), generator=generator, device=device)
+
+    tokens[:, 0] = starts()
+    cache = None
+    for position in range(1, length):
+        previous = tokens[:, position - 1]
+        output = network(input_ids=previous[:, None], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        share = torch.softmax(output.logits[:, -1], dim=-1, dtype=torch.float32)
+        if not torch.isfinite(share).all():
+            raise ConversionError("logits are not finite; use --dtype bfloat16 or float32")
+        drawn = torch.multinomial(share, 1, generator=generator)[:, 0]
+        # An EOS that is also the start token has begun the next document already.
+        restart = torch.isin(previous, ends) & (previous != specials.start)
+        tokens[:, position] = torch.where(restart, starts(), drawn)
+        if position % 16 == 15 or position == length - 1:
+            report(position + 1)
+    return tokens

@@ -1,0 +1,1 @@
+"""Depths → codes, scales, level tables; then the corrections that cost no codes."""

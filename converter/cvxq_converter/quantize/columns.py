@@ -1,0 +1,278 @@
+"""Groups → codes, scales, means, with or without error feedback.
+
+Without feedback every group is quantized to least squared error on its own. With the Hessian H of
+a matrix (`hessian`), the columns are quantized one after the other in falling order of
+H's diagonal, and the error of each is pushed onto the columns still to come, so that the error of
+the layer's *output* is least (Optimal Brain Surgeon; GPTQ, arXiv 2210.17323). With H⁻¹ = Uᵀ U,
+U upper triangular, column j of W in that order leaves the error e = (w_j − q_j) / U_jj, and every
+later column k becomes w_k − e U_jk. Scales and means are searched when a column's turn comes, for
+the weights as they are by then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from cvxq_format import Codebook
+
+from cvxq_converter.allocate.clustering import Clustering
+from cvxq_converter.quantize.search import Choice, Chosen, Grid, Tables, make_grid, search
+
+DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
+BLOCK = 128  # columns whose errors are pushed onto the rest of the matrix at once
+FUSED_BLOCK = 32  # the same for the kernel, which keeps these errors in registers
+CHUNK = 1 << 16  # weights searched at once without feedback
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """One quantized matrix (N, K), rows in stored order.
+
+    codes: (N, K) uint8; scale_codes: (C, K) uint8; mean_codes: (C, K) int8 or None;
+    depths: (C, K) uint8; scale_unit and mean_step: float32, see FORMAT.md.
+    squared_error: (9,) float64 Σ (v − vq)² by bit depth. energy, projection: (9,) float64 Σ v² and
+    Σ v·vq by bit depth, v being what was quantized: the weights less their group's mean, moved by
+    the feedback if there was any.
+    """
+
+    clustering: Clustering
+    depths: np.ndarray
+    codes: np.ndarray
+    scale_codes: np.ndarray
+    mean_codes: np.ndarray | None
+    scale_unit: np.float32
+    mean_step: np.float32
+    squared_error: np.ndarray
+    energy: np.ndarray
+    projection: np.ndarray
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U with (P H Pᵀ + damping)⁻¹ = Uᵀ U, the columns of H being put in the order P.
+
+    order: (K,) int64, falling diagonal of H; factor: (K, K) float32 upper triangular.
+    unexplained: (K,) float32, columns as in H: the share of each column's input that those after
+    it in the order cannot make up for.
+    """
+
+    order: torch.Tensor
+    factor: torch.Tensor
+    unexplained: torch.Tensor
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor) -> InverseFactor:
+        """Factor a Hessian (K, K), symmetric and positive semi-definite.
+
+        H reversed in both axes has the Cholesky factor L; L reversed again is the upper factor R
+        of H = R Rᵀ, and U = R⁻¹. Columns without any input keep the damping alone on their
+        diagonal: their errors concern nobody.
+        """
+        diagonal = hessian.diagonal()
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        ordered = hessian[order][:, order].double()
+        damping = DAMPING * float(diagonal.double().mean())
+        ordered.diagonal().add_(damping if damping > 0 else 1.0)
+        upper = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)
+        identity = torch.eye(len(order), dtype=torch.float64, device=hessian.device)
+        factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        unexplained = torch.empty_like(diagonal)
+        unexplained[order] = (upper.diagonal().square() / ordered.diagonal()).float()
+        return cls(order, factor.float().contiguous(), unexplained)
+
+
+def means_pay(mean: torch.Tensor, mean_square: torch.Tensor, group_size: int) -> bool:
+    """Whether storing 8-bit means earns more than spending the same bits on depth.
+
+    mean, mean_square: (C, K). Removing the mean lowers the group's spread, which is worth
+    ½ log2(mean square / variance) bits per weight; the mean costs 8 / G.
+    """
+    used = mean_square > 0
+    if not bool(used.any()):
+        return False
+    variance = (mean_square - mean.square()).clamp_min(0)[used]
+    gain = 0.5 * torch.log2(mean_square[used] / variance.clamp_min(1e-300))
+    return float(gain.clamp(max=8).mean()) > 8 / group_size
+
+
+def quantize_matrix(
+    weight: torch.Tensor,
+    clustering: Clustering,
+    depths: np.ndarray,
+    codebook: Codebook,
+    *,
+    with_means: bool,
+    refine: bool = True,
+    moments: tuple[torch.Tensor, torch.Tensor],
+    row_weights: np.ndarray,
+    feedback: InverseFactor | None = None,
+) -> QuantizedMatrix:
+    """Quantize weight (N, K) with the depths (C, K) and the codebook's levels.
+
+    moments: the groups' (mean, mean square), as `group_moments` gives them. row_weights: (N,), what
+    an error in each row counts for, in stored order. feedback: of the Hessian, None to do without.
+    """
+    grid = make_grid(*moments, codebook, with_means=with_means)
+    columns = _Columns(weight, clustering, depths, codebook, grid, row_weights, refine)
+    if feedback is None:
+        columns.quantize_apart(moments)
+    else:
+        columns.quantize_in_turn(feedback)
+    return columns.result(with_means)
+
+
+class _Columns:
+    """The columns of one matrix on their way to codes, clusters padded to equal size.
+
+    weights: (K, C, G) float32 in units of the grid, padding 0; shares: (C, G) of each row in the
+    error, padding 0; filled: (C, G) 1, padding 0; sizes: (C,) int32 rows of each cluster; slots:
+    (N,) place of each stored row in C·G.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        clustering: Clustering,
+        depths: np.ndarray,
+        codebook: Codebook,
+        grid: Grid,
+        row_weights: np.ndarray,
+        refine: bool,
+    ) -> None:
+        device = weight.device
+        rows = clustering.cluster_rows
+        C, G, K = clustering.clusters, int(rows.max()), weight.shape[1]
+        within = np.arange(len(weight)) - np.repeat(clustering.bounds[:-1], rows)
+        slots = np.repeat(np.arange(C), rows) * G + within
+        self.slots = torch.from_numpy(slots).to(device)
+        self.clustering, self.depths, self.grid, self.refine = clustering, depths, grid, refine
+        self.tables = Tables.of(codebook, device)
+        permutation = torch.from_numpy(clustering.permutation).to(device)
+        self.weights = torch.zeros(K, C * G, device=device)
+        stored = weight[permutation].float() / max(float(grid.unit), 1e-38)
+        self.weights[:, self.slots] = stored.T
+        self.weights = self.weights.view(K, C, G)
+        shares = torch.zeros(C * G, device=device)
+        shares[self.slots] = torch.from_numpy(row_weights).to(device)
+        self.shares = shares.view(C, G)
+        self.sizes = torch.from_numpy(rows.astype(np.int32)).to(device)
+        filled = torch.zeros(C * G, device=device)
+        filled[self.slots] = 1
+        self.filled = filled.view(C, G)
+        self.deep = torch.from_numpy(depths.T.astype(np.int64, order="C")).to(device)
+        self.chosen = Chosen.empty(K, C, G, device)
+
+    def quantize_apart(self, moments: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Quantize every group on its own; moments: (C, K) in weight units."""
+        unit = max(float(self.grid.unit), 1e-38)
+        mean = (moments[0].T / unit).float().contiguous()
+        mean_square = (moments[1].T / unit**2).float().contiguous()
+        K, C, G = self.weights.shape
+        step = max(1, CHUNK // (C * G))
+        for start in range(0, K, step):
+            part = slice(start, min(start + step, K))
+            self._quantize(part, self.weights[part], (mean[part], mean_square[part]))
+
+    def quantize_in_turn(self, feedback: InverseFactor) -> None:
+        """Quantize column by column, each error fed to the columns that follow."""
+        order, factor = feedback.order, feedback.factor
+        K, C, G = self.weights.shape
+        weights = self.weights[order].view(K, C * G)
+        shares = self.shares / self.shares.sum(1, keepdim=True)
+        fused = runs_fused(weights.device)
+        block = FUSED_BLOCK if fused else BLOCK
+        for low in range(0, K, block):
+            high = min(low + block, K)
+            if fused:
+                errors = self._fused_block(weights, shares, feedback, low, high)
+            else:
+                errors = self._block(weights, shares, feedback, low, high)
+            weights[high:] -= factor[low:high, high:].T @ errors
+
+    def _block(
+        self,
+        weights: torch.Tensor,
+        shares: torch.Tensor,
+        feedback: InverseFactor,
+        low: int,
+        high: int,
+    ) -> torch.Tensor:
+        """Quantize the columns low … high of the order; returns their errors (high − low, C·G)."""
+        order, factor = feedback.order, feedback.factor
+        errors = torch.empty((high - low, weights.shape[1]), device=weights.device)
+        for j in range(low, high):
+            column = weights[j].view(1, *shares.shape)
+            shared = shares * column
+            moments = shared.sum(-1), (shared * column).sum(-1)
+            found = self._quantize(order[j : j + 1], column, moments)
+            error = (weights[j] - found.value.view(-1)) / factor[j, j]
+            errors[j - low] = error
+            weights[j + 1 : high].addr_(factor[j, j + 1 : high], error, alpha=-1)
+        return errors
+
+    def _fused_block(
+        self,
+        weights: torch.Tensor,
+        shares: torch.Tensor,
+        feedback: InverseFactor,
+        low: int,
+        high: int,
+    ) -> torch.Tensor:
+        """`_block` in one launch."""
+        from cvxq_converter.quantize.feedback_kernel import (
+            quantize_block,  # Triton is not everywhere
+        )
+
+        return quantize_block(
+            weights,
+            shares,
+            self.sizes,
+            self.deep,
+            feedback.order,
+            feedback.factor,
+            low,
+            high,
+            self.tables,
+            self.grid,
+            self.refine,
+            self.chosen,
+        )
+
+    def _quantize(
+        self,
+        columns: slice | torch.Tensor,
+        weights: torch.Tensor,
+        moments: tuple[torch.Tensor, torch.Tensor],
+    ) -> Choice:
+        """Choose for some columns, and keep the choices; weights: (k, C, G), moments: (k, C)."""
+        deep = self.deep[columns]
+        found = search(weights, self.shares, deep, moments, self.tables, self.grid, self.refine)
+        self.chosen.keep(columns, found, self.filled)
+        return found
+
+    def result(self, with_means: bool) -> QuantizedMatrix:
+        """Everything kept, in the units of the weights and in stored order."""
+        chosen = self.chosen
+        deep, sums = self.depths.T.ravel(), chosen.sums.flatten(1).cpu().numpy()
+        by_depth = (np.bincount(deep, values, minlength=9) for values in sums)
+        error, energy, projection = (total * float(self.grid.unit) ** 2 for total in by_depth)
+        means = chosen.mean_codes.T.contiguous().cpu().numpy() if with_means else None
+        return QuantizedMatrix(
+            clustering=self.clustering,
+            depths=self.depths,
+            codes=chosen.codes[:, self.slots].T.contiguous().cpu().numpy(),
+            scale_codes=chosen.scale_codes.T.contiguous().cpu().numpy(),
+            mean_codes=means,
+            scale_unit=self.grid.unit,
+            mean_step=self.grid.mean_step,
+            squared_error=error,
+            energy=energy,
+            projection=projection,
+        )
+
+
+def runs_fused(device: torch.device) -> bool:
+    """Whether a block of columns is quantized by one kernel (NVIDIA, AMD) or by PyTorch."""
+    return device.type == "cuda"

@@ -1,0 +1,200 @@
+"""A model folder as found on disk or on the hub: its configuration, its weight files, their index.
+
+Everything here is a border: each function either returns something checked or raises a
+ConversionError that says in one line what is wrong with the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cvxq_converter.errors import ConversionError, one_line
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of the checkpoint: the file that holds it, its shape and its dtype."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def find_folder(model: str, revision: str | None) -> tuple[Path, str]:
+    """Return the folder of `model` and the name to call it by: the hub id, or the folder's own."""
+    path = Path(model)
+    if path.is_dir():
+        if revision is not None:
+            raise ConversionError(f"{model}: a folder has no revisions; drop --revision")
+        return path, path.resolve().name
+    if path.exists():
+        raise ConversionError(f"{model}: a file; expected a model folder or a hub id")
+    if not _HUB_ID.fullmatch(model):
+        raise ConversionError(f"{model}: no such folder, and not a hub id (owner/name)")
+    return _download(model, revision), model
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    small = ["*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            found = Path(
+                snapshot_download(model, revision=revision, allow_patterns=[*small, weights])
+            )
+            if any(found.glob(weights)):
+                return found
+    except Exception as error:  # the hub client raises many types, all meaning "not to be had"
+        at = f" at revision {revision}" if revision else ""
+        raise ConversionError(
+            f"{model}{at}: no such folder, and the hub has no copy within reach: {one_line(error)}"
+        ) from error
+    return found
+
+
+def read_config(folder: Path, name: str) -> Any:
+    """Return the configuration of a causal LM whose architecture transformers knows."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{name}: no config.json; expected a Hugging Face model folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConversionError(f"{name}: config.json is not JSON: {one_line(error)}") from error
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(model_type, str):
+        raise ConversionError(f"{name}: config.json has no model_type; not a transformers model")
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if model_type not in known:
+        reason = (
+            "needs code from the checkpoint, which is never run"
+            if "auto_map" in raw
+            else ("a newer version may know it")
+        )
+        raise ConversionError(
+            f"{name}: architecture {model_type!r} is unknown to transformers "
+            f"{transformers.__version__} ({reason})"
+        )
+    _check_is_causal_lm(raw, model_type, name)
+    try:
+        with quiet_transformers():
+            return transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # each architecture validates its own fields in its own way
+        raise ConversionError(f"{name}: config.json is refused: {one_line(error)}") from error
+
+
+def _check_is_causal_lm(raw: dict[str, Any], model_type: str, name: str) -> None:
+    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    allowed = causal.get(model_type, ())
+    allowed = (allowed,) if isinstance(allowed, str) else tuple(allowed)
+    found = raw.get("architectures") or list(allowed)
+    is_causal = any(item in allowed for item in found) and not raw.get("is_encoder_decoder")
+    if not is_causal or (model_type in ("bert", "roberta") and not raw.get("is_decoder")):
+        raise ConversionError(
+            f"{name}: {', '.join(map(str, found)) or model_type} is not a causal language model"
+            + (f"; expected {' or '.join(allowed)}" if allowed else "")
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ConversionError(
+            f"{name}: already quantized ({method}); convert the original 16- or 32-bit checkpoint"
+        )
+
+
+def find_weight_files(folder: Path, name: str) -> tuple[Path, ...]:
+    """Return the weight files in name order; safetensors before .bin, like transformers."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        single = folder / f"{stem}{suffix}"
+        index = folder / f"{stem}{suffix}.index.json"
+        if single.is_file():
+            return (single,)
+        if index.is_file():
+            try:
+                shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ConversionError(f"{name}: {index.name} is not a weight index") from error
+            for shard in shards:
+                if Path(shard).name != shard or not (folder / shard).is_file():
+                    raise ConversionError(f"{name}: {index.name} names {shard}, which is missing")
+            return tuple(folder / shard for shard in shards)
+    raise ConversionError(
+        f"{name}: no weights; expected model.safetensors or pytorch_model.bin, or shards of one"
+    )
+
+
+def read_index(path: Path) -> dict[str, TensorInfo]:
+    """Return name → TensorInfo of one weight file, without reading its weights."""
+    if path.suffix == ".bin":
+        return {
+            key: TensorInfo(path, tuple(tensor.shape), tensor.dtype)
+            for key, tensor in load_pickle(path).items()
+        }
+    try:
+        with safe_open(path, framework="pt") as reader:
+            slices = {key: reader.get_slice(key) for key in reader.keys()}  # noqa: SIM118
+            return {
+                key: TensorInfo(path, tuple(item.get_shape()), _dtype(item.get_dtype()))
+                for key, item in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path.name}: not a safetensors file: {one_line(error)}") from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of a safetensors dtype name."""
+    table = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    table |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+    table |= {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+    if name not in table:
+        raise SafetensorError(f"dtype {name} is not supported")
+    return getattr(torch, table[name])
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """Map a .bin file; weights-only, so that nothing in the pickle can run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # files from before torch 1.6 cannot be mapped
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle errors come in many types
+            raise ConversionError(
+                f"{path.name}: not a file of plain weights: {one_line(error)}"
+            ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ConversionError(f"{path.name}: holds something else than a table of tensors")
+    return state
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars, notices and warnings off stderr for a while."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

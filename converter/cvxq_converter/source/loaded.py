@@ -1,0 +1,142 @@
+"""The network in memory during a conversion: original weights beside what replaces them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cvxq_converter.errors import ConversionError
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.source.checkpoint import (
+    Source,
+    load_network,
+    other_tensors,
+    source_names,
+)
+from cvxq_converter.source.matrices import Matrix, find_matrices
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network, the matrices to quantize and what they were before.
+
+    names: network parameter → checkpoint tensor. originals: matrix name → (N, K).
+    original_biases: matrix name → (N,). original_vectors: parameter name → norms and the like,
+    biases of matrices excepted. aliases: other name → tensor name.
+    """
+
+    source: Source
+    network: Any
+    names: dict[str, str]
+    matrices: list[Matrix]
+    originals: dict[str, torch.Tensor]
+    original_biases: dict[str, torch.Tensor]
+    original_vectors: dict[str, torch.Tensor]
+    aliases: dict[str, str]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, shared ones once."""
+        gained = {id(m.bias) for m in self._modules_with_gained_bias()}
+        return sum(p.numel() for p in self.network.parameters() if id(p) not in gained)
+
+    @property
+    def quantized_weights(self) -> int:
+        """Weights in the matrices to quantize."""
+        return sum(m.weight.numel() for m in self.matrices)
+
+    def install(self, matrix: Matrix, weight: torch.Tensor) -> None:
+        """Replace a matrix (N, K) in the network."""
+        matrix.weight.copy_(weight)
+
+    def set_bias(self, matrix: Matrix, value: torch.Tensor | None) -> None:
+        """Set, create or remove (None) the bias added after a matrix."""
+        assert matrix.input_module_name is not None
+        module = self.network.get_submodule(matrix.input_module_name)
+        if value is not None:
+            value = torch.nn.Parameter(value.to(matrix.weight), requires_grad=False)
+        module.bias = value
+
+    def restore(self) -> None:
+        """Put the original weights, biases and other vectors back."""
+        for matrix in self.matrices:
+            self.install(matrix, self.originals[matrix.name])
+        for name, value in self.original_vectors.items():
+            self.network.get_parameter(name).data.copy_(value)
+        self.restore_biases()
+
+    def restore_biases(self) -> None:
+        """Put the original biases back; layers that gained one lose it."""
+        for matrix in self.matrices:
+            if matrix.input_module_name is not None:
+                self.set_bias(matrix, self.original_biases.get(matrix.name))
+
+    def unquantized(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(checkpoint name, value) of everything outside the matrices, gained biases excepted."""
+        gained = {f"{m.input_module_name}.bias" for m in self.matrices if not m.has_bias}
+        for name, value in other_tensors(self.network, self.matrices, self.names):
+            if name not in gained:
+                yield name, value
+
+    def _modules_with_gained_bias(self) -> Iterator[Any]:
+        for matrix in self.matrices:
+            if matrix.input_module_name is not None and not matrix.has_bias:
+                module = self.network.get_submodule(matrix.input_module_name)
+                if module.bias is not None:
+                    yield module
+
+
+def load_model(source: Source, options: ConversionOptions) -> LoadedModel:
+    """Load the network of a checkpoint and choose the matrices to quantize.
+
+    Raises ConversionError for an unsupported model, or a `keep` pattern that matches nothing.
+    """
+    network = load_network(source, options.dtype, options.device)
+    network.requires_grad_(False)
+    names = source_names(source, network)
+    found = find_matrices(network, names)
+    for pattern in options.keep:
+        if not any(is_kept(m, (pattern,)) for m in found):
+            raise ConversionError(
+                f"--keep {pattern!r} matches no matrix; their names are like {found[0].name}"
+            )
+    matrices = [m for m in found if not is_kept(m, options.keep)]
+    if not matrices:
+        raise ConversionError(f"{source.name}: --keep leaves no matrix to quantize")
+    biases = {
+        m.name: network.get_submodule(m.input_module_name).bias.data.clone()
+        for m in matrices
+        if m.input_module_name is not None and m.has_bias
+    }
+    return LoadedModel(
+        source=source,
+        network=network,
+        names=names,
+        matrices=matrices,
+        originals={
+            m.name: m.weight.clone() if options.replaces_weights else m.weight for m in matrices
+        },
+        original_biases=biases,
+        original_vectors=_vectors(network, matrices),
+        aliases={alias: m.name for m in found for alias in m.aliases},
+    )
+
+
+def _vectors(network: Any, matrices: list[Matrix]) -> dict[str, torch.Tensor]:
+    """Copies of the one-dimensional parameters that are not the bias of a matrix."""
+    biases = {f"{m.input_module_name}.bias" for m in matrices}
+    return {
+        name: parameter.data.clone()
+        for name, parameter in network.named_parameters()
+        if parameter.ndim == 1 and name not in biases
+    }
+
+
+def is_kept(matrix: Matrix, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the shell patterns matches a name of the matrix."""
+    names = (matrix.name, *matrix.aliases)
+    return any(fnmatch.fnmatchcase(name, p) for name in names for p in patterns)

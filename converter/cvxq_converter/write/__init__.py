@@ -1,0 +1,1 @@
+"""A quantized network → its file, its report, its page."""

@@ -1,0 +1,256 @@
+"""The one-pass estimator against sums taken one token and one component at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cvxq_converter.errors import ConversionError
+from cvxq_converter.measure.statistics import measure, measure_groups
+from cvxq_converter.source.checkpoint import Matrix, find_matrices
+from torch.profiler import ProfilerActivity, profile
+
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2},
+    "gpt2": {"n_embd": 8, "n_head": 2},
+}
+
+
+def small_network(build_network: Any, architecture: str, **options: Any) -> Any:
+    """A network of some hundred weights, so that exact sums take a moment."""
+    sizes = SMALL["gpt2" if architecture == "gpt2" else "llama"]
+    if architecture.startswith("llama"):
+        sizes = sizes | {"num_key_value_heads": 2, "num_hidden_layers": 1}
+    network = build_network(architecture, vocab_size=11, **(sizes | options))
+    return network.double()
+
+
+def gradients(network: Any, matrices: list[Matrix], scalar: torch.Tensor) -> Iterator[Any]:
+    found = torch.autograd.grad(
+        scalar, [m.parameter for m in matrices], retain_graph=True, allow_unused=True
+    )
+    for matrix, gradient in zip(matrices, found, strict=True):
+        gradient = torch.zeros_like(matrix.parameter) if gradient is None else gradient
+        yield matrix.name, gradient.T if matrix.kind == "conv1d" else gradient
+
+
+def exact_squares(
+    network: Any, matrices: list[Matrix], ids: torch.Tensor, metric: str
+) -> dict[str, np.ndarray]:
+    """Mean over tokens of E[(∂ score / ∂w)²], one backward pass per token and component."""
+    logits = network(input_ids=ids[None]).logits[0]
+    logs = torch.log_softmax(logits, -1)
+    totals = {m.name: torch.zeros_like(m.weight) for m in matrices}
+    for token in range(len(ids)):
+        for component in range(logits.shape[-1]):
+            if metric == "kl":  # Σ_y p(y) (∂ log p(y) / ∂w)²: the Fisher information
+                scalar, weight = logs[token, component], logs[token, component].exp().item()
+            else:
+                scalar, weight = logits[token, component], 1.0
+            for name, gradient in gradients(network, matrices, scalar):
+                totals[name] += weight * gradient.square()
+    return {name: (total / len(ids)).detach().numpy() for name, total in totals.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "metric"),
+    [("llama", "kl"), ("llama", "logits"), ("llama-tied", "kl"), ("gpt2", "kl")],
+)
+def test_the_estimator_is_unbiased(architecture: str, metric: str, build_network: Any) -> None:
+    """The mean of 250 passes with different seeds agrees with the exact sums.
+
+    Every row and column sum lies within 4.75 of its own standard errors: for some 250 sums an
+    unbiased estimator stays inside with a chance above 99.9 %. Seeds are fixed, so the outcome is
+    too. The sum over all weights is known best: it must agree within 25 %, and in 4 errors.
+    """
+    network = small_network(build_network, architecture)
+    matrices = find_matrices(network)
+    ids = torch.tensor([1, 4, 7, 4, 2])
+    exact = exact_squares(network, matrices, ids, metric)
+    expected = np.concatenate([np.r_[exact[m.name].sum(1), exact[m.name].sum(0)] for m in matrices])
+    passes = [measure(network, matrices, ids[None], metric, seed) for seed in range(250)]
+    drawn = np.array(
+        [
+            np.concatenate(
+                [np.r_[p[m.name].row_sensitivity, p[m.name].column_sensitivity] for m in matrices]
+            )
+            for p in passes
+        ]
+    )
+    unread = expected < 1e-12 * expected.max()  # rows of tokens that are not in the sequence
+    assert (drawn[:, unread] <= 1e-20).all()
+    drawn, expected = drawn[:, ~unread], expected[~unread]
+    drawn = np.column_stack([drawn, drawn.sum(1)])
+    expected = np.append(expected, expected.sum())
+    errors = drawn.std(0, ddof=1) / len(passes) ** 0.5
+    scores = (drawn.mean(0) - expected) / errors
+    assert np.abs(scores).max() < 4.75
+    assert abs(scores[-1]) < 4
+    assert drawn.mean(0)[-1] / expected[-1] == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "opt"])
+def test_groups_add_up_to_rows_and_columns(architecture: str, build_network: Any) -> None:
+    network = build_network(architecture)
+    matrices = find_matrices(network)
+    sequences = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(1))
+    whole = measure(network, matrices, sequences, "kl", 5)
+    random = np.random.default_rng(2)
+    clusters = {m.name: random.integers(0, 3, len(m.weight)) for m in matrices}
+    clusters = {
+        name: np.where(np.arange(len(c)) < 3, np.arange(len(c)), c) for name, c in clusters.items()
+    }
+    groups = measure_groups(network, matrices, sequences, "kl", 5, clusters)
+    for matrix in matrices:
+        found, sums = groups[matrix.name], whole[matrix.name]
+        assert found.shape == (3, matrix.weight.shape[1])
+        np.testing.assert_allclose(found.sum(0), sums.column_sensitivity, rtol=1e-9)
+        rows = np.bincount(clusters[matrix.name], weights=sums.row_sensitivity)
+        np.testing.assert_allclose(found.sum(1), rows, rtol=1e-9)
+
+
+def test_a_tied_matrix_gets_the_gradient_of_both_uses(build_network: Any) -> None:
+    """One pass equals the square of what autograd gives for the shared parameter."""
+    network = small_network(build_network, "llama-tied")
+    matrices = find_matrices(network)
+    ids = torch.tensor([1, 4, 7, 4, 2])
+    found = measure(network, matrices, ids[None], "logits", 3)[matrices[0].name]
+    signs = torch.empty(1, 5, 11, dtype=torch.float64)
+    signs.bernoulli_(0.5, generator=torch.Generator().manual_seed(3)).mul_(2).sub_(1)
+    scalar = (network(input_ids=ids[None]).logits * signs).sum()
+    _, gradient = next(gradients(network, matrices, scalar))
+    squares = gradient.square().numpy() / 5
+    np.testing.assert_allclose(found.row_sensitivity, squares.sum(1), rtol=1e-9)
+    np.testing.assert_allclose(found.column_sensitivity, squares.sum(0), rtol=1e-9)
+
+
+def test_evidence_of_tokens(build_network: Any) -> None:
+    """A table's rows are felt where read; a head's rows where drawn as targets."""
+    network = build_network("llama")
+    matrices = find_matrices(network)
+    sequences = torch.tensor([[1, 5, 5, 6], [1, 6, 7, 8]])
+    found = measure(network, matrices, sequences, "kl", 0)
+    table = found["model.embed_tokens.weight"].row_evidence
+    expected = np.zeros(96, dtype=np.int64)
+    expected[[1, 5, 6, 7, 8]] = [2, 1, 2, 1, 1]
+    np.testing.assert_array_equal(table, expected)
+    head = found["lm_head.weight"]
+    assert 1 <= head.row_evidence.sum() <= 8  # at most one target per token
+    assert (head.row_sensitivity > 0).all()  # though every row has a gradient
+    assert (head.column_evidence == 2).all()
+    by_logits = measure(network, matrices, sequences, "logits", 0)["lm_head.weight"]
+    assert (by_logits.row_evidence == 2).all()
+
+
+def test_input_means(build_network: Any) -> None:
+    network = build_network("llama-tied")
+    matrices = find_matrices(network)
+    sequences = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(1))
+    found = measure(network, matrices, sequences)
+    inputs: list[torch.Tensor] = []
+    hook = network.lm_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        network(input_ids=sequences)
+    hook.remove()
+    expected = inputs[0].mean((0, 1)).numpy()
+    mean = found["model.embed_tokens.weight"].input_mean
+    np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
+    untied = build_network("llama")
+    found = measure(untied, find_matrices(untied), sequences)
+    assert found["model.embed_tokens.weight"].input_mean is None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "phi", "gemma"])
+def test_the_network_is_left_as_it_was(architecture: str, build_network: Any) -> None:
+    network = build_network(architecture)
+    network.train()
+    first = next(network.parameters())
+    first.requires_grad_(False)
+    before = {name: (id(p), p.requires_grad) for name, p in network.named_parameters()}
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    matrices = find_matrices(network)
+    sequences = torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(1))
+    measure(network, matrices, sequences)
+    assert {n: (id(p), p.requires_grad) for n, p in network.named_parameters()} == before
+    assert all(p.grad is None for p in network.parameters())
+    assert network.training
+    assert network.get_input_embeddings().sparse is False
+    assert not any(m._forward_pre_hooks for m in network.modules())
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
+    assert find_matrices(network)[0].aliases == matrices[0].aliases
+
+
+@pytest.mark.parametrize("metric", ["kl", "logits"])
+def test_a_seed_repeats_exactly(metric: str, build_network: Any) -> None:
+    network = build_network("llama-tied")
+    matrices = find_matrices(network)
+    sequences = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(1))
+    steps: list[tuple[str, int, int]] = []
+    first = measure(network, matrices, sequences, metric, 7, lambda *step: steps.append(step))
+    again = measure(network, matrices, sequences, metric, 7)
+    other = measure(network, matrices, sequences, metric, 8)
+    for name, item in first.items():
+        np.testing.assert_array_equal(item.row_sensitivity, again[name].row_sensitivity)
+        assert (item.row_sensitivity != other[name].row_sensitivity).any()
+    assert steps == [("sensitivities", i, 3) for i in (1, 2, 3)]
+
+
+def test_gradients_that_overflow_and_unknown_metrics_are_refused(build_network: Any) -> None:
+    network = build_network("llama")
+    matrices = find_matrices(network)
+    sequences = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(ConversionError, match="metric 'mse': expected one of kl, logits"):
+        measure(network, matrices, sequences, "mse")
+    with torch.no_grad():
+        network.model.norm.weight.fill_(torch.inf)
+    with pytest.raises(ConversionError, match="its gradient is not finite"):
+        measure(network, matrices, sequences, "logits")
+    with pytest.raises(ConversionError, match="logits are not finite"):
+        measure(network, matrices, sequences, "kl")
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Most bytes of tensors that `work` had at once, beyond those alive before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    assert changes
+    return int(np.cumsum([size for _, size in sorted(changes, key=lambda item: item[0])]).max())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_peak_memory_is_the_model_activations_and_one_blocks_gradients(
+    architecture: str, build_network: Any
+) -> None:
+    """Peak ≤ (model + forward pass with its activations + one block's gradients) × 1.1."""
+    network = build_network(
+        architecture,
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=16,
+    )
+    matrices = find_matrices(network)
+    sequences = torch.randint(512, (2, 16), generator=torch.Generator().manual_seed(1))
+    network.requires_grad_(False)
+    for matrix in matrices:
+        matrix.parameter.requires_grad_(True)
+
+    def forward() -> Any:
+        return network(input_ids=sequences[:1], use_cache=False).logits
+
+    model = 4 * sum(p.numel() for p in network.parameters())
+    block = 4 * sum(p.numel() for p in network.model.layers[0].parameters())
+    activations = peak_bytes(forward)
+    lookups = 4 * 128**2  # one (K, K) moment for the embedding
+    limit = (model + activations + block + lookups) * 1.1
+    assert model + peak_bytes(lambda: forward().sum().backward()) > limit  # gradients kept: over
+    for parameter in network.parameters():
+        parameter.grad = None
+    assert model + peak_bytes(lambda: measure(network, matrices, sequences)) <= limit

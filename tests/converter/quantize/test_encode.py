@@ -1,0 +1,215 @@
+"""Plans and a budget → packed tensors: sizes known beforehand, and every way to encode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cvxq_converter.allocate.allocation import MODEL_THRESHOLDS, BitAllocation
+from cvxq_converter.allocate.plan import MatrixPlan, Sensitivity, plan_matrix
+from cvxq_converter.allocate.scale_width import choose_scale_bits
+from cvxq_converter.allocate.sizes import allocate_for_rate, file_size
+from cvxq_converter.job import convert
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.quantize.companding import HISTOGRAM_BINS, HISTOGRAM_LIMIT, default_levels
+from cvxq_converter.quantize.encode import (
+    _fit_tables,
+    _pooled_histogram,
+    codebook_bytes,
+    depth_thresholds,
+    empty_tensor,
+    encode_matrices,
+    overhead_bytes,
+)
+from cvxq_converter.source.checkpoint import open_source
+from cvxq_converter.source.loaded import LoadedModel, load_model
+from cvxq_format import CompandedEntry, CompandedTensor, Reader, dequantize, verify
+from cvxq_format.codebook import DEPTHS
+
+OPTIONS = ConversionOptions(bits=4.0, group_size=12, calibration="none")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "free depths": {"separable_depths": False},
+    "compander": {"levels": "compander"},
+    "measured curve": {"curve": "measured"},
+    "uniform": {"uniform_depths": True},
+    "no means": {"means": False},
+    "no refinement": {"refine_scales": False},
+    "one partition": {"partitions": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute tiny networks with one thread: more only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def loaded(save_network: Callable[..., Path]) -> LoadedModel:
+    """A tiny GPT-2: biases, Conv1D, a tied head; 12 does not divide its rows."""
+    return load_model(open_source(str(save_network("gpt2")), None), OPTIONS)
+
+
+def sensitivity(rows: int, columns: int) -> Sensitivity:
+    """Columns of very different worth, so that depths differ."""
+    return Sensitivity(np.ones(rows), np.geomspace(1, 300, columns))
+
+
+def plans_of(loaded: LoadedModel, options: ConversionOptions) -> list[MatrixPlan]:
+    return [
+        plan_matrix(
+            matrix,
+            matrix.weight,
+            sensitivity(*matrix.weight.shape),
+            group_size=options.group_size,
+            partitions=options.partitions,
+            uniform=options.uniform_depths,
+            separable=options.separable_depths,
+            means=options.means,
+        )
+        for matrix in loaded.matrices
+    ]
+
+
+def encode(
+    loaded: LoadedModel, options: ConversionOptions
+) -> tuple[list[MatrixPlan], list[CompandedTensor], Any]:
+    plans = plans_of(loaded, options)
+
+    def weight_of(plan: MatrixPlan) -> torch.Tensor:
+        return loaded.originals[plan.matrix.name]
+
+    thresholds = depth_thresholds(plans, weight_of, options)
+    bits = choose_scale_bits(plans)
+    side = sum(overhead_bytes(p, options, bits) for p in plans) + codebook_bytes(bits, DEPTHS)
+    allocation = allocate_for_rate(
+        [p.worths for p in plans], thresholds, 4.0, loaded.quantized_weights, side
+    )
+    steps: list[tuple[int, int]] = []
+    encoded = encode_matrices(
+        plans,
+        weight_of,
+        allocation,
+        thresholds,
+        options,
+        lambda *s: steps.append(s),
+        lambda _: None,
+    )
+    assert [done for done, _ in steps] == list(range(1, steps[-1][1] + 1))
+    return plans, encoded.tensors, encoded
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_sizes_are_known_before_anything_is_packed(name: str, loaded: LoadedModel) -> None:
+    options = replace(OPTIONS, **VARIANTS[name])
+    plans, tensors, encoded = encode(loaded, options)
+    bits = encoded.codebook.scale_bits
+    for plan, tensor in zip(plans, tensors, strict=True):
+        side = overhead_bytes(plan, options, bits)
+        assert side + tensor.packed_codes.size == len(tensor.to_bytes())
+        assert len(empty_tensor(plan, options, bits).to_bytes()) == side
+    assert codebook_bytes(bits, DEPTHS) == len(encoded.codebook.to_bytes())
+
+
+def test_each_variant_differs_from_the_default_as_it_says(loaded: LoadedModel) -> None:
+    _, default, encoded = encode(loaded, OPTIONS)
+    assert all(t.column_terms is not None for t in default)
+    for depth in range(2, 6):
+        assert (encoded.codebook.levels[depth - 1] != default_levels()[depth - 1]).all()
+    assert encoded.codebook.depth_thresholds.tolist() == MODEL_THRESHOLDS.tolist()
+    _, free, _ = encode(loaded, replace(OPTIONS, separable_depths=False))
+    assert all(t.column_terms is None for t in free)
+    _, _, compander = encode(loaded, replace(OPTIONS, levels="compander"))
+    for table, fixed in zip(compander.codebook.levels, default_levels(), strict=True):
+        assert (table == fixed).all()
+    _, _, measured = encode(loaded, replace(OPTIONS, curve="measured"))
+    thresholds = measured.codebook.depth_thresholds
+    assert thresholds[3] == MODEL_THRESHOLDS[3]
+    assert (np.diff(thresholds) > 0).all()
+    assert thresholds[0] != MODEL_THRESHOLDS[0]
+    _, uniform, _ = encode(loaded, replace(OPTIONS, uniform_depths=True))
+    assert np.ptp(np.concatenate([t.depths.ravel() for t in uniform])) <= 1
+    assert np.ptp(np.concatenate([t.depths.ravel() for t in default])) >= 2
+
+
+def test_levels_are_fitted_to_every_weight_once_in_units_of_its_group(loaded: LoadedModel) -> None:
+    plans = plans_of(loaded, OPTIONS)
+    counts = _pooled_histogram(plans, lambda p: loaded.originals[p.matrix.name]).counts
+    assert counts.sum() == pytest.approx(loaded.quantized_weights, rel=1e-6)
+    centres = (np.arange(HISTOGRAM_BINS) + 0.5) * HISTOGRAM_LIMIT / HISTOGRAM_BINS
+    assert counts @ centres**2 / counts.sum() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_depth_has_tables_of_its_own_if_it_has_weights_for_them(loaded: LoadedModel) -> None:
+    """One matrix of ±1 at depth 2, the others at depth 4: 2 bits need 64 weights."""
+    signs, *others = loaded.matrices
+    weights = {m.name: m.weight.float() for m in others}
+    weights[signs.name] = torch.ones_like(signs.weight).float()
+    weights[signs.name][::2] = -1
+    plans = plans_of(loaded, replace(OPTIONS, means=False))
+    _, columns = signs.weight.shape
+    for rows, has_own in ((64 // columns + 1, True), (64 // columns - 1, False)):
+        row_weights = np.zeros(len(signs.weight), np.float32)
+        row_weights[:rows] = 1
+        moments = (torch.zeros_like(plans[0].moments[0]), torch.ones_like(plans[0].moments[1]))
+        plans[0] = replace(plans[0], row_weights=row_weights, moments=moments)
+        depths = [np.full(p.moments[0].shape, 4, np.uint8) for p in plans]
+        depths[0][:] = 2
+        allocation = BitAllocation(depths, [], 0, 0.0, 0)
+        tables = _fit_tables(plans, allocation, lambda p: weights[p.matrix.name], lambda _: None)
+        assert (np.abs(np.abs(tables[1]) - 1).min() < 1e-3) == has_own
+        assert np.abs(tables[2]).max() > 1.5  # depth 3 has no weights: those of all the others
+
+
+def test_fitted_levels_and_refinement_each_lower_the_error(
+    loaded: LoadedModel,
+) -> None:
+    def error(**options: Any) -> float:
+        plans, tensors, encoded = encode(loaded, replace(OPTIONS, **options))
+        return sum(
+            float(
+                (p.matrix.weight - torch.from_numpy(dequantize(t, encoded.codebook))).pow(2).sum()
+            )
+            for p, t in zip(plans, tensors, strict=True)
+        )
+
+    default = error()
+    for worse in ({"levels": "compander"}, {"refine_scales": False}):
+        assert default < 0.99 * error(**worse)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_makes_a_sound_file_of_the_rate(
+    name: str, save_network: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, options = tmp_path / "a.cvxq", replace(OPTIONS, bits=5.0, **VARIANTS[name])
+    report = convert(str(save_network("gpt2")), path, options)
+    assert not verify(path)
+    # uniform depths can only be raised a whole cluster at a time
+    assert report.rate_bits_per_weight <= 5.0
+    assert report.rate_bits_per_weight >= 5.0 * (0.98 if name == "uniform" else 0.995)
+
+
+def test_the_planned_file_size_is_the_files(
+    save_network: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.cvxq"
+    convert(str(save_network("gpt2")), path, OPTIONS)
+    with Reader(path) as reader:
+        header = reader.header
+    sizes = {t.name: t.size for t in header.tensors if isinstance(t, CompandedEntry)}
+    entries = len(header.tensors) + len(header.files) + 1
+    excess = file_size(header, sizes) - path.stat().st_size
+    assert 0 <= excess <= 9 * entries  # checksums counted at ten digits
+    larger = {name: size + 1000 for name, size in sizes.items()}
+    grown = file_size(header, larger) - file_size(header, sizes)
+    assert abs(grown - 1000 * len(sizes)) <= 64 * len(sizes) + entries
