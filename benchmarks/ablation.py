@@ -12,38 +12,20 @@ import argparse
 import datetime
 import platform
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from cvxq.evaluate import divergence, token_ids, windows
-from cvxq_converter.job import split_sequences
-from cvxq_converter.measure.calibration import CalibrationOptions, make_sequences
-from cvxq_converter.measure.hessian import Feedback
-from cvxq_converter.measure.quality import Reference, make_reference
-from cvxq_converter.measure.statistics import MatrixStatistics, measure, measure_groups
-from cvxq_converter.measure.teaching import Lesson, make_lessons
+from cvxq_converter.job import Prepared, prepare, quantize_prepared
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.preflight import calibration_amount
+from cvxq_converter.preflight import calibration_amount, preflight
 from cvxq_converter.quantize.correction import install
-from cvxq_converter.quantize.iteration import make_plan, quantize_network
-from cvxq_converter.quantize.tuning import tune
 from cvxq_converter.source.checkpoint import load_network, load_tokenizer, open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
 from cvxq_converter.stages import Stages
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """What was measured with one kind of calibration, and the original's predictions."""
-
-    statistics: dict[str, MatrixStatistics]
-    reference: Reference | None = None
-    feedback: Feedback | None = None
-    lessons: list[Lesson] = field(default_factory=list)
 
 
 def variants(text: str | None) -> dict[str, dict[str, object]]:
@@ -68,9 +50,6 @@ def variants(text: str | None) -> dict[str, dict[str, object]]:
         "2 iterations": {"iterations": 2},
         "metric: logits": {"metric": "logits"},
         "free depths (4 bits per group)": {"separable_depths": False},
-        "sensitivity measured per group": {"measured_groups": True},
-        "sensitivity per group, free depths": {"measured_groups": True, "separable_depths": False},
-        "thresholds from measured curves": {"curve": "measured"},
         "no calibration": {"calibration": "none"},
         "1 row partition": {"partitions": 1},
         "4 row partitions": {"partitions": 4},
@@ -82,98 +61,43 @@ def variants(text: str | None) -> dict[str, dict[str, object]]:
 
 
 class Bench:
-    """One model, its statistics by (calibration, metric), and the text to judge on."""
+    """One model, what was measured by (calibration, metric), and the text to judge on."""
 
     def __init__(self, model: str, text: str, amount: tuple[int | None, int | None]) -> None:
-        self.options = ConversionOptions(bits=4.0)
-        source = open_source(model)
-        self.tokenizer = load_tokenizer(source)
-        self.original = load_network(source, torch.float32)
-        self.loaded: LoadedModel = load_model(source, self.options)
-        self.amount = calibration_amount(source, "cpu", *amount)
+        self.source = open_source(model)
+        count, length = calibration_amount(self.source, "cpu", *amount)
+        self.options = ConversionOptions.of(bits=4.0, sequences=count, length=length)
+        self.original = load_network(self.source, torch.float32)
+        self.loaded: LoadedModel = load_model(self.source, self.options)
+        tokenizer = load_tokenizer(self.source)
         context = self.original.config.max_position_embeddings
-        self.windows = windows(token_ids(self.tokenizer, text), context)
-        self._sequences: dict[str, torch.Tensor] = {}
-        self._calibrated: dict[tuple[str, str], Calibrated] = {}
+        self.windows = windows(token_ids(tokenizer, text), context)
+        self._prepared: dict[tuple[str, str], Prepared] = {}
 
-    def sequences(self, calibration: str) -> torch.Tensor:
-        """Calibration sequences (S, L), made once."""
-        if calibration not in self._sequences:
+    def prepared(self, options: ConversionOptions) -> Prepared:
+        """The network, measured once for all rows of one calibration; tuning could begin."""
+        key = (options.calibration.source, options.calibration.metric)
+        if key not in self._prepared:
             self.loaded.restore()
-            wanted = CalibrationOptions(calibration, *self.amount)
-            self._sequences[calibration] = make_sequences(
-                self.loaded.network, self.tokenizer, wanted
-            )
-        return self._sequences[calibration]
-
-    def calibrated(self, options: ConversionOptions) -> Calibrated:
-        """Statistics of the original, the reference for the gain, and what is learnt from."""
-        if options.calibration == "none":
-            return Calibrated({})
-        key = (options.calibration, options.metric)
-        if key not in self._calibrated:
-            training, held = split_sequences(self.sequences(options.calibration))
-            self.loaded.restore()
-            network = self.loaded.network
-            statistics = measure(
-                network, self.loaded.matrices, training, options.metric, options.seed
-            )
-            self._calibrated[key] = Calibrated(
-                statistics,
-                make_reference(network, held),
-                Feedback(self.loaded, training, statistics),
-                make_lessons(network, training),
-            )
-        return self._calibrated[key]
-
-    def _group_sensitivities(
-        self, statistics: dict[str, MatrixStatistics], options: ConversionOptions
-    ) -> dict[str, np.ndarray]:
-        """A second measuring pass over the clusters that the first one fixed."""
-        plans = [make_plan(self.loaded, m, statistics, options) for m in self.loaded.matrices]
-        clusters = {p.matrix.name: p.clustering.cluster_of_row() for p in plans}
-        training, _ = split_sequences(self.sequences(options.calibration))
-        self.loaded.restore()
-        matrices, metric, seed = self.loaded.matrices, options.metric, options.seed
-        return measure_groups(self.loaded.network, matrices, training, metric, seed, clusters)
+            if options.replaces_weights:
+                options = options.having(tune=1)  # what is learnt from is kept, too
+            estimate = preflight(self.source, options)
+            self._prepared[key] = prepare(self.loaded, options, estimate, None, Stages(None))
+        return self._prepared[key]
 
     def run(self, changes: dict[str, object], bits: float) -> str:
         """KL (mean ± standard error) of one variant at one rate, as text."""
-        by_group = bool(changes.pop("measured_groups", False))
-        options = replace(self.options, bits=bits, **changes)  # type: ignore[arg-type]
-        calibrated = self.calibrated(options)
-        statistics, reference = calibrated.statistics, calibrated.reference
-        feedback = calibrated.feedback
-        stages = Stages(None)
-        groups = self._group_sensitivities(statistics, options) if by_group else None
-        for iteration in range(options.iterations):
-            if iteration:
-                training, _ = split_sequences(self.sequences(options.calibration))
-                statistics = measure(
-                    self.loaded.network,
-                    self.loaded.matrices,
-                    training,
-                    options.metric,
-                    options.seed,
-                )
-                feedback = Feedback(self.loaded, training, statistics)
-            result = quantize_network(
-                self.loaded, statistics, reference, options, stages, _no_size, groups, feedback
-            )
-        if options.tune and reference is not None:
-            steps, seed = options.tune, options.seed
-            lessons = calibrated.lessons
-            tune(self.loaded, result, lessons, reference, steps, seed, lambda *_: None)
-        if reference is None:  # then the job leaves the network alone
+        options = self.options.having(bits=bits, **changes)
+        prepared = self.prepared(options)
+        if not options.method.tune:
+            prepared = replace(prepared, lessons=[])
+        result = quantize_prepared(prepared, options, Stages(None))
+        if prepared.choosing is None:  # then the job leaves the network alone
             with torch.no_grad():
-                install(self.loaded, result.tensors, result.codebook, {}, [], options)
+                install(self.loaded, result.tensors, result.codebook, {}, [], options.method)
         self.last_steps = result.allocation.steps if result.allocation else 0
         found = divergence(self.loaded.network, self.original, self.windows)
         return f"{found.kl.mean:.4f} ± {found.kl.standard_error:.4f}"
-
-
-def _no_size(*_: object) -> None:
-    raise AssertionError("rates only")
 
 
 def main() -> None:
@@ -215,9 +139,10 @@ def main() -> None:
 def _head(args: argparse.Namespace, bench: Bench, steps: dict[float, int]) -> str:
     ascent = ", ".join(f"{count} at {bits:g} bits" for bits, count in steps.items())
     machine = platform.processor() or platform.machine()
+    amount = bench.options.calibration
     return (
         f"Model: {Path(args.model).name}; text: {args.text.name}; calibration "
-        f"{bench.amount[0]} × {bench.amount[1]} tokens; {machine}, {torch.get_num_threads()} "
+        f"{amount.sequences} × {amount.length} tokens; {machine}, {torch.get_num_threads()} "
         f"threads, {datetime.date.today()}. KL in nats per token.\n"
         f"Steps of the dual ascent: {ascent}.\n\n"
     )

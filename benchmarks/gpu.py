@@ -57,7 +57,7 @@ def say(text: str) -> None:
 
 def convert_to(bits: int, model: Path, output: Path, **options: Any) -> dict[str, float]:
     """Convert; return the seconds of every stage."""
-    report = convert(str(model), output, ConversionOptions(bits=bits, **options))
+    report = convert(str(model), output, ConversionOptions.of(bits=bits, **options))
     return report.stage_seconds
 
 

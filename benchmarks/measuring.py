@@ -22,7 +22,8 @@ from comparison import Run
 from cvxq import evaluate, load
 from cvxq.original import load_checkpoint, load_subject
 from cvxq_converter.measure import calibration
-from cvxq_converter.measure.calibration import CalibrationOptions, make_sequences
+from cvxq_converter.measure.calibration import make_sequences
+from cvxq_converter.options import Calibration
 from cvxq_converter.source.matrices import find_matrices
 from cvxq_format import Reader
 from peers.catalogue import Peer, Settings
@@ -179,7 +180,7 @@ class Bench:
         path = self.work / f"sequences-{name}.safetensors"
         if not path.exists():
             say(f"{self.name}: sampling calibration sequences, seed {sampling.seed}")
-            options = CalibrationOptions("self", sampling.count, sampling.length, sampling.seed)
+            options = Calibration("self", sampling.count, sampling.length, seed=sampling.seed)
             save_file({"ids": make_sequences(self.original, self.tokenizer, options)}, path)
         return path
 

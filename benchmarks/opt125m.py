@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +33,7 @@ from cvxq import evaluate
 from cvxq.original import load_subject
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.job import convert
-from cvxq_converter.options import ConversionOptions
+from cvxq_converter.options import ConversionOptions, Method
 
 EMBEDDINGS = ("*embed_tokens*",)  # and with it the output head, which is tied to it
 PUBLISHED = (
@@ -89,17 +89,17 @@ class Bench:
     options: ConversionOptions
 
     def original(self) -> Row:
-        result = measure(self.model, self.text, self.context, self.options.device)
+        result = measure(self.model, self.text, self.context, self.options.place.device)
         return Row("original", result.perplexity, result.standard_error)
 
     def converted(self, name: str, bits: float, keep: tuple[str, ...]) -> Row:
         """Convert at `bits` per weight, side information included, and measure the file."""
         file = self.folder / "opt125m-{}.cvxq".format(name.replace(", ", "-").replace(" ", "-"))
         started = time.perf_counter()
-        options = replace(self.options, bits=bits, keep=keep)
+        options = self.options.having(bits=bits, keep=keep)
         report = convert(self.model, file, options, show_progress, announce)
         seconds = time.perf_counter() - started
-        result = measure(str(file), self.text, self.context, self.options.device)
+        result = measure(str(file), self.text, self.context, self.options.place.device)
         return Row(
             name,
             result.perplexity,
@@ -195,8 +195,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
     parser.add_argument("--calibration", default="self", help="self, none or a text file")
-    parser.add_argument("--iterations", type=int, default=ConversionOptions.iterations)
-    parser.add_argument("--group-size", type=int, default=ConversionOptions.group_size)
+    parser.add_argument("--iterations", type=int, default=Method.iterations)
+    parser.add_argument("--group-size", type=int, default=Method.group_size)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="keep the .cvxq files in this folder")
@@ -218,7 +218,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
     folder = args.out or scratch
     folder.mkdir(parents=True, exist_ok=True)
     sequences = 4 if args.smoke else args.sequences
-    options = ConversionOptions(
+    options = ConversionOptions.of(
         bits=args.bits,
         calibration=args.calibration,
         sequences=sequences,

@@ -15,11 +15,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from cvxq import evaluate
-from cvxq_converter.job import Outcome, Prepared, finish, prepare, quantize, seek
+from cvxq_converter.job import Outcome, Prepared, finish, prepare, quantize_prepared, seek
 from cvxq_converter.measure.curve import Curve
 from cvxq_converter.measure.measurement import Measurement, load_measurement
 from cvxq_converter.options import ConversionOptions
@@ -38,7 +37,7 @@ def prepared_from(model: str, measurement: Measurement, options: ConversionOptio
     """Load the model and use what was measured on it."""
     source = open_source(model)
     measurement.check(source, options)
-    estimate = preflight(source, dtype=options.dtype, device="cpu")
+    estimate = preflight(source, options, measurement)
     return prepare(load_model(source, options), options, estimate, measurement, Stages(None))
 
 
@@ -73,7 +72,7 @@ def table_of_rates(
         for rate in RATES:
             started, stages = time.perf_counter(), Stages(None)
             chosen = options.at_rate(rate)
-            outcome = Outcome(quantize(prepared, chosen, stages))
+            outcome = Outcome(quantize_prepared(prepared, chosen, stages))
             report = finish(prepared, outcome, Path(folder) / "a.cvxq", chosen, stages)
             seconds.append(time.perf_counter() - started)
             expected = float(curve.loss_at([rate])[0])
@@ -102,7 +101,7 @@ def table_of_targets(prepared: Prepared, options: ConversionOptions, elsewhere: 
     wanted = [("max_kl", value) for value in KLS]
     wanted += [("max_perplexity_increase", value) for value in INCREASES]
     for name, value in wanted:
-        aim = replace(options, bits=None, **{name: value})  # type: ignore[arg-type]
+        aim = options.having(bits=None, **{name: value})
         outcome = seek(prepared, aim, Stages(None), None)
         target = outcome.target
         assert target is not None
@@ -129,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     measurement = load_measurement(arguments.statistics)
     measured = {n: v for n, v in measurement.record.options.items() if n != "dtype"}
-    options = ConversionOptions(bits=RATES[0], **measured)
+    options = ConversionOptions.of(bits=RATES[0], **measured)
     started = time.perf_counter()
     prepared = prepared_from(arguments.model, measurement, options)
     loading = time.perf_counter() - started

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from ablation import Bench, divergence
-from cvxq_converter.allocate.plan import MatrixPlan
+from cvxq_converter.allocate.plan import MatrixPlan, make_plans
+from cvxq_converter.job import quantize_prepared
+from cvxq_converter.measure.hessian import InverseFactor
 from cvxq_converter.measure.quality import divergence as loss
-from cvxq_converter.quantize.columns import InverseFactor
 from cvxq_converter.quantize.companding import fit_levels
 from cvxq_converter.quantize.gain import EXPONENTS, shrinkage_ratios
-from cvxq_converter.quantize.iteration import make_plan, quantize_network
-from cvxq_converter.quantize.search import Tables, make_grid, search
+from cvxq_converter.quantize.search import Tables, make_grid, search_scales
 from cvxq_converter.stages import Stages
 from cvxq_format import Codebook, CompandedTensor
 from torch import Tensor
@@ -84,7 +84,9 @@ class Part:
         shared = self.shares / self.shares.sum(1, keepdim=True) * weights
         moments = shared.sum(1)[None], (shared * weights).sum(1)[None]
         depths = torch.from_numpy(self.depths[:, column].astype(np.int64))[None]
-        found = search(weights[None], self.shares, depths, moments, self.tables, self.grid, True)
+        found = search_scales(
+            weights[None], self.shares, depths, moments, self.tables, self.grid, True
+        )
         scale = self.grid.scales[found.scale[0]]
         return scale[:, None], (scale * found.mean[0] * float(self.grid.mean_step))[:, None]
 
@@ -137,23 +139,16 @@ class Comparison:
     """One model at one rate: the depths and scales of a conversion, coded in several ways."""
 
     def __init__(self, bench: Bench, bits: float) -> None:
-        options = replace(bench.options, bits=bits, gain=0.0)
-        self.bench, self.calibrated = bench, bench.calibrated(options)
-        feedback, loaded = self.calibrated.feedback, bench.loaded
+        options = bench.options.having(bits=bits, gain=0.0)
+        self.bench, self.prepared = bench, bench.prepared(options)
+        feedback, loaded = self.prepared.feedback, bench.loaded
         assert feedback is not None
-        result = quantize_network(
-            loaded,
-            self.calibrated.statistics,
-            self.calibrated.reference,
-            options,
-            Stages(None),
-            lambda *_: None,
-            feedback=feedback,
-        )
+        untuned = replace(self.prepared, lessons=[])
+        result = quantize_prepared(untuned, options, Stages(None))
         self.tables = [torch.zeros(1), *(torch.from_numpy(t) for t in result.codebook.levels)]
         self.parts = {}
-        for matrix in loaded.matrices:
-            plan = make_plan(loaded, matrix, self.calibrated.statistics, options)
+        plans = make_plans(loaded, self.prepared.statistics, options.method)
+        for matrix, plan in zip(loaded.matrices, plans, strict=True):
             factor = feedback.factor(matrix.name)
             assert factor is not None
             original, tensor = loaded.originals[matrix.name], result.tensors[matrix.name]
@@ -182,8 +177,8 @@ class Comparison:
 
     def _loss(self, coded: dict[str, Encoded], gains: Tensor) -> float:
         self._install(coded, gains)
-        assert self.calibrated.reference is not None
-        return loss(self.bench.loaded.network, self.calibrated.reference).mean
+        assert self.prepared.choosing is not None
+        return loss(self.bench.loaded.network, self.prepared.choosing).mean
 
     def _install(self, coded: dict[str, Encoded], gains: Tensor) -> None:
         for matrix in self.bench.loaded.matrices:

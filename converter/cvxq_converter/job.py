@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from cvxq_converter.allocate.plan import MatrixPlan
+from cvxq_converter.allocate.plan import MatrixPlan, make_plans
 from cvxq_converter.allocate.prediction import predict_curve
-from cvxq_converter.allocate.target import Target, TargetResult, search_rate
+from cvxq_converter.allocate.target import LossTarget, TargetResult, search_rate
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.calibration import CalibrationOptions, make_sequences
+from cvxq_converter.measure.calibration import make_sequences
 from cvxq_converter.measure.curve import Curve, Trial
 from cvxq_converter.measure.hessian import Feedback
 from cvxq_converter.measure.measurement import (
@@ -35,17 +35,20 @@ from cvxq_converter.measure.measurement import (
 )
 from cvxq_converter.measure.measurement_file import Record
 from cvxq_converter.measure.quality import LOGIT_LIMIT, Reference, divergence, make_reference
-from cvxq_converter.measure.statistics import MatrixStatistics, measure
+from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.measure.teaching import Lesson, make_lessons
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import Preflight, preflight, refuse_what_cannot_fit
-from cvxq_converter.quantize.iteration import Quantized, make_plan, quantize_network
+from cvxq_converter.quantize.iteration import quantize_network
+from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.quantize.rtn import quantize_network_rtn
-from cvxq_converter.quantize.tuning import tune
+from cvxq_converter.quantize.tuning import tune_network
 from cvxq_converter.source.checkpoint import Source, load_tokenizer, open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
 from cvxq_converter.stages import Progress, Stages
 from cvxq_converter.write.assembling import (
+    document_sizes,
     make_report,
     perplexity_increase,
     surroundings,
@@ -56,7 +59,6 @@ from cvxq_converter.write.report import ConversionReport
 
 HELD_BACK = 8  # one sequence in eight is kept from the measurement
 TRIAL_RATES = (2.25, 3.0, 4.0, 5.5)  # at which a measurement checks its prediction
-EXPECTED_TRIALS = 4  # of a search for a target, for the estimate of its time
 Announce = Callable[[str], None]
 
 
@@ -104,19 +106,18 @@ def convert(
     An existing `output` is only ever replaced by a complete new file.
     """
     stages = Stages(progress)
-    trials = EXPECTED_TRIALS if options.seeks_rate else 1
-    source, estimate = _begin(model, output, options, announce, measurement, trials)
+    source, estimate = _begin(model, output, options, announce, measurement)
     with stages.stage("load"):
         loaded = load_model(source, options)
-    if options.method == "rtn":
+    if options.method.name == "rtn":
         prepared = Prepared(loaded, torch.empty(0, 0, dtype=torch.int64), {}, None, None)
-        outcome = Outcome(quantize_network_rtn(loaded, options, stages))
+        outcome = Outcome(quantize_network_rtn(loaded, options.target, options.method, stages))
     else:
         prepared = prepare(loaded, options, estimate, measurement, stages)
-        if options.seeks_rate:
+        if options.target.seeks_rate:
             outcome = seek(prepared, options, stages, announce)
         else:
-            outcome = Outcome(quantize(prepared, options, stages))
+            outcome = Outcome(quantize_prepared(prepared, options, stages))
     return finish(prepared, outcome, output, options, stages, with_details)
 
 
@@ -135,7 +136,7 @@ def measure_model(
     if not options.replaces_weights:
         raise ConversionError("measuring needs calibration sequences and --method cvxq")
     stages = Stages(progress)
-    source, estimate = _begin(model, output, options, announce, None, len(TRIAL_RATES))
+    source, estimate = _begin(model, output, options, announce, trials=len(TRIAL_RATES))
     with stages.stage("load"):
         loaded = load_model(source, options)
     prepared = prepare(loaded, options, estimate, None, stages)
@@ -144,7 +145,7 @@ def measure_model(
     trials = []
     for rate in TRIAL_RATES:
         if rate > curve.lowest_rate:
-            result = quantize(prepared, options.at_rate(rate), stages)
+            result = quantize_prepared(prepared, options.at_rate(rate), stages)
             assert result.quality is not None
             trials.append(Trial(rate, result.quality.mean))
     record = Record(
@@ -156,7 +157,7 @@ def measure_model(
         calibration_sha256=calibration_digest(prepared.sequences),
         matrices=matrices_of(prepared.statistics),
         shared=shared_arrays(prepared.statistics),
-        **surroundings(options),
+        **surroundings(options.place),
         parameters=loaded.parameters,
         quantized_weights=loaded.quantized_weights,
         curve_options={n: options.to_json()[n] for n in ("group_size", "partitions", "keep")},
@@ -172,35 +173,23 @@ def _begin(
     output: Path,
     options: ConversionOptions,
     announce: Announce | None,
-    measurement: Measurement | None,
-    trials: int,
+    measurement: Measurement | None = None,
+    trials: int | None = None,
 ) -> tuple[Source, Preflight]:
     """Look at the model before any work: estimate, and refuse what cannot be done."""
-    torch.manual_seed(options.seed)
-    source = open_source(model, options.revision)
+    torch.manual_seed(options.calibration.seed)
+    source = open_source(model, options.place.revision)
     if measurement is not None:
-        if options.method == "rtn" or options.iterations > 1:
+        if options.method.name == "rtn" or options.method.iterations > 1:
             raise ConversionError(
                 "--statistics are of the original model: they are of no use to --method rtn, and "
                 "--iterations would measure again; leave one of them out"
             )
         measurement.check(source, options)
-    estimate = preflight(
-        source,
-        dtype=options.dtype,
-        device=options.device,
-        calibration="none" if options.method == "rtn" else options.calibration,
-        sequences=measurement.record.sequences if measurement else options.sequences,
-        length=measurement.record.length if measurement else options.length,
-        iterations=options.iterations,
-        bits=8.0 if options.bits is None else options.bits,
-        keeps_originals=options.replaces_weights,
-        is_measured=measurement is not None,
-        trials=trials,
-    )
+    estimate = preflight(source, options, measurement, trials=trials)
     if announce:
         announce(estimate.line())
-    refuse_what_cannot_fit(estimate, output, options.device)
+    refuse_what_cannot_fit(estimate, output, options.place.device)
     return source, estimate
 
 
@@ -215,18 +204,17 @@ def prepare(
     if measurement is not None:
         sequences = measurement.sequences
     else:
-        with stages.stage("calibrate"):
-            wanted = CalibrationOptions(
-                options.calibration, estimate.sequences or 1, estimate.length or 2, options.seed
-            )
+        with stages.stage("calibrate") as done:
+            count, length = estimate.sequences or 1, estimate.length or 2
+            wanted = replace(options.calibration, sequences=count, length=length)
             tokenizer = load_tokenizer(loaded.source)
-            sequences = make_sequences(loaded.network, tokenizer, wanted, stages.report)
+            sequences = make_sequences(loaded.network, tokenizer, wanted, done)
     if not len(sequences):
         return Prepared(loaded, sequences, {}, None, None)
     training, held_back = split_sequences(sequences)
     with stages.stage("reference"):
         choosing, certifying = _references(loaded, held_back)
-        lessons = make_lessons(loaded.network, training) if options.tune else []
+        lessons = make_lessons(loaded.network, training) if options.method.tune else []
     if measurement is not None:
         statistics = measurement.statistics_for(loaded)
     else:
@@ -235,19 +223,16 @@ def prepare(
     return Prepared(loaded, sequences, statistics, choosing, certifying, feedback, lessons)
 
 
-def quantize(prepared: Prepared, options: ConversionOptions, stages: Stages) -> Quantized:
+def quantize_prepared(prepared: Prepared, options: ConversionOptions, stages: Stages) -> Quantized:
     """Quantize at the rate or size of `options`; leaves the result in the network.
 
     Its quality is that on the certifying sequences, which took no part in any choice.
     """
     loaded, statistics = prepared.loaded, dict(prepared.statistics)
-    feedback = prepared.feedback
-
-    def write_empty(path: Path, empty: Quantized) -> None:
-        _write_empty(path, prepared, empty, options)
-
+    feedback, method = prepared.feedback, options.method
+    documents = document_sizes(loaded, prepared.sequences, options)
     loaded.restore()
-    for iteration in range(options.iterations if statistics else 1):
+    for iteration in range(method.iterations if statistics else 1):
         if iteration:
             training, _ = split_sequences(prepared.sequences)
             measured = _measure(loaded, training, options, stages)
@@ -257,22 +242,18 @@ def quantize(prepared: Prepared, options: ConversionOptions, stages: Stages) -> 
         result = quantize_network(
             loaded,
             statistics,
+            feedback,
             prepared.choosing,
-            options,
+            documents,
+            options.target,
+            method,
             stages,
-            write_empty,
-            feedback=feedback,
         )
     if prepared.lessons and prepared.choosing is not None:
+        lessons, seed = prepared.lessons, options.calibration.seed
         with stages.stage("tune") as done:
-            result = tune(
-                loaded,
-                result,
-                prepared.lessons,
-                prepared.choosing,
-                options.tune,
-                options.seed,
-                done,
+            result = tune_network(
+                loaded, result, lessons, prepared.choosing, method.tune, seed, done
             )
     if prepared.certifying is not None and prepared.certifying is not prepared.choosing:
         with stages.stage("certify"):
@@ -285,27 +266,28 @@ def seek(
     prepared: Prepared, options: ConversionOptions, stages: Stages, announce: Announce | None
 ) -> Outcome:
     """Quantize at the smallest rate whose loss on the certifying sequences is as asked for."""
-    if options.max_kl is not None:
-        target = Target("--max-kl", options.max_kl)
+    max_kl, max_increase = options.target.max_kl, options.target.max_perplexity_increase
+    if max_kl is not None:
+        target = LossTarget("--max-kl", max_kl)
     else:
-        assert options.max_perplexity_increase is not None
-        target = Target("--max-perplexity-increase", options.max_perplexity_increase)
+        assert max_increase is not None
+        target = LossTarget("--max-perplexity-increase", max_increase)
     with stages.stage("predict"):
         curve = _predict(prepared, _plans(prepared, options), options)
     made: list[Quantized] = []
 
     def attempt(rate: float) -> float:
-        made[:] = [quantize(prepared, options.at_rate(rate), stages)]
+        made[:] = [quantize_prepared(prepared, options.at_rate(rate), stages)]
         assert made[0].quality is not None
         increase = perplexity_increase(made[0].quality, options)
-        achieved = made[0].quality.mean if options.max_kl is not None else increase
+        achieved = made[0].quality.mean if max_kl is not None else increase
         if announce:
             announce(f"tried {rate:.4f} bits per weight: {target.text(achieved)}")
         return achieved
 
     best, trials = search_rate(target, curve, attempt)
     if best is not trials[-1]:
-        made[:] = [quantize(prepared, options.at_rate(best.rate_bits_per_weight), stages)]
+        made[:] = [quantize_prepared(prepared, options.at_rate(best.rate_bits_per_weight), stages)]
     found = TargetResult(target.option, target.asked, best.achieved, len(trials))
     return Outcome(made[0], found, curve.with_trials(trials))
 
@@ -336,7 +318,7 @@ def _details(
     """Curves and distributions; the curve passes through what this conversion achieved."""
     plans = _plans(prepared, options)
     curve = outcome.curve
-    if curve is None and options.method == "cvxq":
+    if curve is None and options.method.name == "cvxq":
         curve = _predict(prepared, plans, options)
         if report.kl is not None:
             curve = curve.with_trials([Trial(report.rate_bits_per_weight, report.kl)])
@@ -370,28 +352,19 @@ def _references(loaded: LoadedModel, held_back: torch.Tensor) -> tuple[Reference
 def _measure(
     loaded: LoadedModel, training: torch.Tensor, options: ConversionOptions, stages: Stages
 ) -> dict[str, MatrixStatistics]:
-    with stages.stage("measure"):
-        return measure(
-            loaded.network, loaded.matrices, training, options.metric, options.seed, stages.report
-        )
+    metric, seed = options.calibration.metric, options.calibration.seed
+    with stages.stage("measure") as done:
+        return measure_statistics(loaded.network, loaded.matrices, training, metric, seed, done)
 
 
 def _plans(prepared: Prepared, options: ConversionOptions) -> list[MatrixPlan]:
-    loaded, statistics = prepared.loaded, prepared.statistics
-    if prepared.feedback is not None and options.feedback:
+    statistics = prepared.statistics
+    if prepared.feedback is not None and options.method.feedback:
         statistics = prepared.feedback.foresee(statistics)
-    return [make_plan(loaded, m, statistics, options) for m in loaded.matrices]
+    return make_plans(prepared.loaded, statistics, options.method)
 
 
 def _predict(prepared: Prepared, plans: list[MatrixPlan], options: ConversionOptions) -> Curve:
-    def write_empty(path: Path, empty: Quantized) -> None:
-        _write_empty(path, prepared, empty, options)
-
-    return predict_curve(prepared.loaded, plans, prepared.statistics, options, write_empty)
-
-
-def _write_empty(
-    path: Path, prepared: Prepared, empty: Quantized, options: ConversionOptions
-) -> None:
-    report = make_report(prepared.loaded, empty, prepared.sequences, options)
-    write_result(path, prepared.loaded, empty, prepared.sequences, options, report)
+    loaded, statistics = prepared.loaded, prepared.statistics
+    documents = document_sizes(loaded, prepared.sequences, options)
+    return predict_curve(loaded, plans, statistics, documents, options.method)

@@ -1,9 +1,13 @@
-"""What a conversion can be asked for. The command line fills this in; so can Python code."""
+"""What a conversion can be asked for. The command line fills this in; so can Python code.
+
+Four records, each for the stages that need it: the target, the calibration, the method, and the
+place where the model lies and the work is done.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +20,19 @@ PARTITIONS = 8
 
 
 @dataclass(frozen=True)
-class ConversionOptions:
-    """All choices of one conversion; the defaults are those that docs/ablation.md settled.
+class Target:
+    """How large or how good the file is to be; exactly one of the four is given.
 
     bits: rate in bits per weight of the quantized matrices, side information included.
-    size_bytes: size of the whole file instead of a rate.
-    max_kl: the smallest file whose KL to the original, in nats per token on held-back calibration
-        sequences, is no more. max_perplexity_increase: the same for the relative increase of
-        perplexity. Exactly one of these four is given.
-    sequences, length: of the calibration; None leaves them to the preflight.
-    keep: shell patterns of matrix names left in 16 bits.
-    gain: exponent of the gain folded into the level tables; None tries several and keeps the one
-        with the least KL on the calibration sequences.
+    size_bytes: of the whole file. max_kl: the smallest file whose KL to the original, in nats per
+        token on held-back calibration sequences, is no more. max_perplexity_increase: the same for
+        the relative increase of perplexity.
     """
 
     bits: float | None = None
     size_bytes: int | None = None
     max_kl: float | None = None
     max_perplexity_increase: float | None = None
-    method: str = "cvxq"  # or "rtn"
-    group_size: int = GROUP_SIZE
-    partitions: int = PARTITIONS
-    keep: tuple[str, ...] = ()
-    calibration: str = "self"  # or "none", or the path of a .txt or .jsonl file
-    sequences: int | None = None
-    length: int | None = None
-    metric: str = "kl"  # or "logits"
-    iterations: int = 1
-    uniform_depths: bool = False  # every group alike, to see what the allocation is worth
-    separable_depths: bool = True
-    largest_error: float = 1 / 3  # share of a cluster's output power; 1 for no bound
-    curve: str = "model"  # or "measured"
-    levels: str = "fitted"  # or "compander"
-    gain: float | None = None
-    refine_scales: bool = True
-    means: bool = True
-    feedback: bool = True  # quantization errors are pushed onto the columns still to come
-    correct_biases: bool = True
-    tune: int = 0  # steps of `tuning`
-    seed: int = 0
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    revision: str | None = None
 
     def __post_init__(self) -> None:
         """Raise ConversionError for a target that is none."""
@@ -72,33 +47,141 @@ class ConversionOptions:
         for value in losses:
             if value is not None and not 0 < value < math.inf:
                 raise ConversionError(f"a largest loss of {value:g}, allowed are numbers above 0")
-        if self.tune and not self.replaces_weights:
-            raise ConversionError("--tune needs calibration sequences and --method cvxq")
-        if self.seeks_rate and (not self.replaces_weights or self.iterations > 1):
-            raise ConversionError(
-                "a largest KL or increase of perplexity needs calibration, --method cvxq and a "
-                "single iteration"
-            )
 
     @property
     def seeks_rate(self) -> bool:
         """Whether the rate is to be found by the loss that it leaves."""
         return self.bits is None and self.size_bytes is None
 
-    @property
-    def replaces_weights(self) -> bool:
-        """Whether the conversion runs the quantized network, so that originals must be kept."""
-        return self.method == "cvxq" and self.calibration != "none"
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the model is measured on: sequences of its own, or from a text.
+
+    source: "self", "none", or the path of a .txt or .jsonl file. sequences, length: how many, of
+    how many tokens; None leaves them to the preflight. metric: "kl" or "logits".
+    """
+
+    source: str = field(default="self", metadata={"choice": "calibration"})
+    sequences: int | None = None
+    length: int | None = None
+    metric: str = "kl"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """How weights become codes; the defaults are those that docs/ablation.md settled.
+
+    name: "cvxq" or "rtn". keep: shell patterns of matrix names left in 16 bits. iterations:
+    measure and quantize so often. tune: steps of `tuning`. The others have no option on the command
+    line: they are what the ablation takes away.
+    uniform_depths: every group alike. largest_error: share of a cluster's output power that may be
+        lost; 1 for no bound. levels: "fitted" or "compander". gain: exponent of the gain folded
+        into the level tables; None tries several and keeps the one with the least KL on the
+        calibration sequences. feedback: errors are pushed onto the columns still to come.
+    """
+
+    name: str = field(default="cvxq", metadata={"choice": "method"})
+    group_size: int = GROUP_SIZE
+    partitions: int = PARTITIONS
+    keep: tuple[str, ...] = ()
+    iterations: int = 1
+    tune: int = 0
+    uniform_depths: bool = False
+    separable_depths: bool = True
+    largest_error: float = 1 / 3
+    levels: str = "fitted"
+    gain: float | None = None
+    refine_scales: bool = True
+    means: bool = True
+    feedback: bool = True
+    correct_biases: bool = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the work is done, in which type, and which revision of a hub id is meant."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """All choices of one conversion."""
+
+    target: Target
+    calibration: Calibration = Calibration()
+    method: Method = Method()
+    place: Place = Place()
+
+    def __post_init__(self) -> None:
+        """Raise ConversionError for choices that contradict each other."""
+        if self.method.tune and not self.replaces_weights:
+            raise ConversionError("--tune needs calibration sequences and --method cvxq")
+        if self.target.seeks_rate and (not self.replaces_weights or self.method.iterations > 1):
+            raise ConversionError(
+                "a largest KL or increase of perplexity needs calibration, --method cvxq and a "
+                "single iteration"
+            )
+
+    @classmethod
+    def of(cls, **choices: Any) -> ConversionOptions:
+        """Deal choices, by the names of the command line, to the records that hold them.
+
+        Raises TypeError for a name that none of them has.
+        """
+        return cls(
+            **{name: kind(**_taken(kind, choices)) for name, kind in _KINDS.items()}, **choices
+        )
+
+    def having(self, **choices: Any) -> ConversionOptions:
+        """The same but for these choices, by the names of the command line."""
+        changed = {
+            name: replace(getattr(self, name), **_taken(kind, choices))
+            for name, kind in _KINDS.items()
+        }
+        return replace(self, **changed, **choices)
 
     def at_rate(self, bits: float) -> ConversionOptions:
         """The same choices for a rate, whatever the target was."""
-        return replace(self, bits=bits, size_bytes=None, max_kl=None, max_perplexity_increase=None)
+        return replace(self, target=Target(bits=bits))
+
+    @property
+    def replaces_weights(self) -> bool:
+        """Whether the conversion runs the quantized network, so that originals must be kept."""
+        return self.method.name == "cvxq" and self.calibration.source != "none"
 
     def to_json(self) -> dict[str, Any]:
         """All options as JSON values, without paths: a calibration file gives its name only."""
-        values = asdict(self)
-        values["dtype"] = str(self.dtype).removeprefix("torch.")
-        values["keep"] = list(self.keep)
-        values["calibration"] = Path(self.calibration).name
+        values = {
+            _choice(item): value
+            for record in (self.target, self.calibration, self.method, self.place)
+            for item, value in zip(fields(record), asdict(record).values(), strict=True)
+        }
+        values["dtype"] = str(self.place.dtype).removeprefix("torch.")
+        values["keep"] = list(self.method.keep)
+        values["calibration"] = Path(self.calibration.source).name
         del values["device"]
         return values
+
+
+_KINDS: dict[str, type] = {
+    "target": Target,
+    "calibration": Calibration,
+    "method": Method,
+    "place": Place,
+}
+
+
+def _choice(item: Any) -> str:
+    """The name of a record's field on the command line."""
+    return str(item.metadata.get("choice", item.name))
+
+
+def _taken(kind: type, choices: dict[str, Any]) -> dict[str, Any]:
+    """Take the fields of a record out of the choices."""
+    named = {_choice(item): item.name for item in fields(kind)}
+    return {named[choice]: choices.pop(choice) for choice in [*choices] if choice in named}

@@ -21,9 +21,12 @@ import torch
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.measure.calibration import cache_bytes, context_length, sampling_batch
 from cvxq_converter.measure.hessian import MEMORY as HESSIAN_BYTES
+from cvxq_converter.measure.measurement import Measurement
 from cvxq_converter.measure.teaching import KEPT
+from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.tuning import BATCH
 from cvxq_converter.source.checkpoint import Source
+from cvxq_converter.source.loaded import matches
 
 FULL_SEQUENCES, FULL_LENGTH = 128, 2048  # the papers' amount; the default on a GPU
 CPU_LENGTH = 512  # shorter documents cost less per token and sample as many contexts
@@ -31,6 +34,7 @@ CALIBRATION_SECONDS = 180.0  # of sampling and measuring on a CPU, at the nomina
 NOMINAL_FLOPS = 25e9  # float32 operations per second and thread
 NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
 LEAST_SEQUENCES, LEAST_LENGTH = 8, 64
+EXPECTED_TRIALS = 4  # of a search for a loss
 
 _OPERATIONS_PER_LAYER = 50  # small tensor operations of one block, forward
 _OPERATIONS_PER_COLUMN = 120  # small tensor operations for each column, with feedback
@@ -79,6 +83,7 @@ class _Shape:
 
     parameters: int
     matrix_weights: int
+    quantized_weights: int
     largest_weights: int
     largest_inputs: int
     inputs: int  # summed over the matrices
@@ -93,50 +98,65 @@ class _Shape:
 
 def preflight(
     source: Source,
+    options: ConversionOptions,
+    measurement: Measurement | None = None,
     *,
-    dtype: torch.dtype,
-    device: str,
-    calibration: str = "self",
-    sequences: int | None = None,
-    length: int | None = None,
-    iterations: int = 1,
-    bits: float = 4.0,
-    keeps_originals: bool = True,
-    is_measured: bool = False,
-    trials: int = 1,
-    tune: int = 0,
+    trials: int | None = None,
     speed: Speed | None = None,
 ) -> Preflight:
     """Estimate a conversion of `source` and choose the amount of calibration.
 
-    sequences, length: as asked for, or None for the default. bits: rate, or an upper bound of it.
-    keeps_originals: whether original weights stay in memory beside the quantized ones.
-    is_measured: whether calibration and measurement lie in a file. trials: rates to quantize at.
-    tune: steps after each quantization.
-    speed: of this machine; measured if not given.
+    measurement: in place of calibrating and measuring. trials: rates to quantize at; those that a
+    search takes, or one, if not given. speed: of this machine; measured if not given.
     """
-    shape = _shape_of(source)
-    speed = speed or measure_speed(dtype, device)
-    count, tokens = (0, 0)
-    if calibration != "none":
-        count, tokens = calibration_amount(source, device, sequences, length)
+    method, place = options.method, options.place
+    shape = _shape_of(source, method.keep)
+    speed = speed or measure_speed(place.dtype, place.device)
+    trials = trials or (EXPECTED_TRIALS if options.target.seeks_rate else 1)
+    count, tokens = _amount(source, options, measurement)
     seconds = sum(info.stat().st_size for info in source.weight_files) / _READ_RATE
-    if count and not is_measured:
-        sampling = _sampling_seconds(source, shape, speed, count, tokens, dtype)
+    if count and measurement is None:
         measuring = count * _backward_seconds(shape, speed, tokens)
-        seconds += (sampling if calibration == "self" else 0) + iterations * measuring
-    seconds += max(1, iterations) * trials * _quantizing_seconds(shape, speed)
+        seconds += method.iterations * measuring
+        if options.calibration.source == "self":
+            seconds += _sampling_seconds(source, shape, speed, count, tokens, place.dtype)
+    rounds = method.iterations * trials
+    seconds += rounds * _quantizing_seconds(shape, speed, method.group_size)
     if count:
-        feedback = _feedback_seconds(shape, speed, count * tokens)
-        seconds += max(iterations, 1) * feedback[0] + max(1, iterations) * trials * feedback[1]
-        seconds += trials * tune * BATCH * _backward_seconds(shape, speed, tokens)
-    memory = _peak_memory(source, shape, dtype, count, tokens, bits, keeps_originals)
-    memory += 12 * KEPT * count * tokens if tune else 0
+        factors, pushing = _feedback_seconds(shape, speed, count * tokens)
+        seconds += method.iterations * factors + rounds * pushing
+        seconds += trials * method.tune * BATCH * _backward_seconds(shape, speed, tokens)
+    memory = _peak_memory(source, shape, options, count, tokens)
+    return Preflight(seconds, memory, _disk_bytes(source, shape, options), count, tokens)
+
+
+def _amount(
+    source: Source, options: ConversionOptions, measurement: Measurement | None
+) -> tuple[int, int]:
+    """Number and length of the calibration sequences; none if they play no part."""
+    wanted = options.calibration
+    if not options.replaces_weights:
+        return 0, 0
+    if measurement is not None:
+        return measurement.record.sequences, measurement.record.length
+    return calibration_amount(source, options.place.device, wanted.sequences, wanted.length)
+
+
+def _disk_bytes(source: Source, shape: _Shape, options: ConversionOptions) -> int:
+    if options.target.size_bytes is not None:
+        return options.target.size_bytes
     # Everything outside the matrices is stored in 16 bits; the header is small.
-    rest = (shape.parameters - shape.matrix_weights) * 2
+    rest = (shape.parameters - shape.quantized_weights) * 2
     carried = sum(path.stat().st_size for path in source.files.values())
-    disk = int(shape.matrix_weights * bits / 8) + rest + carried + (1 << 16)
-    return Preflight(seconds, memory, disk, count, tokens)
+    return int(shape.quantized_weights * _rate(shape, options) / 8) + rest + carried + (1 << 16)
+
+
+def _rate(shape: _Shape, options: ConversionOptions) -> float:
+    """Bits per weight, or an upper bound where a loss is asked for."""
+    target = options.target
+    if target.size_bytes is not None:
+        return min(8.0, 8 * target.size_bytes / max(1, shape.quantized_weights))
+    return 8.0 if target.bits is None else target.bits
 
 
 def refuse_what_cannot_fit(plan: Preflight, output: Path, device: str) -> None:
@@ -239,24 +259,26 @@ def _best_seconds(work: Callable[[], Any], device: str) -> float:
 # --- costs --------------------------------------------------------------------------------------
 
 
-def _shape_of(source: Source) -> _Shape:
+def _shape_of(source: Source, keep: tuple[str, ...] = ()) -> _Shape:
     text = source.config.get_text_config()
 
     def find(*names: str) -> int:
         values = [getattr(text, name, None) for name in names]
         return next((v for v in values if isinstance(v, int) and v > 0), 0)
 
-    sizes = [info.shape[0] * info.shape[1] for info in source.tensors.values() if _is_matrix(info)]
-    inputs = [info.shape[1] for info in source.tensors.values() if _is_matrix(info)]
+    matrices = {n: i.shape for n, i in source.tensors.items() if _is_matrix(i)}
+    quantized = [shape for name, shape in matrices.items() if not matches(name, keep)]
+    inputs = [columns for _, columns in quantized]
     hidden = find("hidden_size", "n_embd", "d_model")
     return _Shape(
         parameters=source.parameters,
-        matrix_weights=sum(sizes),
-        largest_weights=max(sizes, default=0),
+        matrix_weights=sum(n * k for n, k in matrices.values()),
+        quantized_weights=sum(n * k for n, k in quantized),
+        largest_weights=max((n * k for n, k in quantized), default=0),
         largest_inputs=max(inputs, default=0),
         inputs=sum(inputs),
         squared_inputs=sum(k * k for k in inputs),
-        pushed=sum(n * k for n, k in zip(sizes, inputs, strict=True)),
+        pushed=sum(n * k * k for n, k in quantized),
         layers=find("num_hidden_layers", "n_layer"),
         hidden=hidden,
         inner=find("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
@@ -288,10 +310,10 @@ def _sampling_seconds(
     return calls + 3 * 2.0 * shape.matrix_weights * count * tokens / speed.flops
 
 
-def _quantizing_seconds(shape: _Shape, speed: Speed) -> float:
-    groups = shape.matrix_weights / 64 / max(1, shape.hidden)  # clusters, a few depths in each
-    calls = groups * 5 * 13 * 12 * speed.call_seconds
-    return calls + _QUANTIZER_PASSES / 3 * shape.matrix_weights / speed.elements
+def _quantizing_seconds(shape: _Shape, speed: Speed, group_size: int) -> float:
+    clusters = shape.quantized_weights / group_size / max(1, shape.hidden)
+    calls = clusters * 5 * 13 * 12 * speed.call_seconds  # a few depths in each
+    return calls + _QUANTIZER_PASSES / 3 * shape.quantized_weights / speed.elements
 
 
 def _feedback_seconds(shape: _Shape, speed: Speed, tokens: int) -> tuple[float, float]:
@@ -303,19 +325,14 @@ def _feedback_seconds(shape: _Shape, speed: Speed, tokens: int) -> tuple[float, 
 
 
 def _peak_memory(
-    source: Source,
-    shape: _Shape,
-    dtype: torch.dtype,
-    count: int,
-    tokens: int,
-    bits: float,
-    keeps_originals: bool,
+    source: Source, shape: _Shape, options: ConversionOptions, count: int, tokens: int
 ) -> int:
     """The network, the originals, the packed result, and the larger of measuring and quantizing."""
-    element = dtype.itemsize
+    element = options.place.dtype.itemsize
     network = shape.parameters * element
-    originals = shape.matrix_weights * element if keeps_originals and count else 0
-    packed = int(shape.matrix_weights * bits / 8)
+    originals = shape.quantized_weights * element if options.replaces_weights else 0
+    packed = int(shape.quantized_weights * _rate(shape, options) / 8)
+    lessons = 12 * KEPT * count * tokens if options.method.tune else 0
     quantizing = shape.largest_weights * _QUANTIZER_BYTES
     measuring = 0
     if count:
@@ -329,7 +346,8 @@ def _peak_memory(
         sequence = tokens * shape.vocabulary * 4  # of log-probabilities; two are kept at least
         reference = min(max(_REFERENCE_BYTES, 2 * sequence), count * sequence)
         measuring = max(activations + logits + block, cache) + reference
-    return _BASE_BYTES + network + originals + packed + max(measuring, quantizing)
+    held = network + originals + packed + lessons
+    return _BASE_BYTES + held + max(measuring, quantizing)
 
 
 def _duration(seconds: float) -> str:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # stage, done, total
+Done = Callable[[int, int], None]  # of one stage: done, total
 
 
 class Stages:
@@ -22,7 +23,7 @@ class Stages:
             self._progress(stage, done, total)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+    def stage(self, name: str) -> Iterator[Done]:
         """Time a stage; yields its own progress function (done, total)."""
         started = time.perf_counter()
         self.report(name, 0, 1)

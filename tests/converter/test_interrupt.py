@@ -18,7 +18,7 @@ from cvxq_converter.options import ConversionOptions
 from cvxq_format import Writer
 
 Save = Callable[..., Path]
-OPTIONS = ConversionOptions(bits=4.0, group_size=16, sequences=3, length=12, gain=0.5)
+OPTIONS = ConversionOptions.of(bits=4.0, group_size=16, sequences=3, length=12, gain=0.5)
 OLD = b"an older file"
 
 

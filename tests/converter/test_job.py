@@ -19,7 +19,8 @@ import torch
 from cvxq.summary import summarize
 from cvxq_converter.errors import ConversionError, RateError
 from cvxq_converter.job import convert
-from cvxq_converter.measure.statistics import MatrixStatistics, measure
+from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.iteration import quantize_network
 from cvxq_converter.write.report import ConversionReport
@@ -46,7 +47,7 @@ def run(folder: Path, output: Path, progress: Any = None, **options: Any) -> Con
     chosen = {"group_size": 16, "sequences": 3, "length": 12, **options}
     if "size_bytes" not in chosen:
         chosen.setdefault("bits", 4.0)
-    return convert(str(folder), output, ConversionOptions(**chosen), progress)
+    return convert(str(folder), output, ConversionOptions.of(**chosen), progress)
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -314,7 +315,7 @@ def test_provenance_tells_no_time_path_or_host(save_network: Save, tmp_path: Pat
         assert str(folder.parent) not in document
         assert "/" not in document
         assert not re.search(r"20\d\d-\d\d|\d\d:\d\d|seconds", document)
-    options = ConversionOptions(bits=3, calibration=str(text)).to_json()
+    options = ConversionOptions.of(bits=3, calibration=str(text)).to_json()
     assert options["calibration"] == "text.jsonl"
 
 
@@ -364,7 +365,7 @@ def test_what_was_felt_before_a_matrix_was_pruned_still_holds(
     used: list[dict[str, MatrixStatistics]] = []
 
     def measure_less(*arguments: Any) -> dict[str, MatrixStatistics]:
-        found = measure(*arguments)
+        found = measure_statistics(*arguments)
         if measured:
             zeros = {
                 field: np.zeros_like(getattr(found[name], field))
@@ -378,7 +379,7 @@ def test_what_was_felt_before_a_matrix_was_pruned_still_holds(
         used.append(dict(statistics))
         return quantize_network(loaded, statistics, *rest, **named)
 
-    monkeypatch.setattr("cvxq_converter.job.measure", measure_less)
+    monkeypatch.setattr("cvxq_converter.job.measure_statistics", measure_less)
     monkeypatch.setattr("cvxq_converter.job.quantize_network", note)
     run(save_network("llama"), tmp_path / "a.cvxq", iterations=2, gain=0.5)
     assert all(used[0][n] is measured[0][n] for n in measured[0])

@@ -35,7 +35,9 @@ def test_peak_memory_stays_below_what_the_preflight_says(
     monkeypatch.setattr("cvxq_converter.preflight.measure_speed", lambda *_: speed)
     folder = save_network("llama", hidden_size=128, intermediate_size=256, vocab_size=2048)
     lines: list[str] = []
-    options = ConversionOptions(bits=4.0, calibration=calibration, sequences=4, length=16, gain=0.5)
+    options = ConversionOptions.of(
+        bits=4.0, calibration=calibration, sequences=4, length=16, gain=0.5
+    )
     peak = peak_bytes(
         lambda: convert(str(folder), tmp_path / "a.cvxq", options, announce=lines.append)
     )

@@ -12,6 +12,7 @@ import cvxq_converter.preflight as module
 import pytest
 import torch
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import (
     Preflight,
     Speed,
@@ -59,8 +60,9 @@ SEVEN_BILLION = llama(26, 4096)
 
 
 def plan_for(source: Any, **options: Any) -> Preflight:
-    settings = {"dtype": torch.float32, "device": "cpu", "speed": LAPTOP, **options}
-    return preflight(source, **settings)
+    speed = options.pop("speed", LAPTOP)
+    target = {} if {"size_bytes", "max_kl"} & options.keys() else {"bits": 4.0}
+    return preflight(source, ConversionOptions.of(**{**target, **options}), speed=speed)
 
 
 def test_line_names_time_memory_and_disk() -> None:
@@ -89,6 +91,52 @@ def test_costs_grow_with_the_work() -> None:
     assert half.peak_memory_bytes < 0.7 * base.peak_memory_bytes
     assert base.peak_memory_bytes > 2 * 4e9  # network and originals, float32
     assert (none.sequences, none.length) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "figures"),
+    [
+        ({"bits": 6.0}, "peak_memory_bytes disk_bytes"),
+        ({"size_bytes": 9 << 30}, "peak_memory_bytes disk_bytes"),
+        ({"max_kl": 0.1}, "seconds peak_memory_bytes disk_bytes"),
+        ({"calibration": "none"}, "seconds peak_memory_bytes"),
+        ({"calibration": "a.txt"}, "seconds"),
+        ({"sequences": 32}, "seconds"),
+        ({"length": 1024}, "seconds peak_memory_bytes"),
+        ({"iterations": 2}, "seconds"),
+        ({"tune": 60}, "seconds peak_memory_bytes"),
+        ({"method": "rtn"}, "seconds peak_memory_bytes"),
+        ({"group_size": 32}, "seconds"),
+        ({"keep": ("*mlp*",)}, "seconds peak_memory_bytes disk_bytes"),
+        ({"dtype": torch.float16}, "peak_memory_bytes"),
+    ],
+)
+def test_every_option_that_costs_moves_the_estimate(changes: Any, figures: str) -> None:
+    asked = {"sequences": 16, "length": 512}
+    before, after = plan_for(ONE_BILLION, **asked), plan_for(ONE_BILLION, **{**asked, **changes})
+    for figure in ("seconds", "peak_memory_bytes", "disk_bytes"):
+        changed = getattr(before, figure) != getattr(after, figure)
+        assert changed or figure not in figures.split(), figure
+    if changes.keys() & {"iterations", "tune", "max_kl", "sequences", "length", "group_size"}:
+        assert after.seconds > before.seconds
+    if changes.keys() & {"tune", "length", "bits", "max_kl"}:
+        assert after.peak_memory_bytes > before.peak_memory_bytes
+
+
+def test_what_was_measured_before_is_not_counted_again() -> None:
+    """A measurement says how much calibration there is, and spares its time."""
+    record = SimpleNamespace(sequences=16, length=512)
+    measurement: Any = SimpleNamespace(record=record)
+    options = ConversionOptions.of(bits=4, sequences=16, length=512)
+    whole = preflight(ONE_BILLION, options, speed=LAPTOP)
+    found = preflight(ONE_BILLION, options.having(sequences=None), measurement, speed=LAPTOP)
+    assert (found.sequences, found.length) == (16, 512)
+    assert found.seconds < whole.seconds
+    assert preflight(ONE_BILLION, options, trials=4, speed=LAPTOP).seconds > whole.seconds
+
+
+def test_a_size_asked_for_is_the_disk_that_it_takes() -> None:
+    assert plan_for(SEVEN_BILLION, size_bytes=123_456_789).disk_bytes == 123_456_789
 
 
 def test_default_calibration_is_full_on_a_gpu_and_capped_by_the_context() -> None:
@@ -143,7 +191,7 @@ def test_this_machine_can_be_measured(save_network: Any, tmp_path: Path) -> None
     memory = available_memory("cpu")
     assert memory is not None
     assert memory > 1 << 20
-    plan = preflight(open_source(str(save_network("gpt2"))), dtype=torch.float32, device="cpu")
+    plan = preflight(open_source(str(save_network("gpt2"))), ConversionOptions.of(bits=4))
     assert re.fullmatch(r"about .* (s|min|h), .* of memory, .* on disk \(.* tokens\)", plan.line())
     assert 0 < plan.seconds < 600
     refuse_what_cannot_fit(plan, tmp_path / "model.cvxq", "cpu")

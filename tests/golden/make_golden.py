@@ -76,7 +76,7 @@ def build_network() -> LlamaForCausalLM:
 def convert_case(name: str, folder: Path) -> dict[str, Any]:
     """Convert the network saved in `folder/model` as the case says; return its figures."""
     path = folder / f"{name}.cvxq"
-    options = ConversionOptions(**{**COMMON, **CASES[name]})
+    options = ConversionOptions.of(**{**COMMON, **CASES[name]})
     report = convert(str(folder / "model"), path, options)
     return {**report.for_file(), "file_bytes": path.stat().st_size, **figures_of(path)}
 

@@ -9,8 +9,8 @@ The **worth** of a group is ½ log2(G_n² S_n²), in bits; the dual variable ent
 v = ½ log2(V / (2 ln 2 H)), so that B = round(worth − v) and the update V ← V + α(rate − R) becomes
 v ← v + α(rate − R), which settles in a few steps because the rate falls by at most one bit per
 unit of v. The ascent runs on the depths that the file will hold: worths in steps of 1/256 bit,
-rounded to whole depths, codes padded to bytes. `D_n` measured instead of modelled moves the
-thresholds between the depths, nothing else (`measured_thresholds`).
+rounded to whole depths, codes padded to bytes. `D_n` measured instead of modelled would move the
+`THRESHOLDS` between the depths, nothing else; it allocates no better (docs/ablation.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from cvxq_format.codebook import DEPTHS
+from cvxq_format.limits import MAX_DEPTH
 
 from cvxq_converter.errors import RateError
 
 UNITS_PER_BIT = 256
-MAX_DEPTH = 8
-MODEL_THRESHOLDS = np.arange(1, MAX_DEPTH + 1, dtype=np.int32) * UNITS_PER_BIT - UNITS_PER_BIT // 2
+THRESHOLDS = np.arange(1, MAX_DEPTH + 1, dtype=np.int32) * UNITS_PER_BIT - UNITS_PER_BIT // 2
 ASCENT_STEPS = 20  # more than these and the bracket is halved instead
 WORTH_DEPTH = 8.0  # bits below the median at which a group's worth no longer matters
 FIT_STEPS = 8
@@ -159,22 +159,7 @@ def group_bytes(cluster_rows: np.ndarray) -> np.ndarray:
     return (cluster_rows.astype(np.int64) + 7) // 8
 
 
-def measured_thresholds(distortion: np.ndarray) -> np.ndarray:
-    """Depth thresholds from distortions d_0 .. d_8 measured at unit scale (d_0 = 1).
-
-    A group earns depth j when G² S² (d_{j−1} − d_j) reaches the common slope, so the threshold
-    lies at −½ log2(d_{j−1} − d_j); the set is shifted so that depth 4 keeps its modelled place.
-    Returns (8,) int32 in 1/256 bit, non-decreasing.
-    """
-    gain = np.maximum(distortion[:-1] - distortion[1:], 1e-12)
-    gain = np.minimum.accumulate(gain)  # the lower convex hull of a nearly convex curve
-    thresholds = -0.5 * np.log2(gain) * UNITS_PER_BIT
-    return np.rint(thresholds - thresholds[3] + MODEL_THRESHOLDS[3]).astype(np.int32)
-
-
-def trusted_offsets(
-    worths: Worths, energy: np.ndarray, largest_error: float, thresholds: np.ndarray
-) -> np.ndarray:
+def trusted_offsets(worths: Worths, energy: np.ndarray, largest_error: float) -> np.ndarray:
     """(C,) int64 largest offset that keeps the error of each cluster's outputs within bounds.
 
     The sensitivities are derivatives: they say nothing of errors as large as the signal. A
@@ -186,19 +171,19 @@ def trusted_offsets(
     """
     units = worths.units()
     total = energy.sum(axis=1)
-    low = units.min(axis=1) - int(thresholds[-1]) - 1  # all at depth 8: within any bound
-    high = units.max(axis=1) - int(thresholds[0]) + 1  # all at depth 0
+    low = units.min(axis=1) - int(THRESHOLDS[-1]) - 1  # all at depth 8: within any bound
+    high = units.max(axis=1) - int(THRESHOLDS[0]) + 1  # all at depth 0
     while (high - low > 1).any():
         middle = (low + high) // 2
-        depths = depths_of(units - middle[:, None], thresholds)
+        depths = depths_of(units - middle[:, None])
         fits = (energy * GAUSSIAN_DISTORTION[depths]).sum(axis=1) <= largest_error * total
         low, high = np.where(fits, middle, low), np.where(fits, high, middle)
     return low
 
 
-def depths_of(units: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+def depths_of(units: np.ndarray) -> np.ndarray:
     """(…,) uint8 depth of groups by their worth in 1/256 bit, less the dual variable's offset."""
-    return np.searchsorted(thresholds, units, side="right").astype(np.uint8)
+    return np.searchsorted(THRESHOLDS, units, side="right").astype(np.uint8)
 
 
 def code_bytes(depths: np.ndarray, plane_bytes: np.ndarray) -> int:
@@ -206,9 +191,7 @@ def code_bytes(depths: np.ndarray, plane_bytes: np.ndarray) -> int:
     return int(depths.sum(axis=1, dtype=np.int64) @ plane_bytes)
 
 
-def allocate_bit_depths(
-    worths: Sequence[Worths], thresholds: np.ndarray, budget_bytes: int
-) -> BitAllocation:
+def allocate_bit_depths(worths: Sequence[Worths], budget_bytes: int) -> BitAllocation:
     """Choose one bit depth per group so that the packed codes fill `budget_bytes`, never more.
 
     Dual ascent finds the offset; then the clusters, in order, are raised by one more unit as long
@@ -217,7 +200,7 @@ def allocate_bit_depths(
     """
     units = [w.units() for w in worths]
     planes = [w.group_bytes for w in worths]
-    bottom = max(int(u.max()) for u in units) - int(thresholds[0]) + 1  # all at depth 0
+    bottom = max(int(u.max()) for u in units) - int(THRESHOLDS[0]) + 1  # all at depth 0
     plane_total = sum(int(p.sum()) * u.shape[1] for p, u in zip(planes, units, strict=True))
     if budget_bytes < 0:
         raise RateError("the side information alone exceeds the rate that was asked for")
@@ -226,8 +209,7 @@ def allocate_bit_depths(
 
     def allocated(offset: int) -> list[np.ndarray]:
         return [
-            depths_of(u - w.offsets(offset)[:, None], thresholds)
-            for u, w in zip(units, worths, strict=True)
+            depths_of(u - w.offsets(offset)[:, None]) for u, w in zip(units, worths, strict=True)
         ]
 
     def size(offset: int) -> int:
@@ -235,13 +217,13 @@ def allocate_bit_depths(
 
     if size(bottom) > budget_bytes:  # not even what the trust region asks for fits
         worths = [replace(w, largest_offsets=None) for w in worths]
-    offset, steps = _ascend(size, units, thresholds, plane_total, budget_bytes)
+    offset, steps = _ascend(size, units, plane_total, budget_bytes)
     depths = allocated(offset)
     offsets = [w.offsets(offset) for w in worths]
     spent = size(offset)
     for depth, unit, plane, own in zip(depths, units, planes, offsets, strict=True):
         for cluster in range(len(unit)):
-            raised = depths_of(unit[cluster] - (own[cluster] - 1), thresholds)
+            raised = depths_of(unit[cluster] - (own[cluster] - 1))
             step = int(raised.sum(dtype=np.int64) - depth[cluster].sum(dtype=np.int64))
             if 0 < step * plane[cluster] <= budget_bytes - spent:
                 spent += step * int(plane[cluster])
@@ -253,7 +235,6 @@ def allocate_bit_depths(
 def _ascend(
     size: Callable[[int], int],
     units: Sequence[np.ndarray],
-    thresholds: np.ndarray,
     plane_total: int,
     budget_bytes: int,
 ) -> tuple[int, int]:
@@ -263,8 +244,8 @@ def _ascend(
     v, so the ascent stays inside the bracket of offsets known to overspend and to fit, halving it
     when a step would leave or when the staircase is so flat that steps are too short.
     """
-    low = min(int(u.min()) for u in units) - int(thresholds[-1]) - 1  # one below: all at depth 8
-    high = max(int(u.max()) for u in units) - int(thresholds[0]) + 1  # all at depth 0
+    low = min(int(u.min()) for u in units) - int(THRESHOLDS[-1]) - 1  # one below: all at depth 8
+    high = max(int(u.max()) for u in units) - int(THRESHOLDS[0]) + 1  # all at depth 0
     target = budget_bytes / plane_total  # mean depth
     value = float(np.mean([u.mean() for u in units]) - target * UNITS_PER_BIT)
     steps = 0

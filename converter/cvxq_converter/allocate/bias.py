@@ -5,12 +5,29 @@ calibration sequences; the bias takes it back. A layer without a bias gains one 
 pays: its 16 bits per output count in the rate like everything else.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from cvxq_converter.measure.statistics import MatrixStatistics
+from cvxq_converter.measure.sums import MatrixStatistics, Statistics
+from cvxq_converter.source.matrices import Matrix
 
 BIAS_BITS = 16
+
+
+def layers_to_gain_bias(matrices: Sequence[Matrix], statistics: Statistics) -> list[Matrix]:
+    """The matrices without a bias for which a new one pays."""
+    return [
+        m
+        for m in matrices
+        if m.bias_name is not None
+        and not m.has_bias
+        and m.name in statistics
+        and gained_bias_pays(statistics[m.name])
+    ]
 
 
 def gained_bias_pays(stats: MatrixStatistics) -> bool:

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from cvxq_format.codebook import DEPTHS, depth_mask
+from cvxq_format.codebook import DEPTHS
 
-from cvxq_converter.allocate.allocation import (
-    GAUSSIAN_DISTORTION,
-    BitAllocation,
-    code_bytes,
-)
-from cvxq_converter.allocate.bias import BIAS_BITS
+from cvxq_converter.allocate.allocation import GAUSSIAN_DISTORTION, code_bytes
+from cvxq_converter.allocate.bias import layers_to_gain_bias
 from cvxq_converter.allocate.plan import MatrixPlan, Sensitivity, group_worth
-from cvxq_converter.allocate.scale_width import choose_scale_bits
-from cvxq_converter.allocate.sizes import allocate_for_rate, empty_file_header, file_size
+from cvxq_converter.allocate.sizes import Ledger, allocate, make_ledger
 from cvxq_converter.measure.curve import Curve, Point
-from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.correction import Statistics, layers_to_gain_bias
-from cvxq_converter.quantize.encode import (
-    allocate_with_tables,
-    codebook_bytes,
-    depth_thresholds,
-    overhead_bytes,
-)
-from cvxq_converter.quantize.iteration import Quantized, empty_result
+from cvxq_converter.measure.sums import Statistics
+from cvxq_converter.options import Method, Target
 from cvxq_converter.source.loaded import LoadedModel
 
 STEP = 0.25  # bits per weight between the points of a curve
@@ -40,52 +26,35 @@ def predict_curve(
     loaded: LoadedModel,
     plans: Sequence[MatrixPlan],
     statistics: Statistics,
-    options: ConversionOptions,
-    write_empty: Callable[[Path, Quantized], None],
+    documents: Mapping[str, int],
+    method: Method,
 ) -> Curve:
     """Allocate at every rate from the smallest on, and add up what the errors will cost.
 
     plans: of all matrices. statistics: by matrix name; empty for the share of the weights' energy
-    that is lost instead of KL. write_empty: writes the file of a result whose groups all have
-    depth 0, to learn its size.
+    that is lost instead of KL. documents: as in `make_ledger`.
     """
-    thresholds = depth_thresholds(plans, lambda p: loaded.originals[p.matrix.name], options)
-    worths = [p.bounded_worths(options.largest_error, thresholds) for p in plans]
     costs = [_group_costs(p, statistics) for p in plans]
     scale = 0.5 if statistics else 1 / sum(float(c.sum()) for c in costs)
-    gained = layers_to_gain_bias(loaded, statistics, options)
-    empty = empty_result(plans, thresholds, DEPTHS, gained, options)
-    header = empty_file_header(lambda path: write_empty(path, empty))
-    scale_bits = choose_scale_bits(plans)
-    side = {p.matrix.name: overhead_bytes(p, options, scale_bits) for p in plans}
-    bias_bytes = sum(m.weight.shape[0] * BIAS_BITS // 8 for m in gained)
-    side_bytes = sum(side.values()) + bias_bytes
-    weights = loaded.quantized_weights
+    gained = layers_to_gain_bias(loaded.matrices, statistics) if method.correct_biases else []
+    ledger = make_ledger(loaded, plans, gained, documents, method)
 
-    def allocate(rate: float) -> BitAllocation:
-        return allocate_with_tables(
-            plans,
-            lambda depths: allocate_for_rate(
-                worths, thresholds, rate, weights, side_bytes + codebook_bytes(scale_bits, depths)
-            ),
-        )
-
-    points = []
-    for rate in _rates(8 * (side_bytes + codebook_bytes(scale_bits, DEPTHS) + 1) / weights):
-        found = allocate(rate)
+    def point(rate: float) -> Point:
+        found = allocate(plans, Target(bits=rate), ledger)
         lost = [
             (c * GAUSSIAN_DISTORTION[d]).sum() for c, d in zip(costs, found.depths, strict=True)
         ]
-        sizes = {
-            name: side[name] + code_bytes(d, w.group_bytes)
-            for name, d, w in zip(side, found.depths, worths, strict=True)
-        }
-        stored = found.stored_depths
-        book_size = codebook_bytes(scale_bits, stored)
-        book = replace(header.codebooks[0], level_depths=depth_mask(stored), size=book_size)
-        size = file_size(replace(header, codebooks=(book,)), sizes)
-        points.append(Point(rate, size, scale * sum(lost)))
-    return Curve(tuple(points))
+        codes = [
+            code_bytes(d, p.worths.group_bytes) for d, p in zip(found.depths, plans, strict=True)
+        ]
+        return Point(rate, ledger.file_bytes(codes, found.stored_depths), scale * sum(lost))
+
+    return Curve(tuple(point(rate) for rate in _rates(_lowest_rate(ledger))))
+
+
+def _lowest_rate(ledger: Ledger) -> float:
+    """Bits per weight that leave one byte for codes."""
+    return 8 * (ledger.side_bytes(DEPTHS) + 1) / ledger.weights
 
 
 def _rates(lowest: float) -> list[float]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from cvxq_converter.allocate.plan import MatrixPlan
-from cvxq_converter.quantize.search import HEADROOM_STEPS, STEPS_PER_OCTAVE
 
+HEADROOM_STEPS = 8  # the largest scale sits this far below the top of the table
+STEPS_PER_OCTAVE = 8
 NARROWEST, WIDEST = 5, 6  # four bits would leave groups less than an octave
 LARGEST_LOSS = 64.0  # of a group at the wrong scale: as if one of three bits were pruned
 

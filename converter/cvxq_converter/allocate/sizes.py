@@ -1,16 +1,22 @@
-"""How many bytes of codes a target leaves: a rate of the matrices, or a size of the file."""
+"""What everything in a file takes, computed from names, shapes and types, and what a target leaves.
+
+A rate counts all that the quantized matrices need: their side information, the codebook, and the
+biases that layers gain. A size counts the whole file. Either leaves a number of bytes for codes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
-from cvxq_format import CompandedEntry, Header, Reader
-from cvxq_format.limits import PREAMBLE_SIZE, align
+import torch
+from cvxq_format import CompandedEntry, Header
+from cvxq_format.codebook import DEPTHS, codebook_size, depth_mask
+from cvxq_format.entries import CodebookEntry, FileEntry, RawEntry, Section
+from cvxq_format.limits import MAX_DEPTH, PREAMBLE_SIZE, align
 
 from cvxq_converter.allocate.allocation import (
     BitAllocation,
@@ -18,15 +24,213 @@ from cvxq_converter.allocate.allocation import (
     allocate_bit_depths,
     code_bytes,
 )
+from cvxq_converter.allocate.bias import BIAS_BITS
+from cvxq_converter.allocate.plan import MatrixPlan
+from cvxq_converter.allocate.scale_width import choose_scale_bits
 from cvxq_converter.errors import RateError
+from cvxq_converter.options import Method, Target
+from cvxq_converter.source.loaded import LoadedModel
+from cvxq_converter.source.matrices import Matrix
 
-REPORT_RESERVE = 256  # bytes that the quality report may grow by once its figures are known
+FITTED_SAVES = 0.2  # bits per weight, by levels fitted to the weights instead of the compander's
 FITTING_ROUNDS = 8
 LARGEST_GROWTH = 128  # bytes of alignment and of digits in the header that codes add per tensor
+_LARGEST_CRC32 = 0xFFFFFFFF
+_NAMES = {
+    torch.bool: "bool",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float32: "f32",
+}
+Placed = TypeVar("Placed", bound=Section)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Every section of a file whose codes are still to be chosen, with its size.
+
+    header: the quantized matrices first among the tensors, in the order of their plans, each of
+    the size of its side information; the codebook with all level tables. scale_bits: of a scale
+    code. weights: in the quantized matrices.
+    """
+
+    header: Header
+    scale_bits: int
+    weights: int
+
+    def side_bytes(self, stored_depths: tuple[int, ...]) -> int:
+        """Bytes that a rate counts beside the codes, with the level tables of these depths."""
+        counted = [
+            entry.size
+            for entry in self.header.tensors
+            if isinstance(entry, CompandedEntry) or entry.name in self.header.added_biases
+        ]
+        return sum(counted) + codebook_size(self.scale_bits, depth_mask(stored_depths))
+
+    def file_bytes(self, code_sizes: Sequence[int], stored_depths: tuple[int, ...]) -> int:
+        """Bytes of the file with codes of these sizes, in the order of the plans."""
+        count, mask = len(code_sizes), depth_mask(stored_depths)
+        matrices, others = self.header.tensors[:count], self.header.tensors[count:]
+        filled = [
+            replace(entry, size=entry.size + size)
+            for entry, size in zip(matrices, code_sizes, strict=True)
+        ]
+        size = codebook_size(self.scale_bits, mask)
+        books = [replace(book, level_depths=mask, size=size) for book in self.header.codebooks]
+        return file_size(replace(self.header, tensors=(*filled, *others), codebooks=tuple(books)))
+
+
+def make_ledger(
+    loaded: LoadedModel,
+    plans: Sequence[MatrixPlan],
+    gained: Sequence[Matrix],
+    documents: Mapping[str, int],
+    method: Method,
+) -> Ledger:
+    """List what the file of a model will hold.
+
+    gained: the matrices that gain a bias. documents: name → bytes of what the converter adds to the
+    files carried from the source.
+    """
+    scale_bits = choose_scale_bits(plans)
+    files = {name: path.stat().st_size for name, path in loaded.source.files.items()}
+    files.update(documents)
+    matrices = [matrix_entry(plan, scale_bits, method) for plan in plans]
+    biases = [_bias_entry(matrix) for matrix in gained]
+    raw = [raw_entry(name, value) for name, value in loaded.unquantized()]
+    header = Header(
+        tensors=(*matrices, *raw, *biases),
+        aliases=tuple(sorted(loaded.aliases.items())),
+        added_biases=tuple(entry.name for entry in biases),
+        codebooks=(CodebookEntry(0, codebook_size(scale_bits), 0, scale_bits=scale_bits),),
+        files=tuple(FileEntry(0, size, 0, name=name) for name, size in files.items()),
+    )
+    return Ledger(header, scale_bits, loaded.quantized_weights)
+
+
+def matrix_entry(plan: MatrixPlan, scale_bits: int, method: Method) -> CompandedEntry:
+    """The entry of a quantized matrix; its size is that of the side information."""
+    clustering, worths = plan.clustering, plan.worths
+    has_map = clustering.is_permuted and clustering.clusters > clustering.partitions
+    entry = CompandedEntry(
+        *(0, 0, 0),
+        name=plan.matrix.name,
+        shape=tuple(plan.matrix.weight.shape),
+        codebook=0,
+        group_size=method.group_size,
+        partitions=clustering.partitions,
+        transposed=False,
+        source_orientation=plan.matrix.source_orientation,
+        depths="separable" if worths.column_terms is not None else "explicit",
+        column_bits=worths.column_bits,
+        column_shift=worths.column_shift,
+        means=plan.with_means,
+        permuted=has_map,
+        cluster_map=has_map,
+        row_scale_bits=plan.row_scales.bits,
+    )
+    return replace(entry, size=_side_size(entry, scale_bits))
+
+
+def _side_size(entry: CompandedEntry, scale_bits: int) -> int:
+    return entry.geometry.side_size(
+        scale_bits,
+        entry.column_bits,
+        entry.means,
+        entry.permuted,
+        entry.separable,
+        cluster_map=entry.cluster_map,
+        row_scale_bits=entry.row_scale_bits,
+    )
+
+
+def raw_entry(name: str, value: torch.Tensor) -> RawEntry:
+    """The entry of a tensor that is stored element by element."""
+    dtype = stored_dtype(value)
+    kind = _NAMES.get(dtype, str(dtype))  # the writer refuses a type that the format lacks
+    shape = tuple(value.shape)
+    return RawEntry(0, value.numel() * dtype.itemsize, 0, name=name, dtype=kind, shape=shape)
+
+
+def _bias_entry(matrix: Matrix) -> RawEntry:
+    assert matrix.bias_name is not None
+    rows = len(matrix.weight)
+    return RawEntry(0, rows * BIAS_BITS // 8, 0, name=matrix.bias_name, dtype="bf16", shape=(rows,))
+
+
+def stored_dtype(value: torch.Tensor) -> torch.dtype:
+    """The narrowest type that does an unquantized tensor justice.
+
+    bfloat16 or float16 where that is exact, or for any matrix (bfloat16 if float16 would
+    overflow); a vector that needs 32 bits keeps them. Integers and booleans stay what they are.
+    """
+    if not value.is_floating_point():
+        return value.dtype
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(value.to(dtype).to(value.dtype), value):
+            return dtype
+    if value.ndim < 2:
+        return torch.float32
+    fits = bool(value.abs().max() < torch.finfo(torch.float16).max)
+    return torch.float16 if fits else torch.bfloat16
+
+
+def file_size(header: Header) -> int:
+    """Bytes of the file whose sections have the sizes in `header`.
+
+    They lie in the order codebooks, files, tensors. Exact but for the checksums, whose digits are
+    counted at their most.
+    """
+    end = PREAMBLE_SIZE
+
+    def place(section: Placed) -> Placed:
+        nonlocal end
+        start, end = align(end), align(end) + section.size
+        return replace(section, offset=start, crc32=_LARGEST_CRC32)
+
+    header = replace(
+        header,
+        required=tuple(sorted(header.used_features())),
+        codebooks=tuple(map(place, header.codebooks)),
+        files=tuple(map(place, header.files)),
+        tensors=tuple(map(place, header.tensors)),
+    )
+    return align(end) + len(header.to_bytes())
+
+
+def allocate(plans: Sequence[MatrixPlan], target: Target, ledger: Ledger) -> BitAllocation:
+    """Allocate for a rate or a size, with the level tables in the file that pay.
+
+    The first attempt has all of them. A table of 2^B numbers pays if the weights of depth B save
+    more by it than it takes; the others use the compander's levels.
+    Raises RateError for a target that cannot be met.
+    """
+    worths = [plan.worths for plan in plans]
+
+    def attempt(stored_depths: tuple[int, ...]) -> BitAllocation:
+        if target.bits is not None:
+            side = ledger.side_bytes(stored_depths)
+            return allocate_for_rate(worths, target.bits, ledger.weights, side)
+        assert target.size_bytes is not None
+        planned = partial(ledger.file_bytes, stored_depths=stored_depths)
+        return allocate_for_size(worths, target.size_bytes, planned)
+
+    first = attempt(DEPTHS)
+    weights = np.zeros(MAX_DEPTH + 1)
+    for plan, depths in zip(plans, first.depths, strict=True):
+        rows = np.broadcast_to(plan.clustering.cluster_rows[:, None], depths.shape)
+        weights += np.bincount(depths.ravel(), rows.ravel(), minlength=MAX_DEPTH + 1)
+    pays = tuple(d for d in DEPTHS if weights[d] * FITTED_SAVES > 32 << d)
+    return replace(attempt(pays), stored_depths=pays)
 
 
 def allocate_for_rate(
-    worths: Sequence[Worths], thresholds: np.ndarray, bits: float, weights: int, side_bytes: int
+    worths: Sequence[Worths], bits: float, weights: int, side_bytes: int
 ) -> BitAllocation:
     """Allocate so that codes and side information together take `bits` per weight, or just less.
 
@@ -39,35 +243,24 @@ def allocate_for_rate(
             f"--bits {bits:g}: the side information alone takes {needed:.2f} bits per weight; "
             "ask for more, or use a larger --group-size"
         )
-    return allocate_bit_depths(worths, thresholds, budget)
+    return allocate_bit_depths(worths, budget)
 
 
 def allocate_for_size(
-    worths: Sequence[Worths],
-    thresholds: np.ndarray,
-    size_bytes: int,
-    empty_header: Header,
-    side_sizes: Mapping[str, int],
+    worths: Sequence[Worths], size_bytes: int, planned: Callable[[Sequence[int]], int]
 ) -> BitAllocation:
     """Allocate so that the whole file takes at most `size_bytes`, and hardly less.
 
-    empty_header: header of the same file with all depths 0. side_sizes: tensor name → bytes of
-    its payload without codes, in the order of the worths.
+    planned: bytes of the file with codes of these sizes, in the order of the worths.
     """
-    names = list(side_sizes)
-
-    def planned(code_sizes: Sequence[int]) -> int:
-        sizes = {n: side_sizes[n] + c for n, c in zip(names, code_sizes, strict=True)}
-        return file_size(empty_header, sizes) + REPORT_RESERVE
-
-    smallest = planned([0] * len(names))
+    smallest = planned([0] * len(worths))
     budget = size_bytes - smallest
     if budget < 0:
         raise RateError(
             f"--size {size_bytes}: even with every weight pruned the file takes {smallest} bytes"
         )
     for left in reversed(range(FITTING_ROUNDS)):
-        allocation = allocate_bit_depths(worths, thresholds, budget)
+        allocation = allocate_bit_depths(worths, budget)
         codes = [
             code_bytes(d, w.group_bytes) for d, w in zip(allocation.depths, worths, strict=True)
         ]
@@ -76,35 +269,5 @@ def allocate_for_size(
             return allocation
         budget -= excess
         if left == 1:  # alignment jumps to and fro: leave room for the most that it can take
-            budget = max(0, min(budget, size_bytes - smallest - LARGEST_GROWTH * len(names)))
+            budget = max(0, min(budget, size_bytes - smallest - LARGEST_GROWTH * len(worths)))
     raise AssertionError("the file size does not settle")
-
-
-def file_size(header: Header, payload_sizes: Mapping[str, int]) -> int:
-    """Bytes of the file with this header after the companded payloads take these sizes.
-
-    Exact but for the checksums, which are counted at their longest.
-    """
-    end = PREAMBLE_SIZE
-    moved: dict[int, Any] = {}
-    for _, name, section in sorted(header.sections(), key=lambda s: s[2].offset):
-        is_companded = isinstance(section, CompandedEntry)
-        size = payload_sizes[name] if is_companded else section.size
-        moved[id(section)] = replace(section, offset=align(end), size=size, crc32=0xFFFFFFFF)
-        end = align(end) + size
-    header = replace(
-        header,
-        tensors=type(header.tensors)(moved[id(t)] for t in header.tensors),
-        codebooks=type(header.codebooks)(moved[id(c)] for c in header.codebooks),
-        files=type(header.files)(moved[id(f)] for f in header.files),
-    )
-    return align(end) + len(header.to_bytes())
-
-
-def empty_file_header(write: Callable[[Path], None]) -> Header:
-    """Header of the file that `write` makes; it is written to a temporary folder and removed."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "empty.cvxq"
-        write(path)
-        with Reader(path) as reader:
-            return reader.header

@@ -22,7 +22,7 @@ PATIENCE = 4  # trials on one side of the target before the other end is approac
 
 
 @dataclass(frozen=True)
-class Target:
+class LossTarget:
     """A loss asked for by name: the option, the limit, and how figures of it are written."""
 
     option: str
@@ -46,7 +46,7 @@ class TargetResult:
 
 
 def search_rate(
-    target: Target, curve: Curve, attempt: Callable[[float], float]
+    target: LossTarget, curve: Curve, attempt: Callable[[float], float]
 ) -> tuple[Trial, tuple[Trial, ...]]:
     """Find the trial of the smallest rate that meets the target; returns it and all trials.
 

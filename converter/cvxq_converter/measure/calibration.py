@@ -18,50 +18,38 @@ import torch
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.options import Calibration
+from cvxq_converter.stages import Done
 
-Progress = Callable[[str, int, int], None]
 _CACHE_BYTES = 1 << 31  # keys and values of one sampling batch
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What to calibrate on: "self", "none" or the path of a .txt or .jsonl file."""
-
-    source: str = "self"
-    sequences: int = 128
-    length: int = 2048
-    seed: int = 0
 
 
 def make_sequences(
     network: Any,
     tokenizer: Any | None,
-    options: CalibrationOptions,
-    progress: Progress | None = None,
+    calibration: Calibration,
+    progress: Done | None = None,
 ) -> Tensor:
     """Return calibration tokens (S, L) int64; (0, L) for "none".
 
-    L is `options.length`, or the model's context if that is smaller. A text gives non-overlapping
-    windows spread evenly over it, and must be long enough for all of them.
+    calibration: with its number of sequences and their length; L is that, or the model's context if
+    that is smaller. A text gives non-overlapping windows spread evenly over it, and must be long
+    enough for all of them.
     Raises ConversionError for a text that is missing, empty, too short or wrongly encoded.
     """
-    if options.sequences < 1 or options.length < 2:
+    source, count, length = calibration.source, calibration.sequences or 0, calibration.length or 0
+    if count < 1 or length < 2:
         raise ConversionError(
-            f"calibration: {options.sequences} sequences of {options.length} tokens; "
-            "expected at least 1 of at least 2"
+            f"calibration: {count} sequences of {length} tokens; expected at least 1 of at least 2"
         )
-    length = min(options.length, context_length(network.config) or options.length)
-    if options.source == "none":
+    length = min(length, context_length(network.config) or length)
+    if source == "none":
         return torch.empty(0, length, dtype=torch.int64)
-    if options.source == "self":
-        return _sample(network, tokenizer, options.sequences, length, options.seed, progress)
+    if source == "self":
+        return _sample(network, tokenizer, count, length, calibration.seed, progress)
     if tokenizer is None:
-        raise ConversionError(
-            f"{options.source}: the model has no tokenizer; use --calibration self"
-        )
-    documents = read_documents(options.source)
-    tokens = _tokenize(network, tokenizer, documents)
-    return _cut(tokens, options.sequences, length, options.source)
+        raise ConversionError(f"{source}: the model has no tokenizer; use --calibration self")
+    return _cut(_tokenize(network, tokenizer, read_documents(source)), count, length, source)
 
 
 def context_length(config: Any) -> int | None:
@@ -192,7 +180,7 @@ def _sample(
     sequences: int,
     length: int,
     seed: int,
-    progress: Progress | None,
+    progress: Done | None,
 ) -> Tensor:
     parameter = next(network.parameters())
     specials = _special_tokens(network, tokenizer)
@@ -204,7 +192,7 @@ def _sample(
 
         def report(position: int, first: int = first, count: int = count) -> None:
             if progress is not None:
-                progress("calibration", first * length + count * position, sequences * length)
+                progress(first * length + count * position, sequences * length)
 
         parts.append(_sample_batch(network, specials, count, length, generator, report).cpu())
     return torch.cat(parts)

@@ -16,8 +16,8 @@ then takes forward passes only, over the original network, for as many matrices 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,18 +26,52 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.sums import MatrixStatistics
-from cvxq_converter.quantize.columns import InverseFactor
+from cvxq_converter.measure.sums import MatrixStatistics, Statistics
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
+from cvxq_converter.stages import Done
 
+DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 MEMORY = 4 << 30  # bytes of Hessians, float32, held at once; one matrix is always allowed
-Progress = Callable[[int, int], None]
 SMALLEST_SHARE = 1e-6  # of a column's input that is taken to remain unexplained
 
 
 class _AllSeenError(Exception):
     """Every input that was wanted has been seen: the rest of the forward pass is not needed."""
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U with (P H Pᵀ + damping)⁻¹ = Uᵀ U, the columns of H being put in the order P.
+
+    order: (K,) int64, falling diagonal of H; factor: (K, K) float32 upper triangular.
+    unexplained: (K,) float32, columns as in H: the share of each column's input that those after
+    it in the order cannot make up for.
+    """
+
+    order: torch.Tensor
+    factor: torch.Tensor
+    unexplained: torch.Tensor
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor) -> InverseFactor:
+        """Factor a Hessian (K, K), symmetric and positive semi-definite.
+
+        H reversed in both axes has the Cholesky factor L; L reversed again is the upper factor R
+        of H = R Rᵀ, and U = R⁻¹. Columns without any input keep the damping alone on their
+        diagonal: their errors concern nobody.
+        """
+        diagonal = hessian.diagonal()
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        ordered = hessian[order][:, order].double()
+        damping = DAMPING * float(diagonal.double().mean())
+        ordered.diagonal().add_(damping if damping > 0 else 1.0)
+        upper = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)
+        identity = torch.eye(len(order), dtype=torch.float64, device=hessian.device)
+        factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        unexplained = torch.empty_like(diagonal)
+        unexplained[order] = (upper.diagonal().square() / ordered.diagonal()).float()
+        return cls(order, factor.float().contiguous(), unexplained)
 
 
 class Feedback:
@@ -53,7 +87,7 @@ class Feedback:
         self,
         loaded: LoadedModel,
         sequences: Tensor,
-        statistics: Mapping[str, MatrixStatistics],
+        statistics: Statistics,
         memory: int = MEMORY,
     ) -> None:
         self._loaded = loaded
@@ -70,7 +104,7 @@ class Feedback:
         return self._factors.get(name)
 
     def foresee(
-        self, statistics: Mapping[str, MatrixStatistics], progress: Progress | None = None
+        self, statistics: Statistics, progress: Done | None = None
     ) -> dict[str, MatrixStatistics]:
         """Statistics for the allocation: columns whose errors others make up for count for less.
 
@@ -124,7 +158,7 @@ def input_hessians(
     network: Any,
     matrices: list[Matrix],
     sequences: Tensor,
-    statistics: Mapping[str, MatrixStatistics],
+    statistics: Statistics,
 ) -> dict[str, Tensor]:
     """H (K, K) float32 of each matrix that has statistics, by name, on the network's device."""
     found: dict[str, Tensor] = {}

@@ -21,41 +21,31 @@ softmax share alone is a gradient too, but says only that calibration never need
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.sums import (
-    AxisSums,
-    GroupSums,
-    InputMean,
-    MatrixStatistics,
-    TokenWeights,
-)
+from cvxq_converter.measure.sums import AxisSums, InputMean, MatrixStatistics, TokenWeights
 from cvxq_converter.source.matrices import Matrix
+from cvxq_converter.stages import Done
 
-__all__ = ["MatrixStatistics", "measure", "measure_groups"]
-
-Progress = Callable[[str, int, int], None]
 METRICS = ("kl", "logits")
 _LOGITS_CHUNK = 1 << 18  # logits turned into float32 probabilities at once
 
 
-def measure(
+def measure_statistics(
     network: Any,
     matrices: list[Matrix],
     sequences: Tensor,
     metric: str = "kl",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Done | None = None,
 ) -> dict[str, MatrixStatistics]:
     """Measure squared gradients of weights and of outputs, and moments of inputs, of every matrix.
 
@@ -87,26 +77,6 @@ def measure(
     }
 
 
-def measure_groups(
-    network: Any,
-    matrices: list[Matrix],
-    sequences: Tensor,
-    metric: str,
-    seed: int,
-    clusters: Mapping[str, NDArray[np.int64]],
-    progress: Progress | None = None,
-) -> dict[str, NDArray[np.float64]]:
-    """Measure, per (cluster, column), the sum of squared gradients over the cluster's rows.
-
-    clusters: for each matrix name the cluster index of every row, (N,), 0 … C−1.
-    Returns (C, K) float64 per matrix, per token. The same seed repeats `measure`'s gradients.
-    """
-    sums = {matrix.name: GroupSums(matrix, clusters[matrix.name]) for matrix in matrices}
-    _backward_all(network, matrices, sequences, metric, seed, sums, progress)
-    tokens = sequences.numel()
-    return {name: (item.total / tokens).cpu().numpy() for name, item in sums.items()}
-
-
 @dataclass
 class _TiedPass:
     """What one sequence leaves behind until both uses of a tied matrix have their gradients.
@@ -125,8 +95,8 @@ def _backward_all(
     sequences: Tensor,
     metric: str,
     seed: int,
-    sums: Mapping[str, AxisSums] | Mapping[str, GroupSums],
-    progress: Progress | None,
+    sums: dict[str, AxisSums],
+    progress: Done | None,
 ) -> None:
     if metric not in METRICS:
         raise ConversionError(f"metric {metric!r}: expected one of {', '.join(METRICS)}")
@@ -144,7 +114,7 @@ def _backward_all(
             for matrix in matrices:
                 sums[matrix.name].end_sequence(_felt(network, matrix, targets, ids))
             if progress is not None:
-                progress("sensitivities", done + 1, len(sequences))
+                progress(done + 1, len(sequences))
 
 
 def _output_gradient(
@@ -192,7 +162,7 @@ def _felt(network: Any, matrix: Matrix, targets: Tensor | None, ids: Tensor) -> 
 def _prepared(
     network: Any,
     matrices: list[Matrix],
-    sums: Mapping[str, Any],
+    sums: dict[str, AxisSums],
     state: _TiedPass,
 ) -> Iterator[None]:
     """Let only the matrices take gradients, each reduced and freed by a hook; undo it all after."""
@@ -216,7 +186,9 @@ def _prepared(
         network.train(training)
 
 
-def _watch(network: Any, matrix: Matrix, sums: Any, state: _TiedPass) -> list[Callable[[], None]]:
+def _watch(
+    network: Any, matrix: Matrix, sums: AxisSums, state: _TiedPass
+) -> list[Callable[[], None]]:
     """Attach the hooks of one matrix and return the steps that undo it."""
     undo: list[Callable[[], None]] = []
     table = network.get_submodule(matrix.module_name)
@@ -241,7 +213,7 @@ def _set(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
     return lambda: setattr(module, name, old)
 
 
-def _hook(matrix: Matrix, sums: Any, state: _TiedPass) -> Callable[[Tensor], None]:
+def _hook(matrix: Matrix, sums: AxisSums, state: _TiedPass) -> Callable[[Tensor], None]:
     def consume(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
@@ -264,7 +236,7 @@ def _hook(matrix: Matrix, sums: Any, state: _TiedPass) -> Callable[[Tensor], Non
     return consume
 
 
-def _head_hook(matrix: Matrix, sums: Any, state: _TiedPass) -> Callable[[Tensor], None]:
+def _head_hook(matrix: Matrix, sums: AxisSums, state: _TiedPass) -> Callable[[Tensor], None]:
     def consume(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None

@@ -5,7 +5,7 @@ A gradient is squared a bounded piece at a time, so that no second copy of it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,9 @@ class MatrixStatistics:
     sequences: int
     token_weights: NDArray[np.float32] | None = None  # (S, L)
     lookup_moment: NDArray[np.float32] | None = None  # (K, K)
+
+
+Statistics = Mapping[str, MatrixStatistics]  # by matrix name
 
 
 def _row_chunks(gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -107,36 +110,6 @@ class AxisSums:
             token_weights=None if felt is None else felt.value(),
             lookup_moment=lookups,
         )
-
-
-class GroupSums:
-    """(cluster, column) sums of one matrix; rows are visited cluster by cluster."""
-
-    def __init__(self, matrix: Matrix, clusters: NDArray[np.int64]) -> None:
-        device = matrix.parameter.device
-        self.cluster = torch.as_tensor(clusters, device=device)
-        count = int(clusters.max()) + 1
-        order = torch.argsort(self.cluster, stable=True)
-        sizes = torch.bincount(self.cluster, minlength=count).tolist()
-        self.members = list(torch.split(order, sizes))
-        shape = (count, matrix.weight.shape[1])
-        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
-
-    def add(self, gradient: Tensor, rows: Tensor | None = None) -> None:
-        """Take a (N, K) gradient, or one whose row i belongs to row `rows[i]` of the matrix."""
-        if rows is not None:
-            for place, row in enumerate(rows.tolist()):
-                self.total[self.cluster[row]] += gradient[place].to(torch.float64).square()
-            return
-        for cluster, members in enumerate(self.members):
-            for _, squares in _row_chunks(gradient[members]):
-                self.total[cluster] += squares.sum(0)
-
-    def add_lookups(self, gradient: Tensor) -> None:
-        """Nothing to do: its rows are added like any others."""
-
-    def end_sequence(self, felt: Tensor | None) -> None:
-        """Close a sequence: nothing to do, sums need no evidence."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Groups → codes, scales, means, with or without error feedback.
 
 Without feedback every group is quantized to least squared error on its own. With the Hessian H of
-a matrix (`hessian`), the columns are quantized one after the other in falling order of
+a matrix (`measure.hessian`), the columns are quantized one after the other in falling order of
 H's diagonal, and the error of each is pushed onto the columns still to come, so that the error of
 the layer's *output* is least (Optimal Brain Surgeon; GPTQ, arXiv 2210.17323). With H⁻¹ = Uᵀ U,
 U upper triangular, column j of W in that order leaves the error e = (w_j − q_j) / U_jj, and every
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from cvxq_format import Codebook
+from cvxq_format.limits import MAX_DEPTH
 
 from cvxq_converter.allocate.clustering import Clustering
-from cvxq_converter.quantize.search import Choice, Chosen, Grid, Tables, make_grid, search
+from cvxq_converter.measure.hessian import InverseFactor
+from cvxq_converter.quantize.search import Choice, Chosen, Grid, Tables, make_grid, search_scales
 
-DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 BLOCK = 128  # columns whose errors are pushed onto the rest of the matrix at once
-FUSED_BLOCK = 32  # the same for the kernel, which keeps these errors in registers
 CHUNK = 1 << 16  # weights searched at once without feedback
 
 
@@ -47,54 +47,6 @@ class QuantizedMatrix:
     squared_error: np.ndarray
     energy: np.ndarray
     projection: np.ndarray
-
-
-@dataclass(frozen=True)
-class InverseFactor:
-    """U with (P H Pᵀ + damping)⁻¹ = Uᵀ U, the columns of H being put in the order P.
-
-    order: (K,) int64, falling diagonal of H; factor: (K, K) float32 upper triangular.
-    unexplained: (K,) float32, columns as in H: the share of each column's input that those after
-    it in the order cannot make up for.
-    """
-
-    order: torch.Tensor
-    factor: torch.Tensor
-    unexplained: torch.Tensor
-
-    @classmethod
-    def of(cls, hessian: torch.Tensor) -> InverseFactor:
-        """Factor a Hessian (K, K), symmetric and positive semi-definite.
-
-        H reversed in both axes has the Cholesky factor L; L reversed again is the upper factor R
-        of H = R Rᵀ, and U = R⁻¹. Columns without any input keep the damping alone on their
-        diagonal: their errors concern nobody.
-        """
-        diagonal = hessian.diagonal()
-        order = torch.argsort(diagonal, descending=True, stable=True)
-        ordered = hessian[order][:, order].double()
-        damping = DAMPING * float(diagonal.double().mean())
-        ordered.diagonal().add_(damping if damping > 0 else 1.0)
-        upper = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)
-        identity = torch.eye(len(order), dtype=torch.float64, device=hessian.device)
-        factor = torch.linalg.solve_triangular(upper, identity, upper=True)
-        unexplained = torch.empty_like(diagonal)
-        unexplained[order] = (upper.diagonal().square() / ordered.diagonal()).float()
-        return cls(order, factor.float().contiguous(), unexplained)
-
-
-def means_pay(mean: torch.Tensor, mean_square: torch.Tensor, group_size: int) -> bool:
-    """Whether storing 8-bit means earns more than spending the same bits on depth.
-
-    mean, mean_square: (C, K). Removing the mean lowers the group's spread, which is worth
-    ½ log2(mean square / variance) bits per weight; the mean costs 8 / G.
-    """
-    used = mean_square > 0
-    if not bool(used.any()):
-        return False
-    variance = (mean_square - mean.square()).clamp_min(0)[used]
-    gain = 0.5 * torch.log2(mean_square[used] / variance.clamp_min(1e-300))
-    return float(gain.clamp(max=8).mean()) > 8 / group_size
 
 
 def quantize_matrix(
@@ -181,14 +133,15 @@ class _Columns:
         K, C, G = self.weights.shape
         weights = self.weights[order].view(K, C * G)
         shares = self.shares / self.shares.sum(1, keepdim=True)
-        fused = runs_fused(weights.device)
-        block = FUSED_BLOCK if fused else BLOCK
+        if runs_fused(weights.device):
+            from cvxq_converter.quantize.feedback_kernel import FUSED_BLOCK  # needs Triton
+
+            block, run = FUSED_BLOCK, self._fused_block
+        else:
+            block, run = BLOCK, self._block
         for low in range(0, K, block):
             high = min(low + block, K)
-            if fused:
-                errors = self._fused_block(weights, shares, feedback, low, high)
-            else:
-                errors = self._block(weights, shares, feedback, low, high)
+            errors = run(weights, shares, feedback, low, high)
             weights[high:] -= factor[low:high, high:].T @ errors
 
     def _block(
@@ -221,9 +174,7 @@ class _Columns:
         high: int,
     ) -> torch.Tensor:
         """`_block` in one launch."""
-        from cvxq_converter.quantize.feedback_kernel import (
-            quantize_block,  # Triton is not everywhere
-        )
+        from cvxq_converter.quantize.feedback_kernel import quantize_block  # needs Triton
 
         return quantize_block(
             weights,
@@ -248,7 +199,9 @@ class _Columns:
     ) -> Choice:
         """Choose for some columns, and keep the choices; weights: (k, C, G), moments: (k, C)."""
         deep = self.deep[columns]
-        found = search(weights, self.shares, deep, moments, self.tables, self.grid, self.refine)
+        found = search_scales(
+            weights, self.shares, deep, moments, self.tables, self.grid, self.refine
+        )
         self.chosen.keep(columns, found, self.filled)
         return found
 
@@ -256,7 +209,7 @@ class _Columns:
         """Everything kept, in the units of the weights and in stored order."""
         chosen = self.chosen
         deep, sums = self.depths.T.ravel(), chosen.sums.flatten(1).cpu().numpy()
-        by_depth = (np.bincount(deep, values, minlength=9) for values in sums)
+        by_depth = (np.bincount(deep, values, minlength=MAX_DEPTH + 1) for values in sums)
         error, energy, projection = (total * float(self.grid.unit) ** 2 for total in by_depth)
         means = chosen.mean_codes.T.contiguous().cpu().numpy() if with_means else None
         return QuantizedMatrix(

@@ -10,35 +10,26 @@ universal (one per depth), so the decoder never needs a table per group. Two way
 Codes are chosen by the nearest level, which for given levels has the least squared error.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from cvxq_format import Codebook, compander_levels
-from cvxq_format.codebook import DEPTHS
+from cvxq_format.codebook import DEPTHS, logarithmic_scales
 
-from cvxq_converter.allocate.allocation import MAX_DEPTH
+from cvxq_converter.allocate.allocation import THRESHOLDS
+from cvxq_converter.allocate.scale_width import STEPS_PER_OCTAVE
 
 HISTOGRAM_LIMIT = 12.0  # in units of the scale; the compander's outermost 8-bit level is 13.2
 HISTOGRAM_BINS = 1 << 15
 LLOYD_STEPS = 200
 
 
-def compand(theta: np.ndarray) -> np.ndarray:
-    """σ of weights in units of their scale; maps the real line onto (0, 1)."""
-    return 0.5 * (1 + np.sign(theta) * -np.expm1(-np.sqrt(2) * np.abs(theta) / 3))
-
-
-def expand(sigma: np.ndarray) -> np.ndarray:
-    """The inverse of `compand` on (0, 1)."""
-    u = sigma - 0.5
-    return -3 / np.sqrt(2) * np.sign(u) * np.log1p(-2 * np.abs(u))
-
-
 def default_levels() -> tuple[np.ndarray, ...]:
     """The compander's tables of depths 1 to 8, float32."""
-    return tuple(compander_levels(depth) for depth in range(1, MAX_DEPTH + 1))
+    return tuple(compander_levels(depth) for depth in DEPTHS)
 
 
 def boundaries(levels: np.ndarray) -> np.ndarray:
@@ -53,7 +44,7 @@ class LevelHistogram:
     counts: np.ndarray
 
     @classmethod
-    def empty(cls) -> "LevelHistogram":
+    def empty(cls) -> LevelHistogram:
         return cls(np.zeros(HISTOGRAM_BINS, dtype=np.float64))
 
     def add(self, normalized: torch.Tensor, row_weights: torch.Tensor) -> None:
@@ -103,33 +94,13 @@ def fit_levels(histogram: LevelHistogram, depth: int) -> np.ndarray:
     return np.concatenate([-positive[::-1], positive])
 
 
-def distortions(histogram: LevelHistogram, tables: Sequence[np.ndarray]) -> np.ndarray:
-    """(9,) mean squared error at unit scale of depth 0 (the zero) and of each table."""
-    counts = histogram.counts / max(histogram.counts.sum(), 1)
-    centres = (np.arange(len(counts)) + 0.5) * (HISTOGRAM_LIMIT / len(counts))
-    out = [float(counts @ centres**2)]
-    for table in tables:
-        nearest = table[np.searchsorted(boundaries(table), centres)]
-        out.append(float(counts @ (centres - nearest) ** 2))
-    return np.array(out)
-
-
-def scale_table(bits: int, steps_per_octave: int = 8) -> np.ndarray:
-    """(2^bits,) float32: zero, then a geometric ladder of 2^(1/steps) that ends at 1."""
-    exponents = (np.arange(1, 1 << bits) - ((1 << bits) - 1)) / steps_per_octave
-    return np.concatenate([[0.0], np.exp2(exponents)]).astype(np.float32)
-
-
 def make_codebook(
-    levels: tuple[np.ndarray, ...],
-    depth_thresholds: np.ndarray,
-    scale_bits: int,
-    stored_depths: tuple[int, ...] = DEPTHS,
+    levels: tuple[np.ndarray, ...], scale_bits: int, stored_depths: tuple[int, ...] = DEPTHS
 ) -> Codebook:
     """One codebook from its parts; stored_depths: of tables that are not the default."""
     return Codebook(
-        scale_table=scale_table(scale_bits),
-        depth_thresholds=depth_thresholds.astype(np.int32),
+        scale_table=logarithmic_scales(scale_bits, 1 / STEPS_PER_OCTAVE),
+        depth_thresholds=THRESHOLDS,
         levels=levels,
         stored_depths=stored_depths,
     )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from cvxq_format import Codebook, CompandedTensor, dequantize
 
-from cvxq_converter.allocate.bias import gained_bias_pays, output_shift
+from cvxq_converter.allocate.bias import output_shift
 from cvxq_converter.measure.quality import Divergence, Reference, divergence
-from cvxq_converter.measure.statistics import MatrixStatistics
-from cvxq_converter.options import ConversionOptions
+from cvxq_converter.measure.sums import Statistics
+from cvxq_converter.options import Method
 from cvxq_converter.quantize.encode import Encoded
 from cvxq_converter.quantize.gain import EXPONENTS, FALLBACK_EXPONENT, shrinkage_ratios, with_gain
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
-
-Statistics = Mapping[str, MatrixStatistics]
+from cvxq_converter.stages import Done
 
 
 @dataclass(frozen=True)
@@ -30,29 +29,14 @@ class Corrected:
     quality: Divergence | None
 
 
-def layers_to_gain_bias(
-    loaded: LoadedModel, statistics: Statistics, options: ConversionOptions
-) -> list[Matrix]:
-    """The matrices without a bias for which a new one pays."""
-    return [
-        m
-        for m in loaded.matrices
-        if options.correct_biases
-        and m.bias_name is not None
-        and not m.has_bias
-        and m.name in statistics
-        and gained_bias_pays(statistics[m.name])
-    ]
-
-
 def correct(
     loaded: LoadedModel,
     encoded: Encoded,
     statistics: Statistics,
     gained: list[Matrix],
     reference: Reference | None,
-    options: ConversionOptions,
-    progress: Callable[[int, int], None],
+    method: Method,
+    progress: Done,
 ) -> Corrected:
     """Choose the gain by KL, and leave the corrected quantized weights in the network.
 
@@ -61,22 +45,22 @@ def correct(
     tensors = {m.name: t for m, t in zip(loaded.matrices, encoded.tensors, strict=True)}
     ratios = shrinkage_ratios(encoded.energies, encoded.projections)
     if reference is None:
-        exponent = FALLBACK_EXPONENT if options.gain is None else options.gain
+        exponent = FALLBACK_EXPONENT if method.gain is None else method.gain
         return Corrected(with_gain(encoded.codebook, ratios, exponent), exponent, {}, None)
 
     def attempt(exponent: float) -> Corrected:
         codebook = with_gain(encoded.codebook, ratios, exponent)
-        added = install(loaded, tensors, codebook, statistics, gained, options)
+        added = install(loaded, tensors, codebook, statistics, gained, method)
         return Corrected(codebook, exponent, added, divergence(loaded.network, reference))
 
-    exponents = EXPONENTS if options.gain is None else (options.gain,)
+    exponents = EXPONENTS if method.gain is None else (method.gain,)
     tried = []
     for i, exponent in enumerate(exponents):
         tried.append(attempt(exponent))
         progress(i + 1, len(exponents))
     best = min(tried, key=lambda c: (c.quality.mean if c.quality else 0.0, c.gain_exponent))
     if best is not tried[-1]:
-        install(loaded, tensors, best.codebook, statistics, gained, options)
+        install(loaded, tensors, best.codebook, statistics, gained, method)
     return best
 
 
@@ -86,7 +70,7 @@ def install(
     codebook: Codebook,
     statistics: Statistics,
     gained: list[Matrix],
-    options: ConversionOptions,
+    method: Method,
 ) -> dict[str, torch.Tensor]:
     """Put the dequantized weights and corrected biases into the network.
 
@@ -101,7 +85,7 @@ def install(
         quantized = dense.to(original.device)
         loaded.install(matrix, quantized)
         stats = statistics.get(matrix.name)
-        if not options.correct_biases or stats is None or stats.input_mean is None:
+        if not method.correct_biases or stats is None or stats.input_mean is None:
             continue
         if not matrix.has_bias and matrix.name not in gaining:
             continue

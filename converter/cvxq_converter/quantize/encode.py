@@ -1,34 +1,31 @@
 """Plans and a budget → packed tensors and the codebook that reads them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from cvxq_format import Codebook, CompandedTensor, pack_codes, payload_size
-from cvxq_format.codebook import DEPTHS, codebook_size, depth_mask
+from cvxq_format import Codebook, CompandedTensor, pack_codes
+from cvxq_format.codebook import DEPTHS
 
-from cvxq_converter.allocate.allocation import (
-    MODEL_THRESHOLDS,
-    BitAllocation,
-    measured_thresholds,
-)
+from cvxq_converter.allocate.allocation import BitAllocation
 from cvxq_converter.allocate.plan import MatrixPlan
 from cvxq_converter.allocate.scale_width import choose_scale_bits
-from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.columns import InverseFactor, QuantizedMatrix, quantize_matrix
+from cvxq_converter.measure.hessian import InverseFactor
+from cvxq_converter.options import Method
+from cvxq_converter.quantize.columns import QuantizedMatrix, quantize_matrix
 from cvxq_converter.quantize.companding import (
-    MAX_DEPTH,
     LevelHistogram,
     default_levels,
-    distortions,
     fit_levels,
     make_codebook,
 )
+from cvxq_converter.source.loaded import LoadedModel
+from cvxq_converter.stages import Done
 
 WEIGHTS_PER_LEVEL = 16  # that a depth needs for tables of its own
-FITTED_SAVES = 0.2  # bits per weight, by levels fitted to the weights instead of the compander's
-WeightOf = Callable[[MatrixPlan], torch.Tensor]
 FactorOf = Callable[[str], InverseFactor | None]
 
 
@@ -45,124 +42,41 @@ class Encoded:
     projections: list[np.ndarray]
 
 
-def overhead_bytes(plan: MatrixPlan, options: ConversionOptions, scale_bits: int) -> int:
-    """Bytes of one matrix in the file apart from its codes."""
-    clustering = plan.clustering
-    columns = plan.moments[0].shape[1]
-    return payload_size(
-        tuple(plan.matrix.weight.shape),
-        options.group_size,
-        clustering.partitions,
-        np.zeros((1, clustering.clusters, columns), dtype=np.uint8),
-        scale_bits=scale_bits,
-        column_bits=plan.worths.column_bits,
-        means=plan.with_means,
-        permuted=clustering.is_permuted,
-        cluster_map=clustering.is_permuted,
-        row_scale_bits=plan.row_scales.bits,
-        separable=options.separable_depths,
-    )
-
-
-def default_codebook(
-    thresholds: np.ndarray, scale_bits: int, stored_depths: tuple[int, ...]
-) -> Codebook:
-    """The compander's levels with the thresholds and scales of a conversion."""
-    return make_codebook(default_levels(), thresholds, scale_bits, stored_depths)
-
-
-def codebook_bytes(scale_bits: int, stored_depths: tuple[int, ...]) -> int:
-    """Bytes of the one codebook that a converted file holds, with the tables of these depths."""
-    return codebook_size(scale_bits, depth_mask(stored_depths))
-
-
-def allocate_with_tables(
-    plans: Sequence[MatrixPlan], allocate: Callable[[tuple[int, ...]], BitAllocation]
-) -> BitAllocation:
-    """Allocate, once with all level tables in the file, then with those that pay.
-
-    allocate: takes the depths whose tables the file holds, as in `BitAllocation.stored_depths`. A
-    table of 2^B numbers pays if the weights of depth B save more by it than it takes; the others
-    use the compander's levels.
-    """
-    first = allocate(DEPTHS)
-    weights = np.zeros(MAX_DEPTH + 1)
-    for plan, depths in zip(plans, first.depths, strict=True):
-        rows = np.broadcast_to(plan.clustering.cluster_rows[:, None], depths.shape)
-        weights += np.bincount(depths.ravel(), rows.ravel(), minlength=MAX_DEPTH + 1)
-    pays = tuple(d for d in DEPTHS if weights[d] * FITTED_SAVES > 32 << d)
-    return replace(allocate(pays), stored_depths=pays)
-
-
-def empty_tensor(plan: MatrixPlan, options: ConversionOptions, scale_bits: int) -> CompandedTensor:
-    """A tensor with the plan's side information, all its groups at depth 0: for sizes only."""
-    clusters, columns = plan.moments[0].shape
-    zeros = np.zeros((clusters, columns), dtype=np.uint8)
-    matrix = QuantizedMatrix(
-        clustering=plan.clustering,
-        depths=zeros,
-        codes=np.zeros(plan.matrix.weight.shape, dtype=np.uint8),
-        scale_codes=zeros,
-        mean_codes=zeros.astype(np.int8) if plan.with_means else None,
-        scale_unit=np.float32(0),
-        mean_step=np.float32(0),
-        squared_error=np.zeros(9),
-        energy=np.zeros(9),
-        projection=np.zeros(9),
-    )
-    lowest = None
-    if plan.worths.cluster_terms is not None:
-        lowest = plan.worths.cluster_terms - np.iinfo(np.int16).min
-    return _pack(plan, matrix, lowest, options, scale_bits)
-
-
-def depth_thresholds(
-    plans: Sequence[MatrixPlan], weight_of: WeightOf, options: ConversionOptions
-) -> np.ndarray:
-    """(8,) int32 worths, in 1/256 bit, at which the depths 1 to 8 begin."""
-    if options.curve == "model":
-        return MODEL_THRESHOLDS
-    pooled = _pooled_histogram(plans, weight_of)
-    tables = [fit_levels(pooled, depth) for depth in range(1, MAX_DEPTH + 1)]
-    return measured_thresholds(distortions(pooled, tables))
-
-
 def encode_matrices(
+    loaded: LoadedModel,
     plans: Sequence[MatrixPlan],
-    weight_of: WeightOf,
     allocation: BitAllocation,
-    thresholds: np.ndarray,
-    options: ConversionOptions,
-    progress: Callable[[int, int], None],
+    method: Method,
+    progress: Done,
     factor_of: FactorOf,
 ) -> Encoded:
-    """Fit the levels to the allocated depths, then quantize.
+    """Fit the levels to the allocated depths, then quantize the original weights.
 
-    weight_of: returns the original weight (N, K) of a plan's matrix. factor_of: by matrix name,
-    what error feedback needs; None where it is not to be used.
+    factor_of: by matrix name, what error feedback needs; None where it is not to be used.
     """
-    total = (2 if options.levels == "fitted" else 1) * len(plans)
+    is_fitted = method.levels == "fitted"
+    total = (1 + is_fitted) * len(plans)
     levels = default_levels()
-    if options.levels == "fitted":
-        fitted = _fit_tables(plans, allocation, weight_of, lambda i: progress(i, total))
+    if is_fitted:
+        fitted = _fit_tables(loaded, plans, allocation, lambda i: progress(i, total))
         levels = tuple((fitted if d in allocation.stored_depths else levels)[d - 1] for d in DEPTHS)
     scale_bits = choose_scale_bits(plans)
-    codebook = make_codebook(levels, thresholds, scale_bits, allocation.stored_depths)
+    codebook = make_codebook(levels, scale_bits, allocation.stored_depths)
     tensors, energies, projections = [], [], []
     for i, plan in enumerate(plans):
         matrix = quantize_matrix(
-            plan.row_scales.normalize(weight_of(plan)),
+            plan.row_scales.normalize(loaded.originals[plan.matrix.name]),
             plan.clustering,
             allocation.depths[i],
             codebook,
             with_means=plan.with_means,
-            refine=options.refine_scales,
+            refine=method.refine_scales,
             moments=plan.moments,
             row_weights=plan.row_weights,
             feedback=factor_of(plan.matrix.name),
         )
         offsets = allocation.cluster_offsets[i]
-        tensors.append(_pack(plan, matrix, offsets, options, scale_bits))
+        tensors.append(_pack(plan, matrix, offsets, scale_bits))
         energies.append(matrix.energy)
         projections.append(matrix.projection)
         progress(total - len(plans) + i + 1, total)
@@ -170,14 +84,15 @@ def encode_matrices(
 
 
 def _fit_tables(
+    loaded: LoadedModel,
     plans: Sequence[MatrixPlan],
     allocation: BitAllocation,
-    weight_of: WeightOf,
     progress: Callable[[int], None],
 ) -> tuple[np.ndarray, ...]:
-    histograms = {depth: LevelHistogram.empty() for depth in range(1, MAX_DEPTH + 1)}
+    """Levels of every depth, fitted to the weights that were given it, or to all where few were."""
+    histograms = {depth: LevelHistogram.empty() for depth in DEPTHS}
     for i, plan in enumerate(plans):
-        weight = plan.row_scales.normalize(weight_of(plan))
+        weight = plan.row_scales.normalize(loaded.originals[plan.matrix.name])
         _add_to_histograms(histograms, weight, plan, allocation.depths[i])
         progress(i + 1)
     everything = LevelHistogram(np.sum([h.counts for h in histograms.values()], axis=0))
@@ -187,31 +102,21 @@ def _fit_tables(
     )
 
 
-def _pooled_histogram(plans: Sequence[MatrixPlan], weight_of: WeightOf) -> LevelHistogram:
-    histograms = {0: LevelHistogram.empty()}
-    for plan in plans:
-        depths = np.zeros(plan.moments[0].shape, dtype=np.uint8)
-        weight = plan.row_scales.normalize(weight_of(plan))
-        _add_to_histograms(histograms, weight, plan, depths)
-    return histograms[0]
-
-
 def _pack(
     plan: MatrixPlan,
     matrix: QuantizedMatrix,
-    offsets: np.ndarray | None,
-    options: ConversionOptions,
+    offsets: np.ndarray,
     scale_bits: int,
 ) -> CompandedTensor:
     clustering, worths = plan.clustering, plan.worths
     cluster_terms = None
-    if worths.cluster_terms is not None and offsets is not None:
+    if worths.cluster_terms is not None:
         # Beyond this range every group of the cluster is pruned, or at depth 8, either way.
         limit = np.iinfo(np.int16)
         cluster_terms = np.clip(worths.cluster_terms - offsets, limit.min, limit.max)
     return CompandedTensor(
         shape=tuple(plan.matrix.weight.shape),
-        group_size=options.group_size,
+        group_size=clustering.group_size,
         partitions=clustering.partitions,
         transposed=False,
         source_orientation=plan.matrix.source_orientation,
@@ -231,7 +136,7 @@ def _pack(
         row_scale_codes=plan.row_scales.codes[None] if plan.row_scales.bits else None,
         row_scale_bits=plan.row_scales.bits,
         packed_codes=pack_codes(
-            matrix.codes[None], matrix.depths[None], options.group_size, clustering.partitions
+            matrix.codes[None], matrix.depths[None], clustering.group_size, clustering.partitions
         ),
     )
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from cvxq_converter.quantize import search
-from cvxq_converter.quantize.columns import FUSED_BLOCK
+
+FUSED_BLOCK = 32  # columns of a launch, whose errors stay in registers
 
 _REACH = tl.constexpr(search.TABLE_LIMIT)
 _PER_UNIT = tl.constexpr(search.TABLE_CELLS)

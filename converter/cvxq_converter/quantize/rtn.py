@@ -11,13 +11,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 from cvxq_format import Codebook, CompandedTensor, pack_codes
+from cvxq_format.codebook import logarithmic_scales
 
-from cvxq_converter.allocate.allocation import MODEL_THRESHOLDS, UNITS_PER_BIT
+from cvxq_converter.allocate.allocation import THRESHOLDS, UNITS_PER_BIT
 from cvxq_converter.allocate.clustering import cluster_bounds
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.companding import scale_table
-from cvxq_converter.quantize.iteration import Quantized
+from cvxq_converter.options import Method, Target
+from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.stages import Stages
 
@@ -29,8 +29,8 @@ SHRINK = tuple(1 - i / 32 for i in range(17))  # 1.0 down to 0.5
 def rtn_codebook() -> Codebook:
     """Uniform levels, one unit of scale apart, centred on zero."""
     return Codebook(
-        scale_table=scale_table(SCALE_BITS, STEPS_PER_OCTAVE),
-        depth_thresholds=MODEL_THRESHOLDS,
+        scale_table=logarithmic_scales(SCALE_BITS, 1 / STEPS_PER_OCTAVE),
+        depth_thresholds=THRESHOLDS,
         levels=tuple(
             (np.arange(1 << depth) - ((1 << depth) - 1) / 2).astype(np.float32)
             for depth in range(1, 9)
@@ -108,10 +108,10 @@ def quantize_rtn(
 
 @torch.no_grad()
 def quantize_network_rtn(
-    loaded: LoadedModel, options: ConversionOptions, stages: Stages
+    loaded: LoadedModel, target: Target, method: Method, stages: Stages
 ) -> Quantized:
     """Quantize every matrix of a network; ConversionError unless the depth is a whole number."""
-    if options.bits is None or options.bits not in range(1, 9):
+    if target.bits is None or target.bits not in range(1, 9):
         raise ConversionError("--method rtn takes whole --bits from 1 to 8, of the codes alone")
     codebook = rtn_codebook()
     tensors = {}
@@ -119,8 +119,8 @@ def quantize_network_rtn(
         for i, matrix in enumerate(loaded.matrices):
             tensors[matrix.name] = quantize_rtn(
                 loaded.originals[matrix.name].cpu(),
-                int(options.bits),
-                options.group_size,
+                int(target.bits),
+                method.group_size,
                 codebook,
                 matrix.source_orientation,
             )

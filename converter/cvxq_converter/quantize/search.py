@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from cvxq_format import Codebook
 
+from cvxq_converter.allocate.scale_width import HEADROOM_STEPS, STEPS_PER_OCTAVE
+
 MEAN_LIMIT = 127  # largest mean code
 MEAN_REACH = 8.0  # largest mean, in units of its group's scale
 SEARCH = ((-4, 4, 8), (-2, 2), (-1, 1))  # scale-table steps around the best so far, in turn
 TABLE_LIMIT, TABLE_CELLS = 14.0, 256  # of the level table: its reach, and its cells per unit
 CELLS = int(2 * TABLE_LIMIT * TABLE_CELLS)
-HEADROOM_STEPS = 8  # the largest scale sits this far below the top of the table
-STEPS_PER_OCTAVE = 8
 SMALLEST_SCALE = 1e-30  # in place of the scale 0, which cannot divide
 
 
@@ -164,7 +164,7 @@ def _spread(mean: torch.Tensor, mean_square: torch.Tensor, with_means: bool) -> 
     return torch.maximum(variance, (mean / MEAN_REACH).square())
 
 
-def search(
+def search_scales(
     weights: torch.Tensor,
     shares: torch.Tensor,
     depths: torch.Tensor,

@@ -11,7 +11,7 @@ tuning where it would begin to harm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +23,10 @@ from torch import Tensor
 from cvxq_converter.measure.quality import Reference, divergence
 from cvxq_converter.measure.teaching import Lesson
 from cvxq_converter.quantize.correction import to_16_bits
-from cvxq_converter.quantize.iteration import Quantized
+from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
+from cvxq_converter.stages import Done
 
 STEP = 0.05  # in octaves of the scales (and shares of vectors) per √nat
 LARGEST_STEP = 0.03
@@ -35,14 +36,14 @@ CHECKS = 6  # how often the held-back sequences are asked
 BETAS = (0.9, 0.95)
 
 
-def tune(
+def tune_network(
     loaded: LoadedModel,
     result: Quantized,
     lessons: list[Lesson],
     held_back: Reference,
     steps: int,
     seed: int,
-    progress: Callable[[int, int], None],
+    progress: Done,
 ) -> Quantized:
     """Tune the quantized network for some steps, and leave the best found in it.
 

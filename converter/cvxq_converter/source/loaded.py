@@ -95,16 +95,16 @@ def load_model(source: Source, options: ConversionOptions) -> LoadedModel:
 
     Raises ConversionError for an unsupported model, or a `keep` pattern that matches nothing.
     """
-    network = load_network(source, options.dtype, options.device)
+    network = load_network(source, options.place.dtype, options.place.device)
     network.requires_grad_(False)
     names = source_names(source, network)
     found = find_matrices(network, names)
-    for pattern in options.keep:
+    for pattern in options.method.keep:
         if not any(is_kept(m, (pattern,)) for m in found):
             raise ConversionError(
                 f"--keep {pattern!r} matches no matrix; their names are like {found[0].name}"
             )
-    matrices = [m for m in found if not is_kept(m, options.keep)]
+    matrices = [m for m in found if not is_kept(m, options.method.keep)]
     if not matrices:
         raise ConversionError(f"{source.name}: --keep leaves no matrix to quantize")
     biases = {
@@ -138,5 +138,9 @@ def _vectors(network: Any, matrices: list[Matrix]) -> dict[str, torch.Tensor]:
 
 def is_kept(matrix: Matrix, patterns: tuple[str, ...]) -> bool:
     """Whether one of the shell patterns matches a name of the matrix."""
-    names = (matrix.name, *matrix.aliases)
-    return any(fnmatch.fnmatchcase(name, p) for name in names for p in patterns)
+    return any(matches(name, patterns) for name in (matrix.name, *matrix.aliases))
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the shell patterns matches a name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

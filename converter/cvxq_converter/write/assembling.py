@@ -13,11 +13,11 @@ from cvxq_converter.allocate.bias import BIAS_BITS
 from cvxq_converter.allocate.target import TargetResult
 from cvxq_converter.measure.measurement import calibration_digest
 from cvxq_converter.measure.quality import Divergence
-from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.iteration import Quantized
+from cvxq_converter.options import ConversionOptions, Place
+from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.source.loaded import LoadedModel
-from cvxq_converter.write.report import ConversionReport, depth_histogram
-from cvxq_converter.write.writing import write_container
+from cvxq_converter.write.report import ConversionReport, depth_histogram, longest_report
+from cvxq_converter.write.writing import document_bytes, write_container
 
 
 def make_report(
@@ -36,7 +36,7 @@ def make_report(
     codes = sum(t.packed_codes.size for t in tensors)
     quality = result.quality
     return ConversionReport(
-        method=options.method,
+        method=options.method.name,
         rate_bits_per_weight=8 * total / weights,
         side_bits_per_weight=8 * (total - codes) / weights,
         parameters=loaded.parameters,
@@ -62,7 +62,7 @@ def perplexity_increase(quality: Divergence, options: ConversionOptions) -> floa
     token, in expectation. Taking the expectation rather than the tokens that happened to be drawn
     leaves their noise out, which is larger than a small increase.
     """
-    is_sampled = options.calibration == "self"
+    is_sampled = options.calibration.source == "self"
     return float(np.expm1(quality.mean if is_sampled else quality.loss_increase))
 
 
@@ -83,11 +83,35 @@ def write_result(
         loaded.unquantized(),
         result.added_biases,
         loaded.aliases,
-        {
-            "provenance.json": provenance(loaded, sequences, options),
-            "report.json": report.for_file(),
-        },
+        _documents(loaded, sequences, options, report),
     )
+
+
+def document_sizes(
+    loaded: LoadedModel, sequences: torch.Tensor, options: ConversionOptions
+) -> dict[str, int]:
+    """Bytes, at most, of what a file carries beside the source's files, before it is made."""
+    longest = longest_report(
+        options.method.name,
+        loaded.parameters,
+        loaded.quantized_weights,
+        len(loaded.matrices),
+        sequences.numel(),
+    )
+    documents = _documents(loaded, sequences, options, longest)
+    return {name: len(document_bytes(value)) for name, value in documents.items()}
+
+
+def _documents(
+    loaded: LoadedModel,
+    sequences: torch.Tensor,
+    options: ConversionOptions,
+    report: ConversionReport,
+) -> dict[str, Any]:
+    return {
+        "provenance.json": provenance(loaded, sequences, options),
+        "report.json": report.for_file(),
+    }
 
 
 def provenance(
@@ -99,14 +123,14 @@ def provenance(
         "source_sha256": loaded.source.digest,
         "calibration_sha256": calibration_digest(sequences) if sequences.numel() else None,
         "options": options.to_json(),
-        **surroundings(options),
+        **surroundings(options.place),
     }
 
 
-def surroundings(options: ConversionOptions) -> dict[str, Any]:
+def surroundings(place: Place) -> dict[str, Any]:
     """Versions, kind of device and threads, which the bytes of a result depend on, too."""
     return {
         "versions": {name: version(name) for name in ("cvxq", "torch", "transformers")},
-        "device": torch.device(options.device).type,
+        "device": torch.device(place.device).type,
         "threads": torch.get_num_threads(),
     }

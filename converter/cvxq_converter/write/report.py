@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from cvxq_format import CompandedTensor
+from cvxq_format.limits import MAX_DEPTH
 
 from cvxq_converter.allocate.target import TargetResult
 from cvxq_converter.write.details import Details
@@ -78,6 +79,30 @@ class ConversionReport:
         for name in ("stage_seconds", "file_bytes", "details"):
             del values[name]
         return {name: _rounded(value) for name, value in values.items()}
+
+
+def longest_report(
+    method: str, parameters: int, quantized_weights: int, matrices: int, calibration_tokens: int
+) -> ConversionReport:
+    """A report of a conversion to a rate or a size whose figures have their most digits."""
+    figure = -1.23456e-05
+    return ConversionReport(
+        method=method,
+        rate_bits_per_weight=figure,
+        side_bits_per_weight=figure,
+        parameters=parameters,
+        quantized_weights=quantized_weights,
+        matrices=matrices,
+        depth_histogram=(figure,) * (MAX_DEPTH + 1),
+        gained_biases=matrices,
+        gain_exponent=figure,
+        dual_variable=figure,
+        ascent_steps=99,
+        kl=figure,
+        kl_standard_error=figure,
+        perplexity_increase=figure,
+        calibration_tokens=calibration_tokens,
+    )
 
 
 def _rounded(value: Any) -> Any:

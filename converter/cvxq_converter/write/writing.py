@@ -10,36 +10,18 @@ from typing import Any
 import torch
 from cvxq_format import Codebook, CompandedTensor, Writer
 
+from cvxq_converter.allocate.sizes import stored_dtype
 from cvxq_converter.source.checkpoint import Source
 
 
 def store_raw(writer: Writer, name: str, value: torch.Tensor, *, added_bias: bool = False) -> None:
-    """Write one unquantized tensor in the narrowest float type that does it justice.
-
-    16 bits where that is exact, or for any matrix (bfloat16 if float16 would overflow); a vector
-    that needs 32 bits keeps them. Integers and booleans stay what they are.
-    """
+    """Write one unquantized tensor in the type that `stored_dtype` chooses."""
     value = value.detach().cpu().contiguous()
-    if not value.is_floating_point():
-        writer.add_raw(name, value.numpy())
-        return
-    dtype = narrowest_dtype(value)
-    stored = value.to(dtype)
-    if dtype is torch.bfloat16:
+    stored = value.to(stored_dtype(value))
+    if stored.dtype is torch.bfloat16:
         writer.add_raw(name, stored.view(torch.uint16).numpy(), dtype="bf16", added_bias=added_bias)
     else:
         writer.add_raw(name, stored.numpy(), added_bias=added_bias)
-
-
-def narrowest_dtype(value: torch.Tensor) -> torch.dtype:
-    """float16 or bfloat16 where exact, or for matrices; else float32."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(value.to(dtype).to(value.dtype), value):
-            return dtype
-    if value.ndim < 2:
-        return torch.float32
-    fits = bool(value.abs().max() < torch.finfo(torch.float16).max)
-    return torch.float16 if fits else torch.bfloat16
 
 
 def write_container(
@@ -61,8 +43,7 @@ def write_container(
         for name, file in source.files.items():
             writer.add_file(name, file.read_bytes())
         for name, value in documents.items():
-            text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
-            writer.add_file(name, (text + "\n").encode())
+            writer.add_file(name, document_bytes(value))
         for name, tensor in quantized.items():
             writer.add_companded(name, tensor)
         for name, value in raw:
@@ -71,3 +52,8 @@ def write_container(
             store_raw(writer, name, value, added_bias=True)
         for alias, target in aliases.items():
             writer.add_alias(alias, target)
+
+
+def document_bytes(value: Any) -> bytes:
+    """A JSON document as the file carries it, the same bytes for the same values."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -91,7 +91,7 @@ def conversion_options(choices: dict[str, Any]) -> Any:
 
     if "dtype" in choices:
         choices = {**choices, "dtype": getattr(torch, choices["dtype"])}
-    return ConversionOptions(**choices)
+    return ConversionOptions.of(**choices)
 
 
 def prepare(threads: int | None) -> None:

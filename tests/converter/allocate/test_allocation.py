@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cvxq_converter.allocate.allocation import (
     ASCENT_STEPS,
-    MODEL_THRESHOLDS,
+    THRESHOLDS,
     BitAllocation,
     Worths,
     allocate_bit_depths,
@@ -18,7 +18,6 @@ from cvxq_converter.allocate.allocation import (
     fit_additive,
     free_worths,
     group_bytes,
-    measured_thresholds,
     separable_worths,
 )
 from cvxq_converter.allocate.sizes import allocate_for_rate
@@ -48,7 +47,7 @@ def bisect_offset(worths: Sequence[Worths], budget: int) -> int:
         total = 0
         for w in worths:
             for units, plane in zip(w.units(), w.group_bytes, strict=True):
-                depth = ((units - offset)[:, None] >= MODEL_THRESHOLDS).sum(1)
+                depth = ((units - offset)[:, None] >= THRESHOLDS).sum(1)
                 total += int(depth.sum()) * int(plane)
         return total
 
@@ -79,12 +78,12 @@ def test_the_ascent_finds_what_exact_bisection_finds(
 ) -> None:
     worths = random_worths(seed, separable=separable)
     budget = int(mean_depth * plane_total(worths))
-    found = allocate_bit_depths(worths, MODEL_THRESHOLDS, budget)
+    found = allocate_bit_depths(worths, budget)
     offset = bisect_offset(worths, budget)
     assert found.dual_variable == offset / 256
     for w, depths, offsets in zip(worths, found.depths, found.cluster_offsets, strict=True):
         assert set(offset - offsets) <= {0, 1}  # a cluster may take one unit more
-        expected = ((w.units() - offsets[:, None])[..., None] >= MODEL_THRESHOLDS).sum(-1)
+        expected = ((w.units() - offsets[:, None])[..., None] >= THRESHOLDS).sum(-1)
         assert (depths == expected).all()
 
 
@@ -93,7 +92,7 @@ def test_the_ascent_finds_what_exact_bisection_finds(
 def test_the_size_is_what_it_says_and_never_above_the_budget(seed: int, mean_depth: float) -> None:
     worths = random_worths(seed)
     budget = int(mean_depth * plane_total(worths))
-    found = allocate_bit_depths(worths, MODEL_THRESHOLDS, budget)
+    found = allocate_bit_depths(worths, budget)
     size = sum(code_bytes(d, w.group_bytes) for d, w in zip(found.depths, worths, strict=True))
     assert found.code_bytes == size <= budget
     assert all(d.max(initial=0) <= 8 for d in found.depths)
@@ -103,11 +102,11 @@ def test_the_size_is_what_it_says_and_never_above_the_budget(seed: int, mean_dep
 def test_no_cluster_could_have_taken_one_more_unit_at_the_end(mean_depth: float) -> None:
     worths = random_worths(5, matrices=6)
     budget = int(mean_depth * plane_total(worths))
-    found = allocate_bit_depths(worths, MODEL_THRESHOLDS, budget)
+    found = allocate_bit_depths(worths, budget)
     lowest = round(found.dual_variable * 256)
     for w, offsets, depths in zip(worths, found.cluster_offsets, found.depths, strict=True):
         for c in np.flatnonzero(offsets == lowest):
-            raised = depths_of(w.units()[c] - lowest + 1, MODEL_THRESHOLDS)
+            raised = depths_of(w.units()[c] - lowest + 1)
             step = (int(raised.sum()) - int(depths[c].sum())) * int(w.group_bytes[c])
             assert step == 0 or found.code_bytes + step > budget
 
@@ -116,9 +115,7 @@ def test_no_cluster_could_have_taken_one_more_unit_at_the_end(mean_depth: float)
 def test_distortion_falls_as_the_rate_rises(seed: int) -> None:
     worths = random_worths(seed)
     rates = np.linspace(0, 8, 33)
-    found = [
-        allocate_bit_depths(worths, MODEL_THRESHOLDS, int(r * plane_total(worths))) for r in rates
-    ]
+    found = [allocate_bit_depths(worths, int(r * plane_total(worths))) for r in rates]
     errors = [distortion(f, worths) for f in found]
     assert (np.diff(errors) <= 0).all()
     assert errors[-1] < errors[0] / 1000
@@ -131,7 +128,7 @@ def test_no_other_allocation_of_the_same_size_is_better() -> None:
     grid = np.stack(np.meshgrid(*[np.arange(9)] * 3, indexing="ij"), -1).reshape(-1, 3)
     errors = np.exp2(2 * (worths[0].units() / 256 - grid)).sum(1)
     for budget in range(25):
-        found = allocate_bit_depths(worths, MODEL_THRESHOLDS, budget)
+        found = allocate_bit_depths(worths, budget)
         best = errors[grid.sum(1) <= found.code_bytes].min()
         assert distortion(found, worths) == pytest.approx(best, rel=1e-12)
 
@@ -141,9 +138,7 @@ def test_no_other_allocation_of_the_same_size_is_better() -> None:
 def test_the_ascent_ends_soon(seed: int, mean_depth: float, separable: bool) -> None:
     worths = random_worths(seed, separable=separable)
     budget = int(mean_depth * plane_total(worths))
-    assert (
-        allocate_bit_depths(worths, MODEL_THRESHOLDS, budget).steps <= ASCENT_STEPS + 14
-    )  # 2^14 units
+    assert allocate_bit_depths(worths, budget).steps <= ASCENT_STEPS + 14  # 2^14 units
 
 
 def test_groups_of_zeros_take_no_bits_while_others_want_them() -> None:
@@ -152,7 +147,7 @@ def test_groups_of_zeros_take_no_bits_while_others_want_them() -> None:
     worth[:, 5] = -np.inf  # a column of zeros
     rows = np.full(4, 8)
     for worths in (separable_worths(worth, rows), free_worths(worth, rows)):
-        found = allocate_bit_depths([worths], MODEL_THRESHOLDS, 3 * plane_total([worths]))
+        found = allocate_bit_depths([worths], 3 * plane_total([worths]))
         zeros = ~np.isfinite(worth)
         assert found.depths[0][zeros].max() <= 1
         assert found.depths[0][zeros].mean() < found.depths[0][~zeros].mean() / 4
@@ -161,7 +156,7 @@ def test_groups_of_zeros_take_no_bits_while_others_want_them() -> None:
 @pytest.mark.parametrize("fit", [separable_worths, free_worths])
 def test_a_matrix_of_nothing_but_zeros_is_allocated_too(fit: object) -> None:
     nothing = fit(np.full((2, 3), -np.inf), np.array([8, 5]))  # type: ignore[operator]
-    found = allocate_bit_depths([nothing], MODEL_THRESHOLDS, 6)
+    found = allocate_bit_depths([nothing], 6)
     assert found.code_bytes <= 6
 
 
@@ -217,49 +212,25 @@ def test_one_dead_group_does_not_pull_on_the_others() -> None:
 
 def test_thresholds_decide_depths_at_their_very_unit() -> None:
     units = np.array([127, 128, 383, 384, -5000, 128 + 7 * 256 - 1, 128 + 7 * 256, 99999])
-    assert depths_of(units, MODEL_THRESHOLDS).tolist() == [0, 1, 1, 2, 0, 7, 8, 8]
+    assert depths_of(units).tolist() == [0, 1, 1, 2, 0, 7, 8, 8]
 
 
 def test_a_bit_plane_is_padded_to_bytes() -> None:
     assert group_bytes(np.array([1, 8, 9, 64, 65])).tolist() == [1, 1, 2, 8, 9]
 
 
-def test_measured_thresholds_are_the_argmin_of_the_lagrangian() -> None:
-    """Brute force: argmin over B of G²S² D(B) + λ B, for many groups and a gaussian's curve."""
-    curve = np.array([1, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 6.442e-4, 1.64e-4, 4.1e-5])
-    thresholds = measured_thresholds(curve)
-    slope = np.exp2(2 * MODEL_THRESHOLDS[3] / 256) * (curve[3] - curve[4])  # where depth 4 begins
-    worth = np.linspace(-3, 10, 5000)
-    cost = np.exp2(2 * worth)[:, None] * curve + slope * np.arange(9)
-    expected = cost.argmin(1)
-    found = depths_of(np.rint(worth * 256).astype(np.int64), thresholds)
-    near = np.abs(worth[:, None] * 256 - thresholds).min(1) < 1.1  # rounding to units
-    assert (found == expected)[~near].all()
-    assert near.mean() < 0.01
-    assert sorted(set(expected)) == list(range(9))
-
-
-def test_measured_thresholds_of_an_exact_model_are_the_models() -> None:
-    assert measured_thresholds(4.0 ** -np.arange(9)).tolist() == MODEL_THRESHOLDS.tolist()
-
-
-def test_measured_thresholds_ascend_whatever_was_measured() -> None:
-    noisy = np.array([1, 0.4, 0.1, 0.05, 0.05, 0.06, 1e-3, 0, 0])
-    assert (np.diff(measured_thresholds(noisy)) >= 0).all()
-
-
 def test_targets_out_of_reach_say_so() -> None:
     worths = random_worths(1)
     with pytest.raises(RateError, match="exceeds 8 bits in every group"):
-        allocate_bit_depths(worths, MODEL_THRESHOLDS, 8 * plane_total(worths) + 1)
+        allocate_bit_depths(worths, 8 * plane_total(worths) + 1)
     with pytest.raises(RateError, match="side information alone exceeds"):
-        allocate_bit_depths(worths, MODEL_THRESHOLDS, -1)
+        allocate_bit_depths(worths, -1)
     with pytest.raises(RateError, match=r"--bits 0\.2: .* takes 0\.40 bits per weight; ask for"):
-        allocate_for_rate(worths, MODEL_THRESHOLDS, 0.2, weights=2000, side_bytes=100)
+        allocate_for_rate(worths, 0.2, weights=2000, side_bytes=100)
 
 
 @pytest.mark.parametrize("mean_depth", [0, 8])
 def test_the_ends_of_the_range_are_exact(mean_depth: int) -> None:
     worths = random_worths(7)
-    found = allocate_bit_depths(worths, MODEL_THRESHOLDS, mean_depth * plane_total(worths))
+    found = allocate_bit_depths(worths, mean_depth * plane_total(worths))
     assert all((d == mean_depth).all() for d in found.depths)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cvxq_converter.allocate.bias import BIAS_BITS, gained_bias_pays, output_shift
-from cvxq_converter.measure.statistics import MatrixStatistics
+from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.quantize.correction import to_16_bits
 
 

@@ -8,11 +8,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from cvxq_converter.allocate.allocation import MODEL_THRESHOLDS
 from cvxq_converter.allocate.clustering import Clustering
 from cvxq_converter.allocate.plan import MatrixPlan, Sensitivity, group_worth, plan_matrix
 from cvxq_converter.allocate.sizes import allocate_for_rate
-from cvxq_converter.measure.statistics import MatrixStatistics, measure
+from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.sums import MatrixStatistics
+from cvxq_converter.options import Method
 from cvxq_converter.source.matrices import Matrix, find_matrices
 
 
@@ -22,15 +23,9 @@ def plan_of(
     matrix = SimpleNamespace(
         name="m", weight=weight, source_orientation="out_in", rows_are_tokens=tokens
     )
-    chosen = {
-        "group_size": 2,
-        "partitions": 1,
-        "uniform": False,
-        "separable": False,
-        "means": False,
-        **options,
-    }
-    return plan_matrix(cast(Matrix, matrix), weight, sensitivity, **chosen)
+    chosen = {"group_size": 2, "partitions": 1, "separable_depths": False, "means": False}
+    method = Method(**{**chosen, "largest_error": 1.0, **options})
+    return plan_matrix(cast(Matrix, matrix), weight, sensitivity, method)
 
 
 def test_worth_by_hand() -> None:
@@ -49,7 +44,7 @@ def test_the_plan_of_a_matrix_by_hand() -> None:
     assert plan.moments[1].tolist() == [[1.0, 1.0], [64.0, 16.0]]
     assert (plan.worths.units() / 256).tolist() == [[0.0, 2.0], [3.0, 4.0]]
     assert plan.deviation().tolist() == [[1.0, 1.0], [8.0, 4.0]]
-    uniform = plan_of(weight, Sensitivity(np.ones(4), np.array([1.0, 16.0])), uniform=True)
+    uniform = plan_of(weight, Sensitivity(np.ones(4), np.array([1.0, 16.0])), uniform_depths=True)
     assert np.ptp(uniform.worths.units()) == 0
 
 
@@ -61,7 +56,7 @@ def test_means_are_stored_only_where_allowed_and_worth_it() -> None:
         (centred + 5, False, False),
         (centred, True, False),
     ]:
-        plan = plan_of(weight, Sensitivity.uniform((32, 6)), means=allowed, group_size=16)
+        plan = plan_of(weight, Sensitivity.uniform(32, 6), means=allowed, group_size=16)
         assert plan.with_means == expected
         spread = float(plan.deviation().mean())
         assert spread == pytest.approx(
@@ -104,22 +99,21 @@ def test_tokens_that_calibration_never_saw_keep_their_depth(
     network = build_network(architecture)
     matrices = find_matrices(network)
     sequences = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(1))
-    statistics = measure(network, matrices, sequences, "kl", seed=0)
+    statistics = measure_statistics(network, matrices, sequences, "kl", seed=0)
+    method = Method(
+        group_size=4, partitions=1, separable_depths=separable, means=False, largest_error=1.0
+    )
     plans = [
         plan_matrix(
             matrix,
             matrix.weight,
             Sensitivity.from_statistics(statistics[matrix.name]),
-            group_size=4,
-            partitions=1,
-            uniform=False,
-            separable=separable,
-            means=False,
+            method,
         )
         for matrix in matrices
     ]
     weights = sum(m.weight.numel() for m in matrices)
-    found = allocate_for_rate([p.worths for p in plans], MODEL_THRESHOLDS, 3.0, weights, 0)
+    found = allocate_for_rate([p.worths for p in plans], 3.0, weights, 0)
     checked = 0
     for plan, depths in zip(plans, found.depths, strict=True):
         if plan.matrix.name not in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cvxq_converter.allocate.plan import MatrixPlan, Sensitivity, plan_matrix
 from cvxq_converter.allocate.scale_width import NARROWEST, WIDEST, choose_scale_bits
+from cvxq_converter.options import Method
 from cvxq_converter.source.matrices import Matrix
 from torch import nn
 
@@ -19,12 +20,8 @@ def plan(octaves: np.ndarray, rows: int = 64) -> MatrixPlan:
     return plan_matrix(
         Matrix("w", "", "linear", nn.Parameter(weight), (), None, False, "out_in", None, False),
         weight,
-        Sensitivity.uniform((rows, len(octaves))),
-        group_size=64,
-        partitions=1,
-        uniform=False,
-        separable=True,
-        means=False,
+        Sensitivity.uniform(rows, len(octaves)),
+        Method(group_size=64, partitions=1, means=False),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cvxq_converter.allocate.shrinkage import UNKNOWN, shrink
-from cvxq_converter.measure.statistics import measure
+from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.source.checkpoint import find_matrices
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,7 +94,7 @@ def test_a_token_never_seen_keeps_its_depth_within_one_bit(metric: str, build_ne
         network.lm_head.bias[60:] = -30  # tokens from 60 on are never predicted …
     generator = torch.Generator().manual_seed(1)
     sequences = torch.randint(3, 60, (16, 24), generator=generator)  # … nor ever read
-    found = measure(network, find_matrices(network), sequences, metric, 0)
+    found = measure_statistics(network, find_matrices(network), sequences, metric, 0)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         item = found[name]
         shrunk = shrink(item.row_sensitivity, item.row_evidence, item.sequences)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from cvxq_converter.allocate.target import TOLERANCE, Target, search_rate
+from cvxq_converter.allocate.target import TOLERANCE, LossTarget, search_rate
 from cvxq_converter.errors import ConversionError, RateError
 from cvxq_converter.measure.curve import Curve, Point, Trial
 from cvxq_converter.options import ConversionOptions
@@ -24,7 +24,7 @@ def curve(slope: float = 2.0, level: float = 4.0) -> Curve:
 
 
 def search(asked: float, loss: Loss, predicted: Curve) -> tuple[Trial, tuple[Trial, ...]]:
-    return search_rate(Target("--max-kl", asked), predicted, loss)
+    return search_rate(LossTarget("--max-kl", asked), predicted, loss)
 
 
 @settings(max_examples=200, deadline=None)
@@ -74,7 +74,7 @@ def test_a_target_out_of_reach_is_refused_with_what_can_be_reached() -> None:
     with pytest.raises(RateError, match=message):
         search(1e-7, lambda rate: max(0.0123, 4 * 2 ** (-2 * rate)), curve())
     with pytest.raises(RateError, match=r"even at 8 bits .* a perplexity 1\.2300% higher; ask"):
-        search_rate(Target("--max-perplexity-increase", 1e-7), curve(), lambda rate: 0.0123)
+        search_rate(LossTarget("--max-perplexity-increase", 1e-7), curve(), lambda rate: 0.0123)
 
 
 def test_a_target_that_everything_meets_gives_the_lowest_rate() -> None:
@@ -105,13 +105,13 @@ def test_trials_correct_the_curve() -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_limits_that_are_none(value: float) -> None:
     with pytest.raises(ConversionError, match=r"a largest loss of .*, allowed are numbers above 0"):
-        ConversionOptions(max_kl=value)
+        ConversionOptions.of(max_kl=value)
 
 
 def test_options_with_no_or_two_targets_or_nothing_to_judge_by() -> None:
     for given_targets in ({}, {"bits": 3.0, "max_kl": 0.1}, {"size_bytes": 9, "bits": 3.0}):
         with pytest.raises(ConversionError, match="exactly one of bits, a size in bytes, a larg"):
-            ConversionOptions(**given_targets)  # type: ignore[arg-type]
+            ConversionOptions.of(**given_targets)
     for other in ({"calibration": "none"}, {"method": "rtn"}, {"iterations": 2}):
         with pytest.raises(ConversionError, match=r"needs calibration, --method cvxq and a single"):
-            ConversionOptions(max_perplexity_increase=0.01, **other)  # type: ignore[arg-type]
+            ConversionOptions.of(max_perplexity_increase=0.01, **other)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.calibration import CalibrationOptions, context_length, make_sequences
+from cvxq_converter.measure.calibration import context_length, make_sequences
+from cvxq_converter.options import Calibration
 
 
 class Bytes:
@@ -23,7 +24,7 @@ class Bytes:
 
 
 def sample(network: Any, **options: Any) -> torch.Tensor:
-    return make_sequences(network, None, CalibrationOptions(**options))
+    return make_sequences(network, None, Calibration(**options))
 
 
 def test_samples_have_the_shape_asked_for_capped_by_the_context(build_network: Any) -> None:
@@ -94,7 +95,7 @@ def test_start_tokens_in_order_of_preference(build_network: Any) -> None:
     random = sample(network, sequences=8, length=2)[:, 0]
     assert len(set(random.tolist())) > 4
     tokenizer = SimpleNamespace(bos_token_id=9, eos_token_id=None)
-    options = CalibrationOptions(sequences=2, length=2)
+    options = Calibration(sequences=2, length=2)
     assert (make_sequences(network, tokenizer, options)[:, 0] == 9).all()
     network.config.bos_token_id = 5000  # outside the vocabulary
     assert (make_sequences(network, tokenizer, options)[:, 0] == 9).all()
@@ -108,36 +109,36 @@ def test_end_that_is_also_the_start_is_not_doubled(build_network: Any) -> None:
 
 
 def test_progress_reaches_the_end(build_network: Any) -> None:
-    steps: list[tuple[str, int, int]] = []
-    options = CalibrationOptions(sequences=70, length=5)
+    steps: list[tuple[int, int]] = []
+    options = Calibration(sequences=70, length=5)
     make_sequences(build_network("llama"), None, options, lambda *step: steps.append(step))
-    assert steps[-1] == ("calibration", 350, 350)
-    assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
+    assert steps[-1] == (350, 350)
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
 
 
 def test_none_needs_no_tokens(build_network: Any) -> None:
-    assert sample(build_network("llama"), source="none").shape == (0, 64)
+    assert sample(build_network("llama"), source="none", sequences=9, length=80).shape == (0, 64)
 
 
 def test_text_is_cut_into_windows_spread_over_the_file(build_network: Any, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("".join(chr(33 + i % 90) for i in range(99)), encoding="utf-8-sig")
     network = build_network("llama")
-    options = CalibrationOptions(source=str(path), sequences=3, length=10)
+    options = Calibration(source=str(path), sequences=3, length=10)
     tokens = make_sequences(network, Bytes(), options)
     stream = [1, *(3 + (33 + i % 90) % 90 for i in range(99))]
     assert tokens.tolist() == [stream[0:10], stream[30:40], stream[60:70]]
     with pytest.raises(
         ConversionError, match=r"too short: 100 tokens, 11 sequences of 10 need 110"
     ):
-        make_sequences(network, Bytes(), CalibrationOptions(str(path), 11, 10))
+        make_sequences(network, Bytes(), Calibration(str(path), 11, 10))
 
 
 def test_json_lines_are_joined_documents(build_network: Any, tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": text, "more": 1}) for text in ("abc", "dé f", "g\u2028h")]
     path.write_text("\n".join([*lines[:2], "", *lines[2:]]) + "\n")
-    options = CalibrationOptions(source=str(path), sequences=1, length=15)
+    options = Calibration(source=str(path), sequences=1, length=15)
     tokens = make_sequences(build_network("llama"), Bytes(), options)
     expected = [t for text in ("abc", "dé f", "g\u2028h") for t in Bytes()(text)["input_ids"]]
     assert tokens[0].tolist() == expected[:15]
@@ -169,7 +170,7 @@ def test_texts_that_cannot_serve(
 ) -> None:
     path = tmp_path / name
     write(path)
-    options = CalibrationOptions(source=str(path), sequences=1, length=10)
+    options = Calibration(source=str(path), sequences=1, length=10)
     with pytest.raises(ConversionError) as caught:
         make_sequences(build_network("llama"), Bytes(), options)
     text = str(caught.value)
@@ -183,9 +184,9 @@ def test_other_refusals(build_network: Any, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("XYZ " * 9)
     with pytest.raises(ConversionError, match="no tokenizer"):
-        make_sequences(network, None, CalibrationOptions(str(path), 1, 10))
+        make_sequences(network, None, Calibration(str(path), 1, 10))
     with pytest.raises(ConversionError, match="the model has 50"):
-        make_sequences(network, Bytes(), CalibrationOptions(str(path), 1, 10))
+        make_sequences(network, Bytes(), Calibration(str(path), 1, 10))
     for sequences, length in [(0, 10), (-1, 10), (1, 1)]:
         with pytest.raises(ConversionError, match="expected at least 1 of at least 2"):
             sample(network, sequences=sequences, length=length)

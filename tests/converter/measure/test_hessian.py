@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cvxq_converter.allocate.allocation import MODEL_THRESHOLDS
 from cvxq_converter.allocate.clustering import cluster_rows, group_moments, row_weights
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.hessian import Feedback, input_hessians
-from cvxq_converter.measure.statistics import measure
+from cvxq_converter.measure.hessian import DAMPING, Feedback, InverseFactor, input_hessians
+from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.columns import DAMPING, InverseFactor, quantize_matrix
+from cvxq_converter.quantize.columns import quantize_matrix
 from cvxq_converter.quantize.companding import default_levels, make_codebook
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-CODEBOOK = make_codebook(default_levels(), MODEL_THRESHOLDS, 6)
-OPTIONS = ConversionOptions(bits=4, group_size=8)
+CODEBOOK = make_codebook(default_levels(), 6)
+OPTIONS = ConversionOptions.of(bits=4, group_size=8)
 
 
 def random_hessian(seed: int, K: int, rank: int) -> torch.Tensor:
@@ -141,7 +140,9 @@ class Case:
     def __init__(self, folder: Path) -> None:
         self.loaded: LoadedModel = load_model(open_source(str(folder), None), OPTIONS)
         self.sequences = torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(0))
-        self.statistics = measure(self.loaded.network, self.loaded.matrices, self.sequences)
+        self.statistics = measure_statistics(
+            self.loaded.network, self.loaded.matrices, self.sequences
+        )
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-tied", "gpt2"])

@@ -46,7 +46,7 @@ def options(**changes: Any) -> ConversionOptions:
     chosen = {**COMMON, **changes}
     if not {"bits", "size_bytes", "max_kl", "max_perplexity_increase"} & set(chosen):
         chosen["bits"] = 4.0
-    return ConversionOptions(**chosen)
+    return ConversionOptions.of(**chosen)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_conversion_from_the_file_writes_the_same_bytes(
         target = {**target, "keep": (target["keep"],)}
     direct, reused = tmp_path / "direct.cvxq", tmp_path / "reused.cvxq"
     expected = convert(str(folder), direct, options(**target))
-    called = calls_of(monkeypatch, "make_sequences", "measure", "quantize_network")
+    called = calls_of(monkeypatch, "make_sequences", "measure_statistics", "quantize_network")
     found = convert(str(folder), reused, options(**target), measurement=measurement)
     assert set(called) == {"quantize_network"}
     assert reused.read_bytes() == direct.read_bytes()
@@ -240,8 +240,10 @@ def test_what_certifies_a_target_chooses_nothing(
 
         monkeypatch.setattr(module, "divergence", note)
     measured: list[torch.Tensor] = []
-    genuine_measure = job.measure
-    monkeypatch.setattr(job, "measure", lambda *a: (measured.append(a[2]), genuine_measure(*a))[1])
+    genuine_measure = job.measure_statistics
+    monkeypatch.setattr(
+        job, "measure_statistics", lambda *a: (measured.append(a[2]), genuine_measure(*a))[1]
+    )
     convert(str(folder), tmp_path / "a.cvxq", options())
     rows = [tuple(row.tolist()) for row in measurement.sequences]
     assert measured[0].tolist() == [list(row) for row in rows[:28]]

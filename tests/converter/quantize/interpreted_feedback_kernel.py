@@ -9,14 +9,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cvxq_converter.allocate.allocation import MODEL_THRESHOLDS
 from cvxq_converter.allocate.clustering import cluster_rows, group_moments, row_weights
-from cvxq_converter.quantize import columns as quantize
-from cvxq_converter.quantize.columns import InverseFactor, QuantizedMatrix, quantize_matrix
+from cvxq_converter.measure.hessian import InverseFactor
+from cvxq_converter.quantize import columns
+from cvxq_converter.quantize.columns import QuantizedMatrix, quantize_matrix
 from cvxq_converter.quantize.companding import default_levels, make_codebook
+from cvxq_converter.quantize.feedback_kernel import FUSED_BLOCK
 
-CODEBOOK = make_codebook(default_levels(), MODEL_THRESHOLDS, 6)
-ROWS, GROUP, K = 10, 6, quantize.FUSED_BLOCK + 5  # an uneven last cluster, and last block
+CODEBOOK = make_codebook(default_levels(), 6)
+ROWS, GROUP, K = 10, 6, FUSED_BLOCK + 5  # an uneven last cluster, and last block
 
 
 def quantized(with_means: bool, refine: bool) -> QuantizedMatrix:
@@ -49,7 +50,7 @@ def test_the_choices_are_those_of_pytorch(
 ) -> None:
     """Nearly: where a sum in another order tips a tie, everything after it differs a little."""
     expected = quantized(with_means, refine)
-    monkeypatch.setattr(quantize, "runs_fused", lambda _: True)
+    monkeypatch.setattr(columns, "runs_fused", lambda _: True)
     found = quantized(with_means, refine)
     assert (found.codes == expected.codes).mean() > 0.99
     deep = expected.depths > 0  # without codes all scales are as good

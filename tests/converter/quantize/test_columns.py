@@ -8,11 +8,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from cvxq_converter.allocate.allocation import MODEL_THRESHOLDS, UNITS_PER_BIT
+from cvxq_converter.allocate.allocation import UNITS_PER_BIT
 from cvxq_converter.allocate.clustering import Clustering, cluster_rows, group_moments, row_weights
-from cvxq_converter.allocate.plan import MatrixPlan, Sensitivity, plan_matrix
-from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.columns import QuantizedMatrix, means_pay, quantize_matrix
+from cvxq_converter.allocate.plan import MatrixPlan, Sensitivity, means_pay, plan_matrix
+from cvxq_converter.options import Method
+from cvxq_converter.quantize.columns import QuantizedMatrix, quantize_matrix
 from cvxq_converter.quantize.companding import (
     HISTOGRAM_BINS,
     HISTOGRAM_LIMIT,
@@ -27,7 +27,7 @@ from cvxq_format import Codebook, dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-CODEBOOK = make_codebook(default_levels(), MODEL_THRESHOLDS, 6)
+CODEBOOK = make_codebook(default_levels(), 6)
 
 
 def plan_of(
@@ -37,18 +37,9 @@ def plan_of(
     matrix = SimpleNamespace(
         name="m.weight", weight=weight, source_orientation="out_in", rows_are_tokens=False
     )
-    settings_ = {
-        "group_size": 8,
-        "partitions": 1,
-        "uniform": False,
-        "separable": False,
-        "means": True,
-        **options,
-    }
-    shape = (weight.shape[0], weight.shape[1])
-    return plan_matrix(
-        cast(Matrix, matrix), weight, sensitivity or Sensitivity.uniform(shape), **settings_
-    )
+    method = Method(**{"group_size": 8, "partitions": 1, "separable_depths": False, **options})
+    sensitivity = sensitivity or Sensitivity.uniform(*weight.shape)
+    return plan_matrix(cast(Matrix, matrix), weight, sensitivity, method)
 
 
 def quantize(
@@ -78,8 +69,8 @@ def quantize(
         moments=plan.moments,
         row_weights=plan.row_weights,
     )
-    options = ConversionOptions(bits=3, group_size=plan.clustering.group_size)
-    tensor = _pack(plan, matrix, None, options, codebook.scale_bits)
+    none = np.zeros(plan.clustering.clusters, np.int64)
+    tensor = _pack(plan, matrix, none, codebook.scale_bits)
     return matrix, dequantize(tensor, codebook).astype(np.float64)
 
 
@@ -143,7 +134,7 @@ def test_the_search_is_close_to_the_best_of_all_scales(depth: int) -> None:
     x = (np.arange(HISTOGRAM_BINS) + 0.5) * HISTOGRAM_LIMIT / HISTOGRAM_BINS
     gaussian = LevelHistogram(np.exp(-(x**2) / 2))
     tables = tuple(fit_levels(gaussian, d) for d in range(1, 9))
-    codebook = make_codebook(tables, MODEL_THRESHOLDS, 6)
+    codebook = make_codebook(tables, 6)
     weight = torch.from_numpy(np.random.default_rng(depth).normal(0, 1, (64, 40))).float()
     plan = plan_of(weight, group_size=64)
     matrix, decoded = quantize(weight, depth, plan, with_means=False, codebook=codebook)

@@ -1,4 +1,4 @@
-"""The compander, Lloyd–Max tables, and the distortions that both leave."""
+"""The compander's tables and Lloyd–Max ones, and the errors that both leave."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import torch
 from cvxq_converter.quantize.companding import (
     HISTOGRAM_BINS,
     HISTOGRAM_LIMIT,
-    MAX_DEPTH,
     LevelHistogram,
     boundaries,
-    compand,
     default_levels,
-    distortions,
-    expand,
     fit_levels,
     make_codebook,
-    scale_table,
 )
+from cvxq_format.codebook import DEPTHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-DEPTHS = range(1, MAX_DEPTH + 1)
 # Squared error of the optimum for unit Gaussians: J. Max, Quantizing for minimum distortion, 1960.
 GAUSSIAN_OPTIMUM = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
 
@@ -44,22 +39,9 @@ def laplacian() -> LevelHistogram:
 
 
 def error_of(histogram: LevelHistogram, levels: np.ndarray) -> float:
-    return float(distortions(histogram, [levels])[1])
-
-
-@given(st.floats(-12, 12))
-def test_expand_undoes_compand(theta: float) -> None:
-    assert expand(compand(np.array(theta))) == pytest.approx(theta, abs=1e-9)
-
-
-def test_the_compander_maps_the_line_onto_the_unit_interval_in_order() -> None:
-    theta = np.linspace(-20, 20, 1001)
-    sigma = compand(theta)
-    assert (np.diff(sigma) > 0).all()
-    assert sigma[0] > 0
-    assert sigma[-1] < 1
-    assert compand(np.array(0.0)) == 0.5
-    assert sigma == pytest.approx(1 - sigma[::-1])
+    """Mean squared error of weights so distributed, each at its nearest level."""
+    nearest = np.abs(centres()[:, None] - levels).argmin(1)
+    return float(histogram.counts @ (centres() - levels[nearest]) ** 2 / histogram.counts.sum())
 
 
 def test_the_default_levels_expand_the_middles_of_equal_cells() -> None:
@@ -67,7 +49,9 @@ def test_the_default_levels_expand_the_middles_of_equal_cells() -> None:
         u = (np.arange(1 << depth) + 0.5) / (1 << depth) - 0.5
         expected = -3 / np.sqrt(2) * np.sign(u) * np.log(1 - 2 * np.abs(u))
         assert levels == pytest.approx(expected, rel=1e-6)
-        assert compand(levels.astype(np.float64)) == pytest.approx(u + 0.5, abs=1e-7)
+        theta = levels.astype(np.float64)
+        sigma = 0.5 * (1 + np.sign(theta) * (1 - np.exp(-np.sqrt(2) * np.abs(theta) / 3)))
+        assert sigma == pytest.approx(u + 0.5, abs=1e-7)
 
 
 @pytest.mark.parametrize("depth", GAUSSIAN_OPTIMUM)
@@ -123,19 +107,8 @@ def test_the_histogram_counts_magnitudes_by_row_weight() -> None:
     assert histogram.counts.sum() == 2.5
 
 
-def test_distortions_by_hand() -> None:
-    counts = np.zeros(HISTOGRAM_BINS)
-    width = HISTOGRAM_LIMIT / HISTOGRAM_BINS
-    middle = [(i + 0.5) * width for i in (999, 1999)]
-    counts[[999, 1999]] = [3, 1]
-    levels = np.array([-0.5, 0.5], np.float32)
-    zero, one = distortions(LevelHistogram(counts), [levels])
-    assert zero == pytest.approx((3 * middle[0] ** 2 + middle[1] ** 2) / 4)
-    assert one == pytest.approx((3 * (middle[0] - 0.5) ** 2 + (middle[1] - 0.5) ** 2) / 4)
-
-
 def test_the_scale_table_is_zero_and_a_ladder_that_ends_at_one() -> None:
-    table = scale_table(6)
+    table = make_codebook(default_levels(), 6).scale_table
     assert table.dtype == np.float32
     assert len(table) == 64
     assert table[0] == 0
@@ -144,8 +117,7 @@ def test_the_scale_table_is_zero_and_a_ladder_that_ends_at_one() -> None:
 
 
 def test_a_codebook_keeps_its_parts() -> None:
-    thresholds = np.arange(8) * 256 + 100
-    codebook = make_codebook(default_levels(), thresholds, 5)
+    codebook = make_codebook(default_levels(), 5)
     assert codebook.scale_bits == 5
-    assert codebook.depth_thresholds.tolist() == thresholds.tolist()
+    assert codebook.depth_thresholds.tolist() == [128 + 256 * i for i in range(8)]
     assert (codebook.levels[2] == default_levels()[2]).all()

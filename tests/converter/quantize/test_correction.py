@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cvxq_converter.allocate.bias import gained_bias_pays
+from cvxq_converter.allocate.bias import gained_bias_pays, layers_to_gain_bias
 from cvxq_converter.measure.quality import Reference, divergence, make_reference
-from cvxq_converter.measure.statistics import MatrixStatistics, measure
+from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.correction import layers_to_gain_bias
 from cvxq_converter.quantize.gain import EXPONENTS
-from cvxq_converter.quantize.iteration import Quantized, quantize_network
+from cvxq_converter.quantize.iteration import quantize_network
+from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
 from cvxq_converter.stages import Stages
 from cvxq_format import dequantize
 
 Save = Callable[..., Path]
-OPTIONS = ConversionOptions(bits=3.0, group_size=16)
+OPTIONS = ConversionOptions.of(bits=3.0, group_size=16)
 
 
 @pytest.fixture(autouse=True)
@@ -44,18 +44,16 @@ class Case:
         network = self.loaded.network
         self.before = {k: v.clone() for k, v in network.state_dict().items()}
         self.reference: Reference = make_reference(network, sequences[4:])
-        self.statistics: dict[str, MatrixStatistics] = measure(
+        self.statistics: dict[str, MatrixStatistics] = measure_statistics(
             network, self.loaded.matrices, sequences[:4], "kl", 0
         )
 
     def quantize(self, **options: Any) -> Quantized:
-        chosen = replace(OPTIONS, **options)
-
-        def unused(path: Path, empty: Quantized) -> None:
-            raise AssertionError("only sizes need an empty file")
-
+        chosen = OPTIONS.having(**options)
+        target, method = chosen.target, chosen.method
+        statistics, reference = self.statistics, self.reference
         return quantize_network(
-            self.loaded, self.statistics, self.reference, chosen, Stages(None), unused
+            self.loaded, statistics, None, reference, {}, target, method, Stages(None)
         )
 
 
@@ -142,7 +140,7 @@ def test_corrected_biases_take_the_mean_error_back(
 
 def test_only_layers_for_which_it_pays_gain_a_bias(llama: Case, opt: Case) -> None:
     for case in (llama, opt):
-        gained = {m.name for m in layers_to_gain_bias(case.loaded, case.statistics, OPTIONS)}
+        gained = {m.name for m in layers_to_gain_bias(case.loaded.matrices, case.statistics)}
         for matrix in case.loaded.matrices:
             multiplies = matrix.input_module_name is not None
             pays = gained_bias_pays(case.statistics[matrix.name])
@@ -151,9 +149,7 @@ def test_only_layers_for_which_it_pays_gain_a_bias(llama: Case, opt: Case) -> No
         added = case.quantize(gain=0.5).added_biases
         names = {m.bias_name for m in case.loaded.matrices if m.name in gained}
         assert set(added) == names
-    assert not layers_to_gain_bias(
-        llama.loaded, llama.statistics, replace(OPTIONS, correct_biases=False)
-    )
+    assert not llama.quantize(gain=0.5, correct_biases=False).added_biases
 
 
 def test_without_correction_biases_stay_what_they_were(opt: Case) -> None:

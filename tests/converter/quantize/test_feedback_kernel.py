@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import triton
 from cvxq_converter.quantize import search
-from cvxq_converter.quantize.columns import FUSED_BLOCK
-from cvxq_converter.quantize.feedback_kernel import block_kernel, warps
+from cvxq_converter.quantize.feedback_kernel import FUSED_BLOCK, block_kernel, warps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -114,7 +114,7 @@ def test_one_conversion_per_whole_number_of_bits(
     save_network: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder, path = save_network("gpt2"), tmp_path / "a.cvxq"
-    report = convert(str(folder), path, ConversionOptions(bits=3, method="rtn", group_size=16))
+    report = convert(str(folder), path, ConversionOptions.of(bits=3, method="rtn", group_size=16))
     assert not verify(path)
     assert report.depth_histogram[3] == 1.0
     codebook = 8 * len(CODEBOOK.to_bytes()) / report.quantized_weights
@@ -125,6 +125,6 @@ def test_one_conversion_per_whole_number_of_bits(
         assert json.loads(reader.file("provenance.json"))["options"]["method"] == "rtn"
     for bits in (2.5, 0.0):
         with pytest.raises(ConversionError, match="rtn takes whole --bits from 1 to 8"):
-            convert(str(folder), path, ConversionOptions(bits=bits, method="rtn"))
+            convert(str(folder), path, ConversionOptions.of(bits=bits, method="rtn"))
     with pytest.raises(ConversionError, match="rtn takes whole --bits from 1 to 8"):
-        convert(str(folder), path, ConversionOptions(size_bytes=99999, method="rtn"))
+        convert(str(folder), path, ConversionOptions.of(size_bytes=99999, method="rtn"))

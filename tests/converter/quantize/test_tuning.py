@@ -11,17 +11,18 @@ import pytest
 import torch
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.measure.quality import Reference, divergence, make_reference
-from cvxq_converter.measure.statistics import measure
+from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.measure.teaching import Lesson, make_lessons
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.iteration import Quantized, quantize_network
-from cvxq_converter.quantize.tuning import tune
+from cvxq_converter.quantize.iteration import quantize_network
+from cvxq_converter.quantize.result import Quantized
+from cvxq_converter.quantize.tuning import tune_network
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
 from cvxq_converter.stages import Stages
 from cvxq_format import dequantize
 
-OPTIONS = ConversionOptions(bits=2.0, group_size=8, gain=0.0)
+OPTIONS = ConversionOptions.of(bits=2.0, group_size=8, gain=0.0)
 
 
 @dataclass
@@ -45,18 +46,16 @@ def case(request: pytest.FixtureRequest, build_network: Any, tmp_path: Path) -> 
     sequences = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(0))
     lessons = make_lessons(network, sequences[:4])
     held_back = make_reference(network, sequences[4:])
-    statistics = measure(network, loaded.matrices, sequences[:4])
+    statistics = measure_statistics(network, loaded.matrices, sequences[:4])
 
-    def unused(path: Path, empty: Quantized) -> None:
-        raise AssertionError("only sizes need an empty file")
-
-    result = quantize_network(loaded, statistics, held_back, OPTIONS, Stages(None), unused)
+    target, method = OPTIONS.target, OPTIONS.method
+    result = quantize_network(loaded, statistics, None, held_back, {}, target, method, Stages(None))
     return Case(loaded, result, lessons, held_back)
 
 
 def run(case: Case, steps: int, seed: int = 0) -> Quantized:
     done: list[int] = []
-    found = tune(
+    found = tune_network(
         case.loaded,
         case.result,
         case.lessons,
@@ -142,4 +141,4 @@ def test_lumped_divergence_is_exact_when_every_token_is_kept() -> None:
 
 def test_tuning_needs_calibration() -> None:
     with pytest.raises(ConversionError, match=r"^--tune needs calibration sequences"):
-        ConversionOptions(bits=3, tune=10, calibration="none")
+        ConversionOptions.of(bits=3, tune=10, calibration="none")

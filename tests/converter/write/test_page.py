@@ -48,7 +48,7 @@ def reports(save_network: Save, tmp_path_factory: pytest.TempPathFactory) -> dic
     folder, model = tmp_path_factory.mktemp("reports"), str(save_network("llama"))
     for name, chosen in CASES.items():
         path = folder / f"{name}.cvxq"
-        options = ConversionOptions(group_size=16, **chosen)
+        options = ConversionOptions.of(group_size=16, **chosen)
         report = convert(model, path, options, with_details=True)
         write_report(folder / name, report.to_json(), summarize(path).record())
     torch.set_num_threads(threads)
@@ -285,17 +285,17 @@ def test_positions_are_pooled() -> None:
 
 def test_gaussian_weights_are_found_to_be_gaussian(save_network: Save) -> None:
     """Gaussian in every group, of another spread in each: by matrix, tails are heavier."""
-    from cvxq_converter.quantize.iteration import make_plan
+    from cvxq_converter.allocate.plan import make_plans
     from cvxq_converter.source.checkpoint import open_source
     from cvxq_converter.source.loaded import load_model
 
-    options = ConversionOptions(bits=3.0, group_size=32, means=False)
+    options = ConversionOptions.of(bits=3.0, group_size=32, means=False)
     loaded = load_model(open_source(str(save_network("llama", hidden_size=128))), options)
     generator = torch.Generator().manual_seed(0)
     for weight in loaded.originals.values():
         weight.normal_(generator=generator)
         weight *= torch.exp2(torch.randn(weight.shape[1], generator=generator))
-    plans = [make_plan(loaded, m, {}, options) for m in loaded.matrices]
+    plans = make_plans(loaded, {}, options.method)
     by_group, by_matrix = weight_distributions(plans, lambda p: loaded.originals[p.matrix.name])
     assert by_group.kurtosis == pytest.approx(3, rel=0.1)
     assert by_matrix.kurtosis > 5

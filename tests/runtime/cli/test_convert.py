@@ -74,7 +74,7 @@ def test_options_that_are_not_given_keep_the_converters_defaults(
 
     model, output, options, *_ = taken("--bits", 3)
     assert (model, output) == ("some/model", Path("out.cvxq"))
-    assert options == ConversionOptions(bits=3.0)
+    assert options == ConversionOptions.of(bits=3.0)
 
 
 def test_every_option_reaches_the_converter(taken: Callable[..., tuple[Any, ...]]) -> None:

@@ -167,4 +167,4 @@ def test_only_what_was_given_is_passed_on(cvxq: Cvxq, monkeypatch: pytest.Monkey
     cvxq("measure", "some/model", "-o", "out", "--metric", "logits", "--keep", "*head*")
     model, output, options, *_ = calls[0]
     assert (model, output) == ("some/model", Path("out"))
-    assert options == ConversionOptions(bits=8, metric="logits", keep=("*head*",))
+    assert options == ConversionOptions.of(bits=8, metric="logits", keep=("*head*",))
