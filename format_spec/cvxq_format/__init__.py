@@ -2,7 +2,6 @@
 
 from cvxq_format.codebook import Codebook, compander_levels, logarithmic_scales
 from cvxq_format.codes import pack_codes, unpack_codes, unpack_column, unpack_rows
-from cvxq_format.companded import CompandedTensor
 from cvxq_format.dequantize import dequantize, dequantize_rows
 from cvxq_format.entries import CompandedEntry, RawEntry
 from cvxq_format.errors import (
@@ -13,12 +12,14 @@ from cvxq_format.errors import (
     UnsupportedError,
     WriteError,
 )
-from cvxq_format.geometry import Geometry, payload_size
+from cvxq_format.geometry import Geometry
 from cvxq_format.header import Header
 from cvxq_format.limits import VERSION
+from cvxq_format.payload import Layout
 from cvxq_format.raw import RawTensor, bfloat16_bits
 from cvxq_format.reader import Reader, SectionInfo
 from cvxq_format.row_scales import row_scale_factors
+from cvxq_format.tensor import CompandedTensor
 from cvxq_format.verify import Problem, verify
 from cvxq_format.writer import Writer
 
@@ -31,6 +32,7 @@ __all__ = [
     "FormatError",
     "Geometry",
     "Header",
+    "Layout",
     "NotCvxqError",
     "Problem",
     "RawEntry",
@@ -47,7 +49,6 @@ __all__ = [
     "dequantize_rows",
     "logarithmic_scales",
     "pack_codes",
-    "payload_size",
     "row_scale_factors",
     "unpack_codes",
     "unpack_column",

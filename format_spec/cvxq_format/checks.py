@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
 
@@ -11,9 +9,7 @@ from cvxq_format import row_order
 from cvxq_format.codebook import Codebook
 from cvxq_format.errors import WriteError
 from cvxq_format.limits import MAX_DEPTH, MAX_GROUP_SIZE, MAX_WEIGHTS_PER_BYTE
-
-if TYPE_CHECKING:
-    from cvxq_format.companded import CompandedTensor
+from cvxq_format.tensor import CompandedTensor
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -47,49 +43,38 @@ def check_spare_rows(tensor: CompandedTensor) -> None:
         raise ValueError(f"spare bits in the codes of cluster {cluster} are not zero")
 
 
+def check_depths(depths: Bytes) -> None:
+    """Raise ValueError if a bit depth is above 8."""
+    if depths.max() > MAX_DEPTH:
+        raise ValueError(f"bit depth {depths.max()}, allowed 0 to {MAX_DEPTH}")
+
+
 def check_tensor(tensor: CompandedTensor) -> None:
     """Raise WriteError if the fields of a tensor contradict each other."""
     try:
         geometry = tensor.geometry
         groups = (geometry.experts, geometry.clusters, geometry.columns)
         _check_array("depths", tensor.depths, np.uint8, groups)
-        _check_array("scale_codes", tensor.scale_codes, np.uint8, groups)
-        _check_range("scale_codes", tensor.scale_codes, tensor.scale_bits)
-        if tensor.mean_codes is not None:
-            _check_array("mean_codes", tensor.mean_codes, np.int8, groups)
-        if tensor.depths.max() > MAX_DEPTH:
-            raise ValueError(f"bit depth {tensor.depths.max()}, allowed 0 to {MAX_DEPTH}")
+        check_depths(tensor.depths)
         if tensor.group_size > MAX_GROUP_SIZE:
             raise ValueError(f"group size {tensor.group_size}, allowed 1 to {MAX_GROUP_SIZE}")
-        if (tensor.column_terms is None) != (tensor.cluster_terms is None):
-            raise ValueError("column_terms and cluster_terms go together")
-        if tensor.column_terms is not None and tensor.cluster_terms is not None:
-            _check_array("column_terms", tensor.column_terms, np.uint8, (groups[0], groups[2]))
-            _check_array("cluster_terms", tensor.cluster_terms, np.int16, groups[:2])
-            _check_range("column_terms", tensor.column_terms, tensor.column_bits)
-        elif tensor.column_bits or tensor.column_shift:
-            raise ValueError("explicit depths have column_bits 0 and column_shift 0")
-        if not (0 <= tensor.column_bits <= 8 and 0 <= tensor.column_shift <= 8):
-            raise ValueError("column_bits and column_shift allow 0 to 8")
-        if tensor.permutation is not None:
-            _check_array("permutation", tensor.permutation, np.int64, (groups[0], geometry.rows))
-            row_order.check_permutation(tensor.permutation, geometry)
-        if tensor.cluster_map:
-            if tensor.permutation is None:
-                raise ValueError("a cluster map without a permutation")
-            row_order.check_ascending(tensor.permutation, geometry)
+        _check_terms(tensor)
         _check_row_scales(tensor)
-        expected = int(geometry.code_sizes(tensor.depths).sum())
-        if tensor.packed_codes.dtype != np.uint8 or tensor.packed_codes.size != expected:
-            raise ValueError(f"{tensor.packed_codes.size} bytes of codes, {expected} expected")
-        if geometry.weights > MAX_WEIGHTS_PER_BYTE * tensor.payload_size:
-            raise ValueError(
-                f"{geometry.weights} weights in {tensor.payload_size} bytes, "
-                f"allowed {MAX_WEIGHTS_PER_BYTE} per byte; use smaller groups"
-            )
+        _check_order(tensor)
+        _check_blocks(tensor)
+        _check_sizes(tensor)
         check_spare_rows(tensor)
     except (ValueError, IndexError) as error:
         raise WriteError(f"companded tensor {list(tensor.shape)}: {error}") from error
+
+
+def _check_terms(tensor: CompandedTensor) -> None:
+    if (tensor.column_terms is None) != (tensor.cluster_terms is None):
+        raise ValueError("column_terms and cluster_terms go together")
+    if not tensor.is_separable and (tensor.column_bits or tensor.column_shift):
+        raise ValueError("explicit depths have column_bits 0 and column_shift 0")
+    if not (0 <= tensor.column_bits <= 8 and 0 <= tensor.column_shift <= 8):
+        raise ValueError("column_bits and column_shift allow 0 to 8")
 
 
 def _check_row_scales(tensor: CompandedTensor) -> None:
@@ -103,9 +88,39 @@ def _check_row_scales(tensor: CompandedTensor) -> None:
         raise ValueError("row scales of a transposed matrix, allowed only if it is not")
     if not 1 <= tensor.row_scale_bits <= 8:
         raise ValueError(f"row_scale_bits {tensor.row_scale_bits}, allowed 1 to 8")
-    shape = (tensor.experts, tensor.rows)
-    _check_array("row_scale_codes", tensor.row_scale_codes, np.uint8, shape)
-    _check_range("row_scale_codes", tensor.row_scale_codes, tensor.row_scale_bits)
+
+
+def _check_order(tensor: CompandedTensor) -> None:
+    if tensor.permutation is not None:
+        shape = (tensor.experts, tensor.rows)
+        _check_array("permutation", tensor.permutation, np.int64, shape)
+        row_order.check_permutation(tensor.permutation, tensor.geometry)
+    if tensor.cluster_map:
+        if tensor.permutation is None:
+            raise ValueError("a cluster map without a permutation")
+        row_order.check_ascending(tensor.permutation, tensor.geometry)
+
+
+def _check_blocks(tensor: CompandedTensor) -> None:
+    """Raise ValueError if an array does not have its block's shape and type, or does not fit it."""
+    for block in tensor.layout.blocks:
+        values = getattr(tensor, block.field)
+        if block.shape:
+            _check_array(block.field, values, block.dtype, block.shape)
+        if block.dtype is np.uint8:
+            _check_range(block.field, values, block.width)
+
+
+def _check_sizes(tensor: CompandedTensor) -> None:
+    geometry = tensor.geometry
+    expected = int(geometry.code_sizes(tensor.depths).sum())
+    if tensor.packed_codes.dtype != np.uint8 or tensor.packed_codes.size != expected:
+        raise ValueError(f"{tensor.packed_codes.size} bytes of codes, {expected} expected")
+    if geometry.weights > MAX_WEIGHTS_PER_BYTE * tensor.payload_size:
+        raise ValueError(
+            f"{geometry.weights} weights in {tensor.payload_size} bytes, "
+            f"allowed {MAX_WEIGHTS_PER_BYTE} per byte; use smaller groups"
+        )
 
 
 def _check_array(

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from cvxq_format.companded import CompandedTensor
 from cvxq_format.errors import WriteError
 from cvxq_format.geometry import Geometry
 from cvxq_format.limits import MAX_DEPTH
 from cvxq_format.planes import Chunk, chunks, pack_planes, unpack_planes
+from cvxq_format.tensor import CompandedTensor
 
 Bytes = npt.NDArray[np.uint8]
 

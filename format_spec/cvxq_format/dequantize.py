@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from cvxq_format.codebook import Codebook
 from cvxq_format.codes import unpack_column, unpack_rows, unpacked_chunks
-from cvxq_format.companded import CompandedTensor
 from cvxq_format.row_scales import row_scale_factors
+from cvxq_format.tensor import CompandedTensor
 
 Floats = npt.NDArray[np.float32]
 

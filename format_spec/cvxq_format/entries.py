@@ -26,6 +26,7 @@ from cvxq_format.limits import (
     MAX_WEIGHTS_PER_BYTE,
     PREAMBLE_SIZE,
 )
+from cvxq_format.payload import Layout
 from cvxq_format.raw import DTYPE_SIZES
 
 _FILE_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+"
@@ -122,6 +123,19 @@ class CompandedEntry(Section):
     @property
     def geometry(self) -> Geometry:
         return Geometry.of(self.shape, self.group_size, self.partitions, self.transposed)
+
+    def layout(self, scale_bits: int) -> Layout:
+        """Return which blocks the payload has; scale_bits: of its codebook."""
+        return Layout(
+            geometry=self.geometry,
+            scale_bits=scale_bits,
+            column_bits=self.column_bits,
+            separable=self.separable,
+            means=self.means,
+            permuted=self.permuted,
+            cluster_map=self.cluster_map,
+            row_scale_bits=self.row_scale_bits,
+        )
 
 
 TensorEntry = RawEntry | CompandedEntry

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cvxq_format import bits
-
 
 @dataclass(frozen=True)
 class Geometry:
@@ -64,16 +62,6 @@ class Geometry:
         """Weights of all experts together."""
         return self.experts * self.rows * self.columns
 
-    @property
-    def permutation_bits(self) -> int:
-        """Bits of one permutation entry: ⌈log2(rows of a partition)⌉."""
-        return (self.partition_rows - 1).bit_length()
-
-    @property
-    def cluster_map_bits(self) -> int:
-        """Bits of one entry of a cluster map: ⌈log2(clusters of a partition)⌉."""
-        return (self.clusters_per_partition - 1).bit_length()
-
     def cluster_rows(self) -> npt.NDArray[np.int64]:
         """Return the rows in each cluster, (C,)."""
         one = np.full(self.clusters_per_partition, self.group_size, np.int64)
@@ -96,70 +84,3 @@ class Geometry:
         """Return the bytes of codes in each cluster, (E, C), for depths (E, C, Kc)."""
         planes = depths.sum(axis=2, dtype=np.int64)
         return planes * ((self.cluster_rows() + 7) // 8)
-
-    def side_size(
-        self,
-        scale_bits: int,
-        column_bits: int,
-        means: bool,
-        permuted: bool,
-        separable: bool,
-        *,
-        cluster_map: bool = False,
-        row_scale_bits: int = 0,
-    ) -> int:
-        """Return the bytes of a payload in front of its codes."""
-        size = 8 + bits.stream_size(self.groups, scale_bits)
-        if separable:
-            size += bits.stream_size(self.experts * self.columns, column_bits)
-            size += 2 * self.experts * self.clusters
-        else:
-            size += bits.stream_size(self.groups, 4)
-        if means:
-            size += self.groups
-        if permuted:
-            width = self.cluster_map_bits if cluster_map else self.permutation_bits
-            size += bits.stream_size(self.experts * self.rows, width)
-        # A matrix with row scales is not transposed: its outputs are its stored rows.
-        return size + bits.stream_size(self.experts * self.rows, row_scale_bits)
-
-
-def payload_size(
-    shape: tuple[int, ...],
-    group_size: int,
-    partitions: int,
-    depths: npt.NDArray[np.uint8],
-    *,
-    scale_bits: int = 6,
-    column_bits: int = 8,
-    means: bool = False,
-    permuted: bool = True,
-    separable: bool = True,
-    transposed: bool = False,
-    cluster_map: bool = False,
-    row_scale_bits: int = 0,
-) -> int:
-    """Return the exact bytes of a companded payload before anything is packed.
-
-    shape: W's (N, K) or (E, N, K); depths: (E, C, Kc) uint8 in 0…8 (the expert axis may be left
-    out for one expert). cluster_map: a permutation is stored as one; row_scale_bits: 0 without row
-    scales. Header entry and padding are not counted.
-    Raises ValueError if shape, partitions and depths do not belong together.
-    """
-    if transposed and row_scale_bits:
-        raise ValueError("row scales of a transposed matrix, allowed only if it is not")
-    geometry = Geometry.of(shape, group_size, partitions, transposed)
-    depths = np.asarray(depths)
-    full = (geometry.experts, geometry.clusters, geometry.columns)
-    if depths.size != np.prod(full):
-        raise ValueError(f"depths of shape {depths.shape}, {full} expected")
-    side = geometry.side_size(
-        scale_bits,
-        column_bits,
-        means,
-        permuted,
-        separable,
-        cluster_map=cluster_map,
-        row_scale_bits=row_scale_bits,
-    )
-    return side + int(geometry.code_sizes(depths.reshape(full)).sum())

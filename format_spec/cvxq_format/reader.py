@@ -10,15 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from cvxq_format import raw
+from cvxq_format import companded, raw
 from cvxq_format.codebook import Codebook
-from cvxq_format.companded import CompandedTensor
 from cvxq_format.entries import CompandedEntry, Section, TensorEntry
 from cvxq_format.errors import CorruptError, FormatError
 from cvxq_format.header import Header
 from cvxq_format.limits import PREAMBLE_SIZE
 from cvxq_format.preamble import Preamble
 from cvxq_format.raw import RawTensor
+from cvxq_format.tensor import CompandedTensor
 
 
 class SectionInfo(NamedTuple):
@@ -111,7 +111,7 @@ class Reader:
         data = self._section(entry, f"tensor {entry.name!r}")
         try:
             if isinstance(entry, CompandedEntry):
-                return CompandedTensor.from_payload(entry, data, self.codebook(entry.codebook))
+                return companded.decode(entry, data, self.codebook(entry.codebook))
             return raw.decode(entry.dtype, entry.shape, data)
         except CorruptError as error:
             text = str(error)

@@ -6,26 +6,36 @@ than a cluster map: ⌈log2(clusters of a partition)⌉ bits per row in place of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
-from cvxq_format import bits
 from cvxq_format.geometry import Geometry
 
-Bytes = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.unsignedinteger]
 
 
-def pack_permutation(permutation: Rows, geometry: Geometry) -> Bytes:
-    """Return the stream of a permutation (E, R): each row's number inside its partition."""
-    return bits.pack_bits(permutation % geometry.partition_rows, geometry.permutation_bits)
+class Coding(NamedTuple):
+    """One way to store an order: a permutation (E, R) to the numbers stored, (E, R), and back.
+
+    `rows` raises ValueError if the numbers stand for no permutation.
+    """
+
+    values: Callable[[Rows, Geometry], Rows]
+    rows: Callable[[Numbers, Geometry], Rows]
 
 
-def unpack_permutation(stream: Bytes, geometry: Geometry) -> Rows:
-    """Return the permutation (E, R); raises ValueError if a row is missing."""
-    count = geometry.experts * geometry.rows
-    entries = bits.unpack_bits(stream, count, geometry.permutation_bits)
-    inside = entries.astype(np.int64).reshape(-1, geometry.partitions, geometry.partition_rows)
+def _numbers_of_rows(permutation: Rows, geometry: Geometry) -> Rows:
+    """Return each row's number inside its partition."""
+    return permutation % geometry.partition_rows
+
+
+def _rows_of_numbers(numbers: Numbers, geometry: Geometry) -> Rows:
+    """Return the permutation; raises ValueError if a row is missing."""
+    inside = numbers.astype(np.int64).reshape(-1, geometry.partitions, geometry.partition_rows)
     if inside.max() >= geometry.partition_rows:
         raise ValueError(
             f"permutation entry {inside.max()}, a partition has {geometry.partition_rows} rows"
@@ -35,26 +45,24 @@ def unpack_permutation(stream: Bytes, geometry: Geometry) -> Rows:
     return permutation
 
 
-def pack_cluster_map(permutation: Rows, geometry: Geometry) -> Bytes:
-    """Return the stream of cluster numbers, inside their partition, of the rows in their order."""
+def _clusters_of_rows(permutation: Rows, geometry: Geometry) -> Rows:
+    """Return the number, inside its partition, of the cluster of each row in the rows' order."""
     clusters, _ = geometry.locate(np.arange(geometry.rows))
     numbers = np.empty(permutation.shape, np.int64)
     np.put_along_axis(
         numbers, permutation, clusters[None] % geometry.clusters_per_partition, axis=1
     )
-    return bits.pack_bits(numbers, geometry.cluster_map_bits)
+    return numbers
 
 
-def unpack_cluster_map(stream: Bytes, geometry: Geometry) -> Rows:
-    """Return the permutation (E, R) that a cluster map stands for.
+def _rows_of_clusters(numbers: Numbers, geometry: Geometry) -> Rows:
+    """Return the permutation that a cluster map stands for.
 
     Raises ValueError if a cluster is named more or less often than it has rows.
     """
-    count = geometry.experts * geometry.rows
     several = geometry.clusters_per_partition
-    entries = bits.unpack_bits(stream, count, geometry.cluster_map_bits)
     # Numpy sorts keys of up to 16 bits by radix.
-    numbers = entries.astype(np.min_scalar_type(several), copy=False)
+    numbers = numbers.astype(np.min_scalar_type(several), copy=False)
     numbers = numbers.reshape(-1, geometry.partitions, geometry.partition_rows)
     if numbers.max() >= several:
         raise ValueError(f"cluster map entry {numbers.max()}, a partition has {several} clusters")
@@ -66,9 +74,7 @@ def unpack_cluster_map(stream: Bytes, geometry: Geometry) -> Rows:
     return _across_partitions(order, geometry)
 
 
-def _refuse_counts(
-    numbers: npt.NDArray[np.unsignedinteger], wrong: npt.NDArray[np.bool_], geometry: Geometry
-) -> None:
+def _refuse_counts(numbers: Numbers, wrong: npt.NDArray[np.bool_], geometry: Geometry) -> None:
     """Raise ValueError for the first cluster that a map names too often or too rarely."""
     expert, partition, _ = np.unravel_index(int(wrong.argmax()), wrong.shape)
     named = np.bincount(
@@ -80,6 +86,10 @@ def _refuse_counts(
         f"cluster map names cluster {partition * rows.size + cluster} of expert {expert} "
         f"for {named[cluster]} rows, it has {rows[cluster]}"
     )
+
+
+PERMUTATION = Coding(_numbers_of_rows, _rows_of_numbers)
+CLUSTER_MAP = Coding(_clusters_of_rows, _rows_of_clusters)
 
 
 def _across_partitions(inside: Rows, geometry: Geometry) -> Rows:

@@ -14,13 +14,11 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cvxq_format import raw
+from cvxq_format import companded, raw
 from cvxq_format.checks import check_values
 from cvxq_format.codebook import Codebook
-from cvxq_format.companded import CompandedTensor
 from cvxq_format.entries import (
     CodebookEntry,
-    CompandedEntry,
     FileEntry,
     RawEntry,
     Section,
@@ -31,6 +29,7 @@ from cvxq_format.errors import CorruptError, FormatError, WriteError
 from cvxq_format.header import Header
 from cvxq_format.limits import FEATURES, MAX_HEADER_SIZE, PREAMBLE_SIZE, VERSION, align
 from cvxq_format.preamble import Preamble
+from cvxq_format.tensor import CompandedTensor
 
 Entry = TypeVar("Entry", bound=Section)
 
@@ -111,29 +110,10 @@ class Writer:
             raise WriteError(
                 f"tensor {name!r}: codebook {tensor.codebook}, the file has {len(self._codebooks)}"
             )
-        payload = tensor.to_bytes()
+        payload = companded.encode(tensor)
         self._check_codebook(name, tensor, self._codebooks[tensor.codebook])
         self._new_name(name)
-        entry = CompandedEntry(
-            0,
-            0,
-            0,
-            name=name,
-            shape=tuple(int(dimension) for dimension in tensor.shape),
-            codebook=tensor.codebook,
-            group_size=tensor.group_size,
-            partitions=tensor.partitions,
-            transposed=bool(tensor.transposed),
-            source_orientation=tensor.source_orientation,
-            depths="separable" if tensor.is_separable else "explicit",
-            column_bits=tensor.column_bits,
-            column_shift=tensor.column_shift,
-            means=tensor.mean_codes is not None,
-            permuted=tensor.is_permuted,
-            cluster_map=tensor.has_cluster_map,
-            row_scale_bits=tensor.row_scale_bits,
-        )
-        entry = self._append(entry, payload)
+        entry = self._append(companded.entry_of(name, tensor), payload)
         self._header = replace(self._header, tensors=(*self._header.tensors, entry))
 
     def _check_codebook(self, name: str, tensor: CompandedTensor, codebook: Codebook) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,9 @@ def summarize(path: Path) -> FileSummary:
             else:
                 tensor = reader.read(name)
                 assert isinstance(tensor, CompandedTensor)
-                counts.update(dict(payload_blocks(tensor)))
+                for block in tensor.layout.blocks:
+                    counts[block.kind] += block.size
+                counts["codes"] += tensor.packed_codes.size
                 matrices.append(_summarize_matrix(name, tensor))
                 parameters += matrices[-1].weights
         return FileSummary(
@@ -183,31 +184,6 @@ def summarize(path: Path) -> FileSummary:
             provenance=_json_file(reader, "provenance.json"),
             report=_json_file(reader, "report.json"),
         )
-
-
-def payload_blocks(tensor: CompandedTensor) -> Iterator[tuple[str, int]]:
-    """Yield (kind, bytes) of the blocks of a companded payload, see FORMAT.md."""
-    geometry = tensor.geometry
-    # The scale unit and the step of the means, 8 bytes, stand in front of everything.
-    yield "scales", 8 + _stream_bytes(geometry.groups, tensor.scale_bits)
-    if tensor.column_terms is not None and tensor.cluster_terms is not None:
-        columns = _stream_bytes(tensor.column_terms.size, tensor.column_bits)
-        yield "depths", columns + 2 * tensor.cluster_terms.size
-    else:
-        yield "depths", _stream_bytes(geometry.groups, 4)
-    if tensor.mean_codes is not None:
-        yield "means", geometry.groups
-    if tensor.permutation is not None and tensor.is_permuted:
-        width = geometry.cluster_map_bits if tensor.cluster_map else geometry.permutation_bits
-        yield "permutation", _stream_bytes(tensor.permutation.size, width)
-    if tensor.row_scale_codes is not None:
-        yield "row_scales", _stream_bytes(tensor.row_scale_codes.size, tensor.row_scale_bits)
-    yield "codes", tensor.packed_codes.size
-
-
-def _stream_bytes(count: int, width: int) -> int:
-    """Bytes of `count` numbers of `width` bits."""
-    return (count * width + 7) // 8
 
 
 def _summarize_matrix(name: str, tensor: CompandedTensor) -> MatrixSummary:

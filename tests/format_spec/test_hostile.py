@@ -24,6 +24,7 @@ from cvxq_format import (
     dequantize,
     verify,
 )
+from cvxq_format.companded import decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,14 +120,14 @@ def test_unchecked_payload_damage_is_an_error_or_harmless(valid: Path, name: str
         assert isinstance(entry, CompandedEntry)
         codebook = reader.codebook(entry.codebook)
     payload = bytearray(path.read_bytes()[entry.offset : entry.offset + entry.size])
-    tensor = CompandedTensor.from_payload(entry, bytes(payload), codebook)
+    tensor = decode(entry, bytes(payload), codebook)
     side = 8 * (entry.size - tensor.packed_codes.size)
     chosen = [*range(side), *range(side, 8 * entry.size, 13)]  # one code is like another
     refused = 0
     for bit in chosen:
         payload[bit // 8] ^= 1 << (bit % 8)
         try:
-            tensor = CompandedTensor.from_payload(entry, bytes(payload), codebook)
+            tensor = decode(entry, bytes(payload), codebook)
         except CorruptError:
             refused += 1
         else:

@@ -11,18 +11,20 @@ import pytest
 from cvxq_format import (
     Codebook,
     CompandedTensor,
+    Geometry,
+    Layout,
     Reader,
     WriteError,
     Writer,
     dequantize,
     pack_codes,
-    payload_size,
     unpack_codes,
     unpack_column,
     unpack_rows,
 )
 from cvxq_format.bits import pack_bits, stream_size, unpack_bits
 from cvxq_format.codebook import codebook_size
+from cvxq_format.companded import encode
 from format_strategies import CODEBOOKS, tensors  # type: ignore[import-not-found]
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,20 +93,18 @@ def test_codes_round_trip(drawn: tuple[CompandedTensor, np.ndarray]) -> None:
 def test_file_round_trip(drawn: tuple[CompandedTensor, np.ndarray], stored: set[int]) -> None:
     tensor, _ = drawn
     book = codebook_storing(stored, CODEBOOKS[tensor.scale_bits])
-    size = payload_size(
-        tensor.shape,
-        tensor.group_size,
-        tensor.partitions,
-        tensor.depths,
+    geometry = Geometry.of(tensor.shape, tensor.group_size, tensor.partitions, tensor.transposed)
+    layout = Layout(
+        geometry=geometry,
         scale_bits=tensor.scale_bits,
         column_bits=tensor.column_bits,
+        separable=tensor.is_separable,
         means=tensor.mean_codes is not None,
         permuted=tensor.permutation is not None,
-        separable=tensor.is_separable,
-        transposed=tensor.transposed,
         cluster_map=tensor.cluster_map,
         row_scale_bits=tensor.row_scale_bits,
     )
+    size = layout.side_bytes + int(geometry.code_sizes(tensor.depths).sum())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file.cvxq"
         with Writer(path, [book]) as writer:
@@ -122,7 +122,7 @@ def test_file_round_trip(drawn: tuple[CompandedTensor, np.ndarray], stored: set[
     assert isinstance(found, CompandedTensor)
     assert again.stored_depths == book.stored_depths
     np.testing.assert_array_equal(again.flat_levels(), book.flat_levels())
-    assert found.to_bytes() == tensor.to_bytes()
+    assert encode(found) == encode(tensor)
     for name in ("depths", "scale_codes", "mean_codes", "column_terms", "row_scale_codes"):
         np.testing.assert_array_equal(getattr(found, name), getattr(tensor, name))
     np.testing.assert_array_equal(found.source_to_stored, tensor.source_to_stored)

@@ -134,19 +134,7 @@ def matrix_entry(plan: MatrixPlan, scale_bits: int, method: Method) -> Companded
         cluster_map=has_map,
         row_scale_bits=plan.row_scales.bits,
     )
-    return replace(entry, size=_side_size(entry, scale_bits))
-
-
-def _side_size(entry: CompandedEntry, scale_bits: int) -> int:
-    return entry.geometry.side_size(
-        scale_bits,
-        entry.column_bits,
-        entry.means,
-        entry.permuted,
-        entry.separable,
-        cluster_map=entry.cluster_map,
-        row_scale_bits=entry.row_scale_bits,
-    )
+    return replace(entry, size=entry.layout(scale_bits).side_bytes)
 
 
 def raw_entry(name: str, value: torch.Tensor) -> RawEntry:

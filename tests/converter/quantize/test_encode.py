@@ -28,7 +28,7 @@ from cvxq_converter.quantize.encode import (
 )
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
-from cvxq_format import CompandedTensor, dequantize, verify
+from cvxq_format import CompandedTensor, companded, dequantize, verify
 from cvxq_format.codebook import DEPTHS
 
 OPTIONS = ConversionOptions.of(bits=4.0, group_size=12, calibration="none", largest_error=1.0)
@@ -94,7 +94,7 @@ def test_sizes_are_known_before_anything_is_packed(name: str, loaded: LoadedMode
     side = 0
     for plan, tensor in zip(plans, tensors, strict=True):
         entry = matrix_entry(plan, bits, options.method)
-        assert entry.size + tensor.packed_codes.size == len(tensor.to_bytes())
+        assert entry.size + tensor.packed_codes.size == len(companded.encode(tensor))
         side += entry.size
     ledger = make_ledger(loaded, plans, [], {}, options.method)
     assert ledger.side_bytes(DEPTHS) - side == len(encoded.codebook.to_bytes())
