@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cvxq_format import CompandedTensor, Reader
+from cvxq_format import MAX_DEPTH, CompandedTensor, Reader, depth_histogram
 from safetensors.torch import save_file
 
 SIGMA = 0.7  # standard deviation of log2 of a row's scale, and of a column's
@@ -124,21 +124,20 @@ def _matrix(shape: tuple[int, int], sigma: float, generator: torch.Generator) ->
     return (weights.mul_(scales) / inputs**0.5).half()
 
 
-def depth_histogram(path: Path) -> np.ndarray:
+def depth_shares(path: Path) -> np.ndarray:
     """Return the share of the quantized weights of a `.cvxq` file at each depth, (9,)."""
-    counts = np.zeros(9)
+    counts = np.zeros(MAX_DEPTH + 1)
     with Reader(path, check=False) as reader:
         for name in reader.names:
             value = reader.read(name)
             if isinstance(value, CompandedTensor):
-                rows = np.broadcast_to(value.cluster_rows()[None, :, None], value.depths.shape)
-                counts += np.bincount(value.depths.ravel(), rows.ravel(), minlength=9)
+                counts += depth_histogram(value.depths, value.cluster_rows())
     return counts / counts.sum()
 
 
 def histogram_line(path: Path) -> str:
     """Return the shares of a file's depths in one line."""
-    shares = enumerate(depth_histogram(path))
+    shares = enumerate(depth_shares(path))
     return ", ".join(f"{depth}: {share:.1%}" for depth, share in shares if share)
 
 

@@ -12,9 +12,9 @@ from cvxq_format.errors import (
     UnsupportedError,
     WriteError,
 )
-from cvxq_format.geometry import Geometry
+from cvxq_format.geometry import Geometry, depth_histogram
 from cvxq_format.header import Header
-from cvxq_format.limits import VERSION
+from cvxq_format.limits import MAX_DEPTH, VERSION
 from cvxq_format.payload import Layout
 from cvxq_format.raw import RawTensor, bfloat16_bits
 from cvxq_format.reader import Reader, SectionInfo
@@ -24,6 +24,7 @@ from cvxq_format.verify import Problem, verify
 from cvxq_format.writer import Writer
 
 __all__ = [
+    "MAX_DEPTH",
     "VERSION",
     "Codebook",
     "CompandedEntry",
@@ -45,6 +46,7 @@ __all__ = [
     "Writer",
     "bfloat16_bits",
     "compander_levels",
+    "depth_histogram",
     "dequantize",
     "dequantize_rows",
     "logarithmic_scales",

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cvxq_format.limits import MAX_DEPTH
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -84,3 +86,12 @@ class Geometry:
         """Return the bytes of codes in each cluster, (E, C), for depths (E, C, Kc)."""
         planes = depths.sum(axis=2, dtype=np.int64)
         return planes * ((self.cluster_rows() + 7) // 8)
+
+
+def depth_histogram(
+    depths: npt.NDArray[np.uint8], cluster_rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Return the weights at each bit depth 0 … 8, (9,), for depths (…, C, Kc), rows (C,)."""
+    rows = np.broadcast_to(cluster_rows[:, None], depths.shape)
+    counts = np.bincount(depths.ravel(), rows.ravel(), minlength=MAX_DEPTH + 1)
+    return counts.astype(np.int64)  # from float64, exact up to 2^53 weights

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cvxq_format import CompandedTensor, RawEntry, Reader
-
-DEPTHS = 9  # 0 to 8
+from cvxq_format import MAX_DEPTH, CompandedTensor, RawEntry, Reader, depth_histogram
 
 # Kinds in the order in which they are shown; a file need not have all of them.
 KINDS = {
@@ -112,7 +110,7 @@ class FileSummary:
     @property
     def depth_histogram(self) -> tuple[int, ...]:
         """Weights at depth 0 to 8 over all matrices."""
-        counts = np.zeros(DEPTHS, np.int64)
+        counts = np.zeros(MAX_DEPTH + 1, np.int64)
         for matrix in self.matrices:
             counts += np.asarray(matrix.depth_histogram)
         return tuple(int(count) for count in counts)
@@ -187,8 +185,7 @@ def summarize(path: Path) -> FileSummary:
 
 
 def _summarize_matrix(name: str, tensor: CompandedTensor) -> MatrixSummary:
-    rows = np.broadcast_to(tensor.cluster_rows()[None, :, None], tensor.depths.shape)
-    histogram = np.bincount(tensor.depths.ravel(), weights=rows.ravel(), minlength=DEPTHS)
+    histogram = depth_histogram(tensor.depths, tensor.cluster_rows())
     return MatrixSummary(
         name=name,
         shape=tensor.shape,

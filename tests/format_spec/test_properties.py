@@ -16,6 +16,7 @@ from cvxq_format import (
     Reader,
     WriteError,
     Writer,
+    depth_histogram,
     dequantize,
     pack_codes,
     unpack_codes,
@@ -86,6 +87,19 @@ def test_codes_round_trip(drawn: tuple[CompandedTensor, np.ndarray]) -> None:
         np.testing.assert_array_equal(unpack_rows(tensor, every, e), codes[e, every])
         last = tensor.columns - 1
         np.testing.assert_array_equal(unpack_column(tensor, last, e), codes[e, :, last])
+
+
+@quickly
+@given(tensors())
+def test_depth_histogram_counts_weights(drawn: tuple[CompandedTensor, np.ndarray]) -> None:
+    tensor, _ = drawn
+    of_weights = np.repeat(tensor.depths, tensor.cluster_rows(), axis=1)
+    expected = np.bincount(of_weights.ravel(), minlength=9)
+    found = depth_histogram(tensor.depths, tensor.cluster_rows())
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, expected)
+    experts = [depth_histogram(depths, tensor.cluster_rows()) for depths in tensor.depths]
+    np.testing.assert_array_equal(np.sum(experts, axis=0), expected)
 
 
 @quickly
