@@ -51,13 +51,13 @@ def compander_levels(depth: int) -> Floats:
     return np.concatenate([-upper[::-1], upper])
 
 
-def logarithmic_scales(scale_bits: int, step: float = 1 / 8) -> Floats:
-    """Return a scale table (2^scale_bits,) float32: 0, then powers 2^(−i·step) up to 1.
+def logarithmic_scales(scale_bits: int, steps_per_octave: int = 8) -> Floats:
+    """Return a scale table (2^scale_bits,) float32: 0, then powers 2^(−i/steps_per_octave) up to 1.
 
-    step: octaves between neighbours; 1/8 (9 %) costs nothing measurable.
+    Eight steps per octave, 9 % between neighbours, cost nothing measurable.
     """
     top = 2**scale_bits - 1
-    scales = [0.0] + [2.0 ** (-(top - i) * step) for i in range(1, top + 1)]
+    scales = [0.0] + [2.0 ** ((i - top) / steps_per_octave) for i in range(1, top + 1)]
     return np.array(scales, np.float64).astype(np.float32)
 
 
@@ -109,7 +109,7 @@ class Codebook:
     def default(cls, scale_bits: int = 6) -> Codebook:
         """Return the compander's levels, scales 2^(−i/8), and thresholds at half bits."""
         thresholds = 256 * np.arange(1, MAX_DEPTH + 1, dtype=np.int32) - 128
-        levels = tuple(compander_levels(depth) for depth in range(1, MAX_DEPTH + 1))
+        levels = tuple(compander_levels(depth) for depth in DEPTHS)
         return cls(logarithmic_scales(scale_bits), thresholds.astype(np.int32), levels)
 
     @property

@@ -310,6 +310,7 @@ def test_codebook_tables() -> None:
     assert scales[0] == 0
     assert scales[-1] == 1
     np.testing.assert_allclose(scales[2:] / scales[1:-1], 2 ** (1 / 8), rtol=1e-6)
+    assert logarithmic_scales(2, steps_per_octave=1).tolist() == [0, 0.25, 0.5, 1]
     with pytest.raises(CorruptError, match="level table 2 is not the default"):
         replace(BOOK, levels=tuple(2 * table for table in BOOK.levels), stored_depths=(1, 3))
     for depths in ((0, 1), (2, 1), (9,), (1, 1)):
