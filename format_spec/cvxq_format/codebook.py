@@ -51,6 +51,11 @@ def compander_levels(depth: int) -> Floats:
     return np.concatenate([-upper[::-1], upper])
 
 
+def first_levels(depths: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+    """Return where the levels of each bit depth B begin in `flat_levels`: 2^B − 1."""
+    return np.left_shift(1, depths, dtype=np.intp) - 1
+
+
 def logarithmic_scales(scale_bits: int, steps_per_octave: int = 8) -> Floats:
     """Return a scale table (2^scale_bits,) float32: 0, then powers 2^(−i/steps_per_octave) up to 1.
 
@@ -122,7 +127,7 @@ class Codebook:
         return depth_mask(set(DEPTHS).intersection(self.stored_depths))
 
     def flat_levels(self) -> Floats:
-        """Return all levels as (511,) float32: depth B's level q sits at index 2^B − 1 + q."""
+        """Return all levels as (511,) float32; depth B's level q is at `first_levels(B)` + q."""
         return np.concatenate([np.zeros(1, np.float32), *self.levels]).astype(np.float32)
 
     def largest_level(self) -> np.float32:

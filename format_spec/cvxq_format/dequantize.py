@@ -8,12 +8,13 @@ weight's output. The level of a 0-bit group is +0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from cvxq_format.codebook import Codebook
+from cvxq_format.codebook import Codebook, first_levels
 from cvxq_format.codes import unpack_column, unpack_rows, unpacked_chunks
-from cvxq_format.row_scales import row_scale_factors
 from cvxq_format.tensor import CompandedTensor
 
 Floats = npt.NDArray[np.float32]
@@ -78,8 +79,9 @@ def _stored_rows(
     codes = unpack_rows(tensor, positions, expert)
     cluster, _ = tensor.geometry.locate(positions)
     weights = _expand_each(tensor, codebook, codes, (expert, cluster))
-    if tensor.row_scale_codes is not None:
-        weights *= row_scale_factors(tensor.row_scale_codes[expert, rows])[:, None]
+    row_scales = tensor.row_scales((expert, rows))
+    if row_scales is not None:
+        weights *= row_scales[:, None]
     return weights
 
 
@@ -103,7 +105,7 @@ def _expand(
     levels = codebook.flat_levels()
     clusters, rows, columns = codes.shape
     weights = np.empty(codes.shape, np.float32)
-    first_level = (np.left_shift(1, depths, dtype=np.intp) - 1)[:, None]
+    first_level = first_levels(depths)[:, None]
     step = max(1, _CACHED_WEIGHTS // (clusters * columns))
     for first in range(0, rows, step):
         some = weights[:, first : first + step]
@@ -119,15 +121,12 @@ def _expand_each(
     tensor: CompandedTensor,
     codebook: Codebook,
     codes: npt.NDArray[np.uint8],
-    groups: tuple[object, ...],
+    groups: Any,
 ) -> Floats:
     """Expand codes (m, k) whose groups are picked from the (E, C, Kc) arrays by `groups`."""
-    depths = tensor.depths[groups]  # type: ignore[index]
-    first_level = np.left_shift(1, depths, dtype=np.intp) - 1
-    weights = codebook.flat_levels().take(codes + first_level, mode="clip")
-    if tensor.mean_codes is not None:
-        mean_codes = tensor.mean_codes[groups]  # type: ignore[index]
-        weights += mean_codes.astype(np.float32) * np.float32(tensor.mean_step)
-    table = np.float32(tensor.scale_unit) * codebook.scale_table
-    weights *= table.take(tensor.scale_codes[groups])  # type: ignore[index]
+    weights = codebook.flat_levels().take(codes + first_levels(tensor.depths[groups]), mode="clip")
+    means = tensor.relative_means(groups)
+    if means is not None:
+        weights += means
+    weights *= tensor.scales(codebook, groups)
     return np.asarray(weights, np.float32)

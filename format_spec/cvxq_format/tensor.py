@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -140,18 +141,24 @@ class CompandedTensor:
         """Bytes of the payload: side information and codes."""
         return self.layout.side_bytes + int(self.packed_codes.size)
 
-    def scales(self, codebook: Codebook) -> npt.NDArray[np.float32]:
-        """Return S of every group, (E, C, Kc) float32: scale_unit · scale_table[scale code]."""
-        return (np.float32(self.scale_unit) * codebook.scale_table)[self.scale_codes]
+    def scales(self, codebook: Codebook, groups: Any = ...) -> npt.NDArray[np.float32]:
+        """Return S of every group, (E, C, Kc) float32: scale_unit · scale_table[scale code].
 
-    def relative_means(self) -> npt.NDArray[np.float32] | None:
+        groups: an index into (E, C, Kc), here and below; the result has the shape it picks.
+        """
+        return (np.float32(self.scale_unit) * codebook.scale_table).take(self.scale_codes[groups])
+
+    def relative_means(self, groups: Any = ...) -> npt.NDArray[np.float32] | None:
         """Return t of every group in units of its scale, (E, C, Kc) float32, if stored."""
         if self.mean_codes is None:
             return None
-        return self.mean_codes.astype(np.float32) * np.float32(self.mean_step)
+        return self.mean_codes[groups].astype(np.float32) * np.float32(self.mean_step)
 
-    def row_scales(self) -> npt.NDArray[np.float32] | None:
-        """Return the factor of each output, (E, N) float32 in source order, if stored."""
+    def row_scales(self, outputs: Any = ...) -> npt.NDArray[np.float32] | None:
+        """Return the factor of each output, (E, N) float32 in source order, if stored.
+
+        outputs: an index into (E, N); the result has the shape it picks.
+        """
         if self.row_scale_codes is None:
             return None
-        return row_scale_factors(self.row_scale_codes)
+        return row_scale_factors(self.row_scale_codes[outputs])

@@ -12,7 +12,7 @@ from cvxq_format.reader import Reader
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong; kind: file, codebook, tensor, carried file or padding; name: whose."""
+    """One thing wrong; kind: container, codebook, tensor, file or padding; name: whose."""
 
     kind: str
     name: str
@@ -22,7 +22,7 @@ class Problem:
 def verify(path: str | os.PathLike[str]) -> list[Problem]:
     """Return everything wrong with a container, nothing if it is sound.
 
-    A file that cannot be opened gives one problem of kind "file". Raises OSError.
+    A file that cannot be opened gives one problem of kind "container". Raises OSError.
     """
     try:
         reader = Reader(path)
