@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from cvxq_format import CompandedEntry, Header
+from cvxq_format import CompandedEntry, Header, depth_histogram
 from cvxq_format.codebook import DEPTHS, codebook_size, depth_mask
 from cvxq_format.entries import CodebookEntry, FileEntry, RawEntry, Section
 from cvxq_format.limits import MAX_DEPTH, PREAMBLE_SIZE, align
@@ -209,10 +209,9 @@ def allocate(plans: Sequence[MatrixPlan], target: Target, ledger: Ledger) -> Bit
         return allocate_for_size(worths, target.size_bytes, planned)
 
     first = attempt(DEPTHS)
-    weights = np.zeros(MAX_DEPTH + 1)
+    weights = np.zeros(MAX_DEPTH + 1, np.int64)
     for plan, depths in zip(plans, first.depths, strict=True):
-        rows = np.broadcast_to(plan.clustering.cluster_rows[:, None], depths.shape)
-        weights += np.bincount(depths.ravel(), rows.ravel(), minlength=MAX_DEPTH + 1)
+        weights += depth_histogram(depths, plan.clustering.cluster_rows)
     pays = tuple(d for d in DEPTHS if weights[d] * FITTED_SAVES > 32 << d)
     return replace(attempt(pays), stored_depths=pays)
 

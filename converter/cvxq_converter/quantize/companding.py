@@ -99,7 +99,7 @@ def make_codebook(
 ) -> Codebook:
     """One codebook from its parts; stored_depths: of tables that are not the default."""
     return Codebook(
-        scale_table=logarithmic_scales(scale_bits, 1 / STEPS_PER_OCTAVE),
+        scale_table=logarithmic_scales(scale_bits, STEPS_PER_OCTAVE),
         depth_thresholds=THRESHOLDS,
         levels=levels,
         stored_depths=stored_depths,

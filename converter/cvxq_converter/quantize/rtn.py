@@ -29,7 +29,7 @@ SHRINK = tuple(1 - i / 32 for i in range(17))  # 1.0 down to 0.5
 def rtn_codebook() -> Codebook:
     """Uniform levels, one unit of scale apart, centred on zero."""
     return Codebook(
-        scale_table=logarithmic_scales(SCALE_BITS, 1 / STEPS_PER_OCTAVE),
+        scale_table=logarithmic_scales(SCALE_BITS, STEPS_PER_OCTAVE),
         depth_thresholds=THRESHOLDS,
         levels=tuple(
             (np.arange(1 << depth) - ((1 << depth) - 1) / 2).astype(np.float32)

@@ -16,7 +16,7 @@ from cvxq_converter.measure.quality import Divergence
 from cvxq_converter.options import ConversionOptions, Place
 from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.source.loaded import LoadedModel
-from cvxq_converter.write.report import ConversionReport, depth_histogram, longest_report
+from cvxq_converter.write.report import ConversionReport, depth_shares, longest_report
 from cvxq_converter.write.writing import document_bytes, write_container
 
 
@@ -42,7 +42,7 @@ def make_report(
         parameters=loaded.parameters,
         quantized_weights=weights,
         matrices=len(tensors),
-        depth_histogram=depth_histogram(tensors),
+        depth_histogram=depth_shares(tensors),
         gained_biases=len(result.added_biases),
         gain_exponent=result.gain_exponent,
         dual_variable=result.allocation.dual_variable if result.allocation else None,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from cvxq_format import CompandedTensor
+from cvxq_format import CompandedTensor, depth_histogram
 from cvxq_format.limits import MAX_DEPTH
 
 from cvxq_converter.allocate.target import TargetResult
@@ -113,12 +114,7 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def depth_histogram(tensors: list[CompandedTensor]) -> tuple[float, ...]:
+def depth_shares(tensors: Sequence[CompandedTensor]) -> tuple[float, ...]:
     """Share of the weights at each bit depth 0 … 8."""
-    counts = np.zeros(9)
-    for tensor in tensors:
-        rows = tensor.cluster_rows()
-        for cluster, size in enumerate(rows):
-            depths = tensor.depths[:, cluster].reshape(-1)
-            counts += np.bincount(depths, minlength=9) * int(size)
+    counts = np.sum([depth_histogram(t.depths, t.cluster_rows()) for t in tensors], axis=0)
     return tuple(float(c) for c in counts / counts.sum())

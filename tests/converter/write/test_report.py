@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from cvxq_converter.allocate.target import TargetResult
-from cvxq_converter.write.report import ConversionReport, depth_histogram
+from cvxq_converter.write.report import ConversionReport, depth_shares
 from cvxq_format import CompandedTensor
 
 
@@ -47,7 +47,7 @@ def test_the_histogram_counts_weights_not_groups(
             for depth in tensor.depths[0, c]:
                 counts[depth] += rows
     assert counts.sum() == 20 * 7 + 30 * 5
-    assert depth_histogram(tensors) == pytest.approx(tuple(counts / counts.sum()))
+    assert depth_shares(tensors) == pytest.approx(tuple(counts / counts.sum()))
 
 
 def test_the_whole_report_is_json_with_the_derived_figures() -> None:
