@@ -10,6 +10,7 @@ import torch
 from cvxq_format import Codebook
 from cvxq_kernels import PackedWeight
 from cvxq_kernels.gpu import GpuWeight
+from cvxq_kernels.tables import joined_levels
 
 GROUP_SIZE = 64  # what `cvxq convert` uses
 SIGMA = 0.7  # standard deviation of log2 of a row's scale, and of a column's: `random_model.py`
@@ -49,9 +50,6 @@ def random_packed(
     )
     order = torch.randperm(outputs, generator=torch.Generator().manual_seed(seed))[None]
     codebook = Codebook.default()
-    levels = np.zeros(512, np.float32)
-    for depth, values in enumerate(codebook.levels, start=1):
-        levels[1 << depth : 2 << depth] = values
     first = torch.arange(clusters) * GROUP_SIZE
     return PackedWeight(
         shape=(outputs, inputs),
@@ -69,7 +67,7 @@ def random_packed(
         row_factors=None,
         scales=torch.from_numpy(codebook.scale_table.astype(np.float32) / 16).to(device),
         means=torch.zeros(256, device=device),
-        levels=torch.from_numpy(levels).to(device),
+        levels=torch.from_numpy(joined_levels(codebook)).to(device),
     )
 
 

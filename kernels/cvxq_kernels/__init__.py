@@ -1,9 +1,9 @@
 """Operations on weights that stay packed in memory.
 
-`PackedWeight` holds one quantized matrix as its file stores it, in PyTorch; each folder is one
-operation on it: `dequantize` expands codes to weights.  `cpu` is a world of its own, native code
-that needs numpy but not PyTorch.  Nothing heavy is imported before it is used: neither PyTorch,
-for `cpu` alone, nor Triton, for a machine without it.
+`PackedWeight` holds one quantized matrix as its file stores it, in PyTorch, and expands it; `gpu`
+computes with it in Triton, `decode` does what a decoder needs between its matrices.  `cpu` is a
+world of its own, native code that needs numpy but not PyTorch.  Nothing heavy is imported before it
+is used: neither PyTorch, for `cpu` alone, nor Triton, for a machine without it.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -5,14 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cvxq_format import Codebook, CompandedTensor, dequantize
-from cvxq_kernels import PackedWeight
-from cvxq_kernels.dequantize import reference
+from cvxq_format import Codebook, CompandedTensor, dequantize, pack_codes
+from cvxq_kernels import PackedWeight, packed
 
 CODEBOOK = Codebook.default()
 
@@ -56,7 +56,7 @@ def test_dense_does_not_depend_on_the_chunk(
 ) -> None:
     weight = PackedWeight.from_tensor(tensor, CODEBOOK)
     whole = weight.dense()
-    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", 1)
+    monkeypatch.setattr(packed, "CHUNK_WEIGHTS", 1)
     assert torch.equal(bits(weight.dense()), bits(whole))
 
 
@@ -77,7 +77,7 @@ def test_rows_in_many_chunks(
     random_companded: Callable[..., CompandedTensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = PackedWeight.from_tensor(random_companded((40, 9), seed=1), CODEBOOK)
-    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", 20)
+    monkeypatch.setattr(packed, "CHUNK_WEIGHTS", 20)
     assert torch.equal(weight.rows(torch.arange(40)), weight.dense())
 
 
@@ -100,15 +100,21 @@ def test_every_depth(depth: int, random_companded: Callable[..., CompandedTensor
     base = random_companded((37, 5), seed=2, group_size=16, partitions=1)
     depths = np.full_like(base.depths, depth)
     codes = np.random.default_rng(3).integers(0, 2**depth, (37, 5)).astype(np.uint8)
-    from dataclasses import replace
-
-    from cvxq_format import pack_codes
-
     tensor = replace(base, depths=depths, packed_codes=pack_codes(codes, depths[0], 16, 1))
     expected = torch.from_numpy(dequantize(tensor, CODEBOOK))
     weight = PackedWeight.from_tensor(tensor, CODEBOOK)
     assert torch.equal(bits(weight.dense()), bits(expected))
     assert torch.equal(bits(weight.rows(torch.arange(37))), bits(expected))
+
+
+def test_row_scales(random_companded: Callable[..., CompandedTensor]) -> None:
+    tensor = random_companded((40, 9), seed=1)
+    codes = np.random.default_rng(6).integers(0, 16, (1, 40), dtype=np.uint8)
+    tensor = replace(tensor, row_scale_codes=codes, row_scale_bits=4)
+    expected = torch.from_numpy(dequantize(tensor, CODEBOOK))
+    weight = PackedWeight.from_tensor(tensor, CODEBOOK)
+    assert torch.equal(bits(weight.dense()), bits(expected))
+    assert torch.equal(bits(weight.rows(torch.arange(40))), bits(expected))
 
 
 def test_dtype_is_cast_after_decoding(random_companded: Callable[..., CompandedTensor]) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import cvxq
 import pytest
 import torch
-from cvxq_kernels import cpu
-from cvxq_kernels.dequantize import reference
+from cvxq_kernels import cpu, packed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,7 +49,7 @@ def test_a_forward_pass_expands_one_matrix_at_a_time(
     make_file: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "is_available", lambda: False)  # native kernels expand nothing
-    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", 256)  # as small beside these as by default
+    monkeypatch.setattr(packed, "CHUNK_WEIGHTS", 256)  # as small beside these as by default
     made = make_file("llama")
     sizes = [4 * p.numel() for p in made.network.parameters() if p.dim() == 2]
     ids = torch.tensor([[5]])

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from cvxq_format import Codebook, CompandedTensor
 
 from cvxq_kernels.cpu.loader import Companded, native
+from cvxq_kernels.tables import decoding_tables
 
 Floats = npt.NDArray[np.float32]
 
@@ -175,11 +176,7 @@ def _address(array: npt.NDArray[Any] | None) -> int | None:
 
 def _describe(tensor: CompandedTensor, codebook: Codebook) -> tuple[Companded, list[Any]]:
     """The C structure for a tensor, and the arrays that must live as long as it is used."""
-    scales = np.zeros(256, np.float32)
-    scales[: codebook.scale_table.size] = np.float32(tensor.scale_unit) * codebook.scale_table
-    levels = np.zeros(512, np.float32)
-    levels[1:] = codebook.flat_levels()
-    means = np.arange(-128, 128, dtype=np.float32) * np.float32(tensor.mean_step)
+    tables = decoding_tables(tensor, codebook)
     row_scales = tensor.row_scales()
     order = None
     if tensor.column_terms is not None and not tensor.transposed:
@@ -196,9 +193,9 @@ def _describe(tensor: CompandedTensor, codebook: Codebook) -> tuple[Companded, l
         else np.ascontiguousarray(tensor.permutation[0], np.int64),
         "order": order,
         "codes": np.ascontiguousarray(tensor.packed_codes),
-        "scales": scales,
-        "means": None if tensor.mean_codes is None else means,
-        "levels": levels,
+        "scales": np.pad(tables.scales, (0, 256 - tables.scales.size)),
+        "means": None if tensor.mean_codes is None else tables.means,
+        "levels": tables.levels,
         "row_scales": None if row_scales is None else np.ascontiguousarray(row_scales[0]),
     }
     source = Companded(

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from cvxq_kernels.gpu.layout import CHUNK, place_table
 from cvxq_kernels.packed import PackedWeight
+from cvxq_kernels.planes import group_starts, plane_bytes
 
 
 @triton.jit
@@ -68,9 +69,8 @@ def repack(
     """Return the device words of `weight`, (words · rows,) int32; the tables are `_Part`'s."""
     device = weight.device
     tile, number, base = chunk_places(tiles, chunks)
-    plane = (weight.cluster_rows + 7) // 8
-    sizes = weight.depths[0].to(torch.int64) * plane[:, None]
-    starts = weight.cluster_offset[0][:, None] + sizes.cumsum(1) - sizes
+    plane = plane_bytes(weight.cluster_rows)
+    starts = group_starts(weight.depths[0], weight.cluster_offset[0], weight.cluster_rows)
     same = torch.cat([tile.new_ones(1, dtype=torch.bool), tiles[1:, 0] != tiles[:-1, 0]])
     ordinal = torch.arange(len(tiles), device=device)
     first_rows = (ordinal - torch.where(same, ordinal, 0).cummax(0).values) * rows

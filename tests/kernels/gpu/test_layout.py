@@ -7,7 +7,7 @@ import pytest
 from cvxq_format import Codebook
 from cvxq_kernels.gpu.layout import bit_places, operand_order, tile_rows
 from cvxq_kernels.gpu.tables import make_tables
-from cvxq_kernels.packed import _joined_levels
+from cvxq_kernels.tables import joined_levels
 
 CODEBOOK = Codebook.default()
 GAUSS = np.random.default_rng(0).standard_normal(200_000)
@@ -58,7 +58,7 @@ def distortion(depth: int, levels: np.ndarray) -> float:
 def test_bytes_add_little_to_a_depths_own_error(depth: int) -> None:
     """Rounded levels cost less than 2 % of what the depth costs anyway."""
     levels = CODEBOOK.levels[depth - 1].astype(np.float64)
-    tables = make_tables(_joined_levels(CODEBOOK))
+    tables = make_tables(joined_levels(CODEBOOK))
     rounded = np.empty_like(levels)
     rounded[operand_order(depth)] = byte_values(tables.words[depth], depth) * tables.units[0, depth]
     edges = (levels[1:] + levels[:-1]) / 2
@@ -72,7 +72,7 @@ def test_any_table_of_depth_4_fits(seed: int) -> None:
     """Uneven tables too: no byte of the two tables overflows, and the error is half a unit."""
     rng = np.random.default_rng(seed)
     levels = np.sort(rng.standard_cauchy(16)).astype(np.float32)
-    joined = _joined_levels(CODEBOOK)
+    joined = joined_levels(CODEBOOK)
     joined[16:32] = levels
     tables = make_tables(joined)
     found = byte_values(tables.words[4], 4) * tables.units[0, 4]
@@ -93,7 +93,7 @@ def wide_values(words: np.ndarray, depth: int) -> np.ndarray:
 @pytest.mark.parametrize("depth", range(1, 5))
 def test_16_bits_add_next_to_nothing_to_a_depths_own_error(depth: int) -> None:
     levels = CODEBOOK.levels[depth - 1].astype(np.float64)
-    tables = make_tables(_joined_levels(CODEBOOK))
+    tables = make_tables(joined_levels(CODEBOOK))
     found = np.empty_like(levels)
     wide = wide_values(tables.wide_words[depth], depth)
     found[operand_order(depth)] = wide * float(tables.units[2, depth])
@@ -108,7 +108,7 @@ def test_any_table_of_depth_4_fits_16_bits(seed: int) -> None:
     """At most a quarter of the factor is lost, which is a 64th of the largest gap at worst."""
     rng = np.random.default_rng(seed)
     levels = np.sort(rng.standard_cauchy(16)).astype(np.float32)
-    joined = _joined_levels(CODEBOOK)
+    joined = joined_levels(CODEBOOK)
     joined[16:32] = levels
     tables = make_tables(joined)
     found = wide_values(tables.wide_words[4], 4) * float(tables.units[2, 4])
@@ -119,7 +119,7 @@ def test_any_table_of_depth_4_fits_16_bits(seed: int) -> None:
 
 @pytest.mark.parametrize("depth", range(1, 9))
 def test_halves_are_the_levels(depth: int) -> None:
-    tables = make_tables(_joined_levels(CODEBOOK))
+    tables = make_tables(joined_levels(CODEBOOK))
     part = slice(1 << depth, 2 << depth)
     levels = CODEBOOK.levels[depth - 1][operand_order(depth)]
     assert np.array_equal(tables.exact[part], levels)
