@@ -36,7 +36,6 @@ class Pool:
         if not handle:
             raise MemoryError(f"{threads} threads could not be started")
         self.handle = ctypes.c_void_p(handle)
-        self.threads = threads
         self._free = weakref.finalize(self, library.cvxq_pool_free, handle)
 
     def close(self) -> None:

@@ -30,11 +30,6 @@ class Workspace:
             self.buffers[name] = found
         return found
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(part.nbytes for part in [*self.buffers.values(), *self._outgrown])
-
 
 @functools.cache
 def default_workspace(device: torch.device) -> Workspace:
