@@ -26,7 +26,7 @@ import torch
 import triton
 from cvxq_kernels.gpu import GpuWeight
 from cvxq_kernels.gpu.plan import bucket
-from cvxq_kernels.gpu.tune import candidates
+from cvxq_kernels.gpu.tune import candidates, tune
 from gpu_peers import Peers, graph_seconds
 from gpu_weights import GROUP_SIZE, copies, histogram, mixed_depths, random_packed
 
@@ -144,7 +144,7 @@ def row(cell: Cell, bandwidth: float, empty: float, peers: Peers) -> str:
     packed = random_packed(cell.outputs, cell.inputs, cell.depths(), device)
     weight = GpuWeight.from_packed(packed, device)
     x = torch.randn(cell.batch, cell.inputs, device=device, dtype=torch.float16)
-    weight.tune([cell.batch], torch.float16)
+    tune(weight, [cell.batch], torch.float16)
     error = check_values(weight, x)
     group = copies(weight, peers.least_bytes)
     outs = [torch.empty(cell.batch, cell.outputs, device=device, dtype=x.dtype) for _ in group]

@@ -26,6 +26,7 @@ import triton
 from cvxq_kernels.gpu.activations import TURN
 from cvxq_kernels.gpu.expand import expand_kernel, rows_kernel
 from cvxq_kernels.gpu.gemm import gemm_kernel, transpose_kernel
+from cvxq_kernels.gpu.layout import ALL_DEPTHS, LOW_DEPTHS
 from cvxq_kernels.gpu.matvec import matvec_kernel
 from cvxq_kernels.gpu.means import WIDTH, means_kernel
 from cvxq_kernels.gpu.plan import UNROLLS
@@ -37,7 +38,6 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)
 KERNELS = ("matvec", "matvec16", "gemm")
 TILE_BATCH = 16
-LOW_DEPTHS, ALL_DEPTHS = 0b11110, 0b111111110  # bit B for depth B
 
 # Types of the kernels' parameters: one name, one type, in all of them.
 POINTERS = {

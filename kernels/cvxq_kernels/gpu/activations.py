@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+import cvxq_kernels.gpu.names as names
 from cvxq_kernels.gpu.snippets import permute
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding it leaves the nearest integer in the low bits
@@ -49,9 +50,9 @@ def scale_inputs(
 ):  # fmt: skip
     """Scale the inputs of chunks [first, last) into the scratch.
 
-    acts8: eight signed bytes per int64, M rows of slots · 4; steps: M rows of slots. If WIDE, M
-    more rows have the lower bytes of 16-bit activations. acts32, if HIGH: two float32 per int64,
-    M rows of slots · 16, for chunks from first_high. scale_words: eight scale codes per int64.
+    acts8: eight signed bytes per int64, M rows of slots · EIGHTHS; steps: M rows of slots. If WIDE,
+    M more rows have the lower bytes of 16-bit activations. acts32, if HIGH: two float32 per int64,
+    M rows of slots · PAIRS, for chunks from first_high. scale_words: eight scale codes per int64.
     """
     lane = tl.arange(0, 32)
     shift = tl.full([32], _ROUND, tl.float32)
@@ -63,12 +64,12 @@ def scale_inputs(
         chunk = tl.minimum(start + (lane >> 2), last - 1)
         entry = tl.load(chunks + chunk)
         part = lane & 3
-        width = (entry & 63) - 8 * part
-        place = chunk * 4 + part
+        width = (entry & names.WIDTH_MASK) - 8 * part
+        place = chunk * names.EIGHTHS + part
         both = tl.load(scale_words + place)
         columns, factors = (), ()
         for i in tl.static_range(8):
-            columns += (tl.load(order + (entry >> 10) + 8 * part + i),)
+            columns += (tl.load(order + (entry >> names.START_SHIFT) + 8 * part + i),)
             code = ((both >> (8 * i)) & 255).to(tl.int32)
             factors += (tl.load(scales + code, mask=i < width, other=0),)
         for m in tl.static_range(M):
@@ -85,9 +86,9 @@ def scale_inputs(
             whole = ()
             for i in tl.static_range(8):
                 whole += (tl.fma(values[i], factor, shift).to(tl.int32, bitcast=True),)
-            target = acts8 + m * slots * 4 + place
+            target = acts8 + m * slots * names.EIGHTHS + place
             if WIDE:
-                tl.store(target + M * slots * 4, _pack8(whole, 0, PTX))
+                tl.store(target + M * slots * names.EIGHTHS, _pack8(whole, 0, PTX))
                 whole = ()
                 for i in tl.static_range(8):
                     whole += (tl.fma(values[i], factor, upper_shift).to(tl.int32, bitcast=True),)
@@ -96,7 +97,7 @@ def scale_inputs(
                 tl.store(target, _pack8(whole, 0, PTX))
             tl.store(steps + m * slots + chunk, largest * (1.0 / 127.0))
             if HIGH:
-                pairs = acts32 + m * slots * 16 + 4 * place
+                pairs = acts32 + m * slots * names.PAIRS + 4 * place
                 for i in tl.static_range(4):
                     pair = _pair(
                         values[2 * i].to(tl.int32, bitcast=True),

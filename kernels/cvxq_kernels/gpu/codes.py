@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+import cvxq_kernels.gpu.names as names
+
 
 @triton.jit
 def load_nibbles(pointers, STRIDE: tl.constexpr, DEPTH: tl.constexpr):
@@ -91,7 +93,7 @@ def chunk_codes(pointers, ROWS: tl.constexpr, DEPTH: tl.constexpr):
 
     pointers: (ROWS,), the first word of every row.
     """
-    if DEPTH <= 4:
+    if DEPTH <= names.LOW_DEPTH:
         n0, n1, n2, n3 = load_nibbles(pointers, ROWS, DEPTH)
         words = in_order(n0, n1, n2, n3)[:, :, None]
         codes = (words >> (4 * tl.arange(0, 8))[None, None, :]) & 15
@@ -102,4 +104,4 @@ def chunk_codes(pointers, ROWS: tl.constexpr, DEPTH: tl.constexpr):
         right = in_order(b0, b1, b2, b3)
         words = tl.join(left, right).permute(0, 2, 1).reshape(ROWS, 8)[:, :, None]
         codes = (words >> (8 * tl.arange(0, 4))[None, None, :]) & 255
-    return codes.reshape(ROWS, 32)
+    return codes.reshape(ROWS, names.CHUNK)

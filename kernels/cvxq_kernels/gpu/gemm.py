@@ -16,8 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+import cvxq_kernels.gpu.names as names
 from cvxq_kernels.gpu.codes import chunk_codes, in_order, load_nibbles
 from cvxq_kernels.gpu.plan import NOT_SPECIALIZED
+from cvxq_kernels.gpu.share import hidden_zeros, share_of_tile
 from cvxq_kernels.gpu.snippets import permute
 
 
@@ -88,7 +90,7 @@ def _operand(
     pointers, halves, table, ROWS: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
     """Levels of a chunk of a tile as (ROWS, 32) float16."""
-    if DEPTH <= 4:
+    if DEPTH <= names.LOW_DEPTH:
         n0, n1, n2, n3 = load_nibbles(pointers, ROWS, DEPTH)
         a0, a1, a2, a3 = _half_words(n0, table, DEPTH, PTX)
         b0, b1, b2, b3 = _half_words(n1, table, DEPTH, PTX)
@@ -119,45 +121,41 @@ def gemm_kernel(
     x: (K, padded_batch) float16 and largest: (padded_batch,) float32, from `transpose_kernel`; the
     rest as in `matvec`.
     """
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    info = tiles + tile * 8
-    cluster = tl.load(info)
-    base = tl.load(info + 1).to(tl.int64) * ROWS
-    chunk_base = tl.load(info + 2)
-    order += tl.load(info + 4)
-    scales += tl.load(info + 5) * 256
-    ends = runs + cluster * 10
-    begin = tl.load(ends + 1)
-    count = tl.load(ends + 9) - begin
-    first = begin + count * split // splits
-    last = begin + count * (split + 1) // splits
+    tile, split = tl.program_id(0), tl.program_id(1)
+    cluster, base, chunk_base, order, scales, ends, first, last = share_of_tile(
+        tiles, runs, order, scales, splits, ROWS
+    )
     row = tl.arange(0, ROWS)
     target = tl.load(row_of + tile * ROWS + row)
-    zero = tl.minimum(target, -1) + 1  # keeps tables out of uniform registers, as in `matvec`
-    lane = tl.arange(0, 32)
+    zero = hidden_zeros(target)
+    lane = tl.arange(0, names.CHUNK)
     m = tl.program_id(2) * MT + tl.arange(0, MT)
     peak = tl.load(top + cluster)
     peak = tl.where(peak > 1e-36, peak, 1.0)
     total = tl.zeros([MT, ROWS], tl.float32)
-    for depth in tl.static_range(1, 9):
+    for depth in tl.static_range(1, names.MAX_DEPTH + 1):
         low = tl.load(ends + depth)
         high = tl.load(ends + depth + 1)
         if (DEPTHS >> depth) & 1:
             run = words + base - low * (depth * ROWS)
-            unit = tl.load(units + 9 + depth) / tl.load(units + 9 + 8) / peak
+            largest_unit = tl.load(units + names.HALF_UNITS + names.MAX_DEPTH)
+            unit = tl.load(units + names.HALF_UNITS + depth) / largest_unit / peak
             for chunk in range(tl.maximum(first, low), tl.minimum(last, high)):
                 entry = tl.load(chunks + chunk_base + chunk)
-                inside = lane < (entry & 63)
-                column = tl.load(order + (entry >> 10) + lane, mask=inside, other=0)
-                code = tl.load(scale_codes + (chunk_base + chunk) * 32 + lane).to(tl.int32)
+                inside = lane < (entry & names.WIDTH_MASK)
+                column = tl.load(order + (entry >> names.START_SHIFT) + lane, mask=inside, other=0)
+                side = scale_codes + (chunk_base + chunk) * names.CHUNK
+                code = tl.load(side + lane).to(tl.int32)
                 scale = (tl.load(scales + code, mask=inside, other=0) * unit).to(tl.float16)
                 acts = tl.load(x + column[:, None] * padded_batch + m[None, :]) * scale[:, None]
                 pointers = run + chunk * (depth * ROWS) + row
-                levels = _operand(pointers, halves, half_words + 8 * depth + zero, ROWS, depth, PTX)
+                table = half_words + names.HALF_WORDS * depth + zero
+                levels = _operand(pointers, halves, table, ROWS, depth, PTX)
                 total = tl.dot(tl.trans(acts), tl.trans(levels), total)
         base += (high - low).to(tl.int64) * (depth * ROWS)
-    total *= (tl.load(largest + m) * (tl.load(units + 9 + 8) * peak))[:, None]
+    magnitude = tl.load(largest + m)
+    largest_unit = tl.load(units + names.HALF_UNITS + names.MAX_DEPTH)
+    total *= (magnitude * (largest_unit * peak))[:, None]
     padded = tl.num_programs(0) * ROWS
     place = m[:, None] * padded + (tile * ROWS + row)[None, :]
     if SPLIT:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
 from cvxq_kernels.gpu.expand import expand_kernel, rows_kernel
 from cvxq_kernels.gpu.gemm import gemm_kernel, transpose_kernel
+from cvxq_kernels.gpu.layout import ALL_DEPTHS, CHUNK, EIGHTHS, LOW_DEPTHS, MAX_DEPTH, PAIRS
+from cvxq_kernels.gpu.matrix import DeviceMatrix
 from cvxq_kernels.gpu.matvec import matvec_kernel
 from cvxq_kernels.gpu.means import WIDTH, means_kernel
 from cvxq_kernels.gpu.plan import Plan
 from cvxq_kernels.gpu.repack import places_on
-
-if TYPE_CHECKING:
-    from cvxq_kernels.gpu.weight import GpuWeight
+from cvxq_kernels.gpu.workspace import Workspace
 
 TRANSPOSE_BLOCK = 1024
 ROW_CHUNKS = 16  # chunks of a row that a program of `rows` reads
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """What out (M, N) = x (M, K) · Wᵀ + bias is computed from and where it goes; bias (N,) or None.
+
+    The rows of x and of out are contiguous.
+    """
+
+    x: torch.Tensor
+    bias: torch.Tensor | None
+    out: torch.Tensor
+
+    def part(self, start: int, stop: int) -> Product:
+        """The product for rows [start, stop) of x."""
+        return Product(self.x[start:stop], self.bias, self.out[start:stop])
 
 
 def uses_ptx(device: torch.device) -> bool:
@@ -31,118 +48,183 @@ def depth_set(depths: int) -> int:
 
     A single depth, 1–4 or 1–8: few variants to compile, and loops over absent depths cost little.
     """
-    depths &= ~1
+    depths &= ALL_DEPTHS
     if depths & (depths - 1) == 0:
         return depths
-    return 0b11110 if depths < 32 else 0b111111110
+    return LOW_DEPTHS if depths <= LOW_DEPTHS else ALL_DEPTHS
 
 
-def matvec(
-    weight: GpuWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, plan: Plan
-) -> None:
-    """out (M, N) = x (M, K) · Wᵀ + bias with integer activations, M ≤ 8."""
-    matrix, work, wide = weight.matrix, weight.workspace, plan.kind == "matvec16"
+def matvec(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) -> None:
+    """Multiply with integer activations, M ≤ 8."""
+    x, wide, tiles = product.x, plan.kind == "matvec16", len(matrix.tiles)
     rows = triton.next_power_of_2(len(x))
-    tiles = len(matrix.tiles)
-    depths = depth_set(matrix.depths)
-    cells = rows * matrix.slots
-    means, clusters = _means(weight, x)
+    depths, cells = depth_set(matrix.depths), rows * matrix.slots
     matvec_kernel[(tiles, plan.splits)](
-        matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order,
-        matrix.scale_codes.view(torch.int64), matrix.scales,
-        matrix.wide_words if wide else matrix.byte_words, matrix.exact,
-        matrix.units, matrix.row_of, matrix.factors,
-        x, x.stride(0), len(x), means, clusters, out if bias is None else bias, out, out.stride(0),
-        work.take("acts8", (8 if wide else 4) * cells, torch.int64),
-        work.take("acts32", 16 * cells if depths >= 32 else 1, torch.int64),
-        work.take("steps", cells, torch.float32), matrix.slots,
-        work.take("partial", plan.splits * rows * tiles * matrix.rows, torch.float32),
-        work.take("arrived", tiles, torch.int32), plan.splits,
-        M=rows, ROWS=matrix.rows, DEPTHS=depths, SPLIT=plan.splits > 1,
-        HAS_MEANS=matrix.mean_codes is not None, HAS_BIAS=bias is not None, UNROLL=plan.unroll,
-        WIDE=wide, PTX=uses_ptx(weight.device), num_warps=1,
-    )  # fmt: skip
-
-
-def gemm(
-    weight: GpuWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, plan: Plan
-) -> None:
-    """out (M, N) = x (M, K) · Wᵀ + bias with float16 operands, M ≤ 256."""
-    matrix, work = weight.matrix, weight.workspace
-    inputs, tiles = matrix.inputs, len(matrix.tiles)
-    batch = max(triton.next_power_of_2(len(x)), plan.tile_batch)
-    transposed = work.take("transposed", inputs * batch, torch.float16)
-    largest = work.take("largest", batch, torch.float32)
-    transpose_kernel[(batch, triton.cdiv(inputs, TRANSPOSE_BLOCK))](
-        x, x.stride(0), len(x), inputs, transposed, largest, batch, BLOCK=TRANSPOSE_BLOCK
+        **_product(matrix, work, product, plan, rows * tiles, tiles),
+        scale_words=matrix.scale_codes.view(torch.int64),
+        level_words=matrix.wide_words if wide else matrix.byte_words,
+        exact=matrix.exact,
+        x=x,
+        x_stride=x.stride(0),
+        acts8=work.take("acts8", (2 if wide else 1) * EIGHTHS * cells, torch.int64),
+        acts32=work.take("acts32", PAIRS * cells if depths > LOW_DEPTHS else 1, torch.int64),
+        steps=work.take("steps", cells, torch.float32),
+        slots=matrix.slots,
+        M=rows,
+        DEPTHS=depths,
+        UNROLL=plan.unroll,
+        WIDE=wide,
+        num_warps=1,
     )
-    means, clusters = _means(weight, x)
-    grid = (tiles, plan.splits, batch // plan.tile_batch)
-    gemm_kernel[grid](
-        matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order, matrix.scale_codes,
-        matrix.scales, matrix.half_words, matrix.halves, matrix.units, matrix.top, matrix.row_of,
-        matrix.factors, transposed, largest, len(x), batch, means, clusters,
-        out if bias is None else bias, out, out.stride(0),
-        work.take("partial", plan.splits * batch * tiles * matrix.rows, torch.float32),
-        work.take("arrived", tiles * grid[2], torch.int32), plan.splits,
-        MT=plan.tile_batch, ROWS=matrix.rows, DEPTHS=depth_set(matrix.depths),
-        SPLIT=plan.splits > 1, HAS_MEANS=matrix.mean_codes is not None, HAS_BIAS=bias is not None,
-        PTX=uses_ptx(weight.device), num_warps=1, num_stages=1,
-    )  # fmt: skip
 
 
-def _means(weight: GpuWeight, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+def gemm(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) -> None:
+    """Multiply with float16 operands, M ≤ 256."""
+    x, tiles = product.x, len(matrix.tiles)
+    batch = max(triton.next_power_of_2(len(x)), plan.tile_batch)
+    transposed = work.take("transposed", matrix.inputs * batch, torch.float16)
+    largest = work.take("largest", batch, torch.float32)
+    transpose_kernel[(batch, triton.cdiv(matrix.inputs, TRANSPOSE_BLOCK))](
+        x=x,
+        x_stride=x.stride(0),
+        batch=len(x),
+        columns=matrix.inputs,
+        out=transposed,
+        largest=largest,
+        padded_batch=batch,
+        BLOCK=TRANSPOSE_BLOCK,
+    )
+    blocks = batch // plan.tile_batch
+    gemm_kernel[(tiles, plan.splits, blocks)](
+        **_product(matrix, work, product, plan, batch * tiles, blocks * tiles),
+        scale_codes=matrix.scale_codes,
+        half_words=matrix.half_words,
+        halves=matrix.halves,
+        top=matrix.top,
+        x=transposed,
+        largest=largest,
+        padded_batch=batch,
+        MT=plan.tile_batch,
+        DEPTHS=depth_set(matrix.depths),
+        num_warps=1,
+        num_stages=1,
+    )
+
+
+def _product(
+    matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan, sums: int, counters: int
+) -> dict[str, Any]:
+    """Arguments that the kernels of a product share.
+
+    sums: tiles' partial sums of one split, of as many rows each; counters: programs of a split.
+    """
+    bias, out = product.bias, product.out
+    return _packed(matrix) | {
+        "units": matrix.units,
+        "row_of": matrix.row_of,
+        "batch": len(product.x),
+        "means": _means(matrix, work, product.x),
+        "clusters": len(matrix.runs),
+        "bias": out if bias is None else bias,
+        "out": out,
+        "out_stride": out.stride(0),
+        "partial": work.take("partial", plan.splits * sums * matrix.rows, torch.float32),
+        "arrived": work.take("arrived", counters, torch.int32),
+        "splits": plan.splits,
+        "SPLIT": plan.splits > 1,
+        "HAS_BIAS": bias is not None,
+        "PTX": uses_ptx(matrix.device),
+    }
+
+
+def _packed(matrix: DeviceMatrix) -> dict[str, Any]:
+    """Arguments that all kernels which decode codes share."""
+    return {
+        "words": matrix.words,
+        "tiles": matrix.tiles,
+        "runs": matrix.runs,
+        "chunks": matrix.chunks,
+        "order": matrix.order,
+        "scales": matrix.scales,
+        "factors": matrix.factors,
+        "ROWS": matrix.rows,
+        "HAS_MEANS": matrix.mean_codes is not None,
+    }
+
+
+def _means(matrix: DeviceMatrix, work: Workspace, x: torch.Tensor) -> torch.Tensor:
     """(M, clusters) float32: what a cluster's means add to its outputs; unset without means."""
-    matrix, clusters = weight.matrix, len(weight.matrix.runs)
-    result = weight.workspace.take("means", len(x) * clusters, torch.float32)
+    clusters = len(matrix.runs)
+    result = work.take("means", len(x) * clusters, torch.float32)
     if matrix.mean_codes is not None:
         means_kernel[(clusters, len(x))](
-            matrix.tiles, matrix.runs, matrix.chunks, matrix.order, matrix.scale_codes,
-            matrix.mean_codes, matrix.scales, matrix.mean_steps,
-            weight.index.first_tile_of_cluster, x, x.stride(0), result, clusters, WIDTH=WIDTH,
-        )  # fmt: skip
-    return result, clusters
+            tiles=matrix.tiles,
+            runs=matrix.runs,
+            chunks=matrix.chunks,
+            order=matrix.order,
+            scale_codes=matrix.scale_codes,
+            mean_codes=matrix.mean_codes,
+            scales=matrix.scales,
+            mean_steps=matrix.mean_steps,
+            first_tiles=matrix.first_tiles,
+            x=x,
+            x_stride=x.stride(0),
+            out=result,
+            clusters=clusters,
+            WIDTH=WIDTH,
+        )
+    return result
 
 
-def expand(weight: GpuWeight, out: torch.Tensor, natural: bool) -> torch.Tensor:
+def expand(matrix: DeviceMatrix, out: torch.Tensor, natural: bool) -> torch.Tensor:
     """Write the weights to out (N, K), columns in their own order or sorted by depth."""
-    matrix = weight.matrix
-    mean_codes = matrix.scale_codes if matrix.mean_codes is None else matrix.mean_codes
     expand_kernel[(matrix.slots,)](
-        matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order, matrix.scale_codes,
-        mean_codes, matrix.scales, matrix.mean_steps, matrix.exact, matrix.row_of,
-        matrix.factors, weight.index.tile_of_slot, out, out.stride(0),
-        ROWS=matrix.rows, DEPTHS=depth_set(matrix.depths),
-        HAS_MEANS=matrix.mean_codes is not None, NATURAL=natural,
-    )  # fmt: skip
+        **_exact(matrix),
+        row_of=matrix.row_of,
+        slot_tiles=matrix.slot_tiles,
+        out=out,
+        out_stride=out.stride(0),
+        DEPTHS=depth_set(matrix.depths),
+        NATURAL=natural,
+    )
     return out
 
 
-def expand_and_multiply(
-    weight: GpuWeight, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-) -> torch.Tensor:
-    """out = x · Wᵀ + bias by the vendor's GEMM over a scratch that all matrices reuse."""
-    outputs, inputs = weight.shape
-    scratch = weight.workspace.take(f"dense {x.dtype}", outputs * inputs, x.dtype)
+def expand_and_multiply(matrix: DeviceMatrix, work: Workspace, product: Product) -> torch.Tensor:
+    """Multiply by the vendor's GEMM over a scratch that all matrices reuse; return `out`."""
+    x, bias, (outputs, inputs) = product.x, product.bias, matrix.shape
+    scratch = work.take(f"dense {x.dtype}", outputs * inputs, x.dtype)
     dense = scratch[: outputs * inputs].view(outputs, inputs)
     # Sorted columns are contiguous where they are written; the input is cheaper to permute.
-    natural = not weight.matrix.shared_order
-    expand(weight, dense, natural)
-    if not natural:
-        x = x.index_select(1, weight.matrix.order[:inputs])
+    expand(matrix, dense, natural=not matrix.shared_order)
+    if matrix.shared_order:
+        x = x.index_select(1, matrix.order[:inputs])
     if bias is None:
-        return torch.mm(x, dense.t(), out=out)
-    return torch.addmm(bias.to(x.dtype), x, dense.t(), out=out)
+        return torch.mm(x, dense.t(), out=product.out)
+    return torch.addmm(bias.to(x.dtype), x, dense.t(), out=product.out)
 
 
-def rows(weight: GpuWeight, ids: torch.Tensor, out: torch.Tensor) -> None:
+def rows(matrix: DeviceMatrix, ids: torch.Tensor, out: torch.Tensor) -> None:
     """Write rows ids (n,) of W to out (n, K)."""
-    matrix = weight.matrix
-    mean_codes = matrix.scale_codes if matrix.mean_codes is None else matrix.mean_codes
-    longest = triton.cdiv(matrix.inputs, 32) + 9  # a cluster's chunks: each run has a short one
+    # A cluster's chunks, at most: each run has a short one.
+    longest = triton.cdiv(matrix.inputs, CHUNK) + MAX_DEPTH + 1
     rows_kernel[(len(ids), triton.cdiv(longest, ROW_CHUNKS))](
-        matrix.words, matrix.tiles, matrix.runs, matrix.chunks, matrix.order, matrix.scale_codes,
-        mean_codes, matrix.scales, matrix.mean_steps, matrix.exact, matrix.factors,
-        places_on(weight.device), weight.index.place_of_row, ids, out, matrix.inputs,
-        ROWS=matrix.rows, HAS_MEANS=matrix.mean_codes is not None, WIDTH=ROW_CHUNKS,
-    )  # fmt: skip
+        **_exact(matrix),
+        places=places_on(matrix.device),
+        place_of_row=matrix.place_of_row,
+        ids=ids,
+        out=out,
+        columns=matrix.inputs,
+        WIDTH=ROW_CHUNKS,
+    )
+
+
+def _exact(matrix: DeviceMatrix) -> dict[str, Any]:
+    """Arguments that the kernels share which decode to the bit."""
+    mean_codes = matrix.scale_codes if matrix.mean_codes is None else matrix.mean_codes
+    return _packed(matrix) | {
+        "scale_codes": matrix.scale_codes,
+        "mean_codes": mean_codes,
+        "mean_steps": matrix.mean_steps,
+        "levels": matrix.exact,
+    }

@@ -24,8 +24,25 @@ import numpy as np
 import numpy.typing as npt
 
 CHUNK = 32  # columns of a chunk
+EIGHTHS, PAIRS = CHUNK // 8, CHUNK // 2  # of a chunk: eight columns, two columns
 MAX_DEPTH = 8
+LOW_DEPTH = 4  # up to here codes fit nibbles, and `prmt` looks levels up
+# Sets of depths, bit B for depth B: those that have words, and the low ones of them.
+ALL_DEPTHS, LOW_DEPTHS = (2 << MAX_DEPTH) - 2, (2 << LOW_DEPTH) - 2
 TILE_ROWS = (16, 32, 64, 128)
+
+# Fields of a row of `tiles`, and how many it has room for.
+CLUSTER, WORD_BASE, CHUNK_BASE, SLOT_BASE, ORDER_BASE, MATRIX = range(6)
+TILE_FIELDS = 8
+# A row of `runs`: the first chunk of every depth, then the end.
+RUN_FIELDS = MAX_DEPTH + 2
+# An entry of `chunks`: the first column's place, the depth, and the columns in the lowest bits.
+START_SHIFT, DEPTH_SHIFT = 10, 6
+DEPTH_MASK, WIDTH_MASK = 15, 63
+SCALES = 256  # entries of a matrix in `scales`
+# Words of a depth in the level tables, and where a kind of them begins in `units` (`tables`).
+BYTE_WORDS, WIDE_WORDS, HALF_WORDS = 4, 8, 8
+BYTE_UNITS, HALF_UNITS, WIDE_UNITS = (kind * (MAX_DEPTH + 1) for kind in range(3))
 
 
 def bit_places(depth: int) -> npt.NDArray[np.int32]:

@@ -27,9 +27,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+import cvxq_kernels.gpu.names as names
 from cvxq_kernels.gpu.activations import scale_inputs
 from cvxq_kernels.gpu.codes import load_nibbles, load_quads
 from cvxq_kernels.gpu.plan import NOT_SPECIALIZED
+from cvxq_kernels.gpu.share import hidden_zeros, share_of_tile
 from cvxq_kernels.gpu.snippets import dot4, permute
 
 
@@ -98,9 +100,9 @@ def _low_run(
             dot = tl.zeros([ROWS], tl.int32)
             dots = (dot, dot, dot, dot)
             for i in tl.static_range(4):
-                upper = tl.load(acts8 + slot * 4 + i)
+                upper = tl.load(acts8 + slot * names.EIGHTHS + i)
                 if WIDE:
-                    lower = tl.load(acts8 + (M * slots + slot) * 4 + i)
+                    lower = tl.load(acts8 + (M * slots + slot) * names.EIGHTHS + i)
                     dots = _dot_wide(
                         levels[2 * i], upper.to(tl.int32), lower.to(tl.int32), dots, DEPTH, PTX
                     )
@@ -142,7 +144,7 @@ def _high_run(
                 right = tl.load(levels + ((quads[quad] >> (16 * pair + 8)) & 255))
                 sums = ()
                 for m in tl.static_range(M):
-                    acts = tl.load(acts32 + m * slots * 16 + half * 8 + (2 * quad + pair))
+                    acts = tl.load(acts32 + m * slots * names.PAIRS + half * 8 + (2 * quad + pair))
                     first_act = acts.to(tl.int32).to(tl.float32, bitcast=True)
                     second_act = (acts >> 32).to(tl.int32).to(tl.float32, bitcast=True)
                     sums += (tl.fma(right, second_act, tl.fma(left, first_act, totals[m])),)
@@ -163,55 +165,48 @@ def matvec_kernel(
 
     acts8, acts32, steps: scratch as in `scale_inputs`. partial: splits · M · T · ROWS float32;
     arrived: T int32, zero before and after. means: (M, clusters) float32 or unused. level_words:
-    `words` of `tables`, or `wide_words` if WIDE. DEPTHS has bit B set for every depth B that may
-    occur.
+    `byte_words` of `tables`, or `wide_words` if WIDE. DEPTHS has bit B set for every depth B that
+    may occur.
     """
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    info = tiles + tile * 8
-    cluster = tl.load(info)
-    base = tl.load(info + 1).to(tl.int64) * ROWS
-    chunk_base = tl.load(info + 2)
-    slot_base = tl.load(info + 3)
-    ends = runs + cluster * 10
-    begin = tl.load(ends + 1)
-    count = tl.load(ends + 9) - begin
-    first = begin + count * split // splits
-    last = begin + count * (split + 1) // splits
-    HIGH: tl.constexpr = DEPTHS >= 32
+    tile, split = tl.program_id(0), tl.program_id(1)
+    cluster, base, chunk_base, order, scales, ends, first, last = share_of_tile(
+        tiles, runs, order, scales, splits, ROWS
+    )
+    slot_base = tl.load(tiles + tile * names.TILE_FIELDS + names.SLOT_BASE)
+    acts8 += slot_base * names.EIGHTHS
+    acts32 += slot_base * names.PAIRS
+    steps += slot_base
+    HIGH: tl.constexpr = DEPTHS > names.LOW_DEPTHS
     scale_inputs(
-        x, x_stride, order + tl.load(info + 4), scale_words + chunk_base * 4,
-        scales + tl.load(info + 5) * 256, chunks + chunk_base,
-        acts8 + slot_base * 4, acts32 + slot_base * 16, steps + slot_base, slots,
-        first, last, tl.load(ends + 5), batch, M, WIDE, HIGH, PTX,
+        x, x_stride, order, scale_words + chunk_base * names.EIGHTHS, scales, chunks + chunk_base,
+        acts8, acts32, steps, slots, first, last, tl.load(ends + names.LOW_DEPTH + 1), batch,
+        M, WIDE, HIGH, PTX,
     )  # fmt: skip
     tl.debug_barrier()  # the scratch is read by other lanes than wrote it
     row = tl.arange(0, ROWS)
     target = tl.load(row_of + tile * ROWS + row)
-    # Zeros, which ptxas cannot see: tables that it proves equal for all lanes go to uniform
-    # registers, from which it moves them back for every look-up (0.2 instructions per weight).
-    zero = tl.minimum(target, -1) + 1
+    zero = hidden_zeros(target)
+    WORDS: tl.constexpr = names.WIDE_WORDS if WIDE else names.BYTE_WORDS
+    UNITS: tl.constexpr = names.WIDE_UNITS if WIDE else names.BYTE_UNITS
     totals = ()
     for _ in tl.static_range(M):
         totals += (tl.zeros([ROWS], tl.float32),)
-    for depth in tl.static_range(1, 9):
+    for depth in tl.static_range(1, names.MAX_DEPTH + 1):
         low = tl.load(ends + depth)
         high = tl.load(ends + depth + 1)
         if (DEPTHS >> depth) & 1:
             run = words + base - low * (depth * ROWS)
             here = tl.maximum(first, low)
             there = tl.minimum(last, high)
-            if depth <= 4:
+            if depth <= names.LOW_DEPTH:
                 totals = _low_run(
-                    totals, run, acts8 + slot_base * 4, steps + slot_base, slots,
-                    level_words + (8 if WIDE else 4) * depth, zero,
-                    tl.load(units + (18 if WIDE else 0) + depth), here, there,
+                    totals, run, acts8, steps, slots, level_words + WORDS * depth, zero,
+                    tl.load(units + UNITS + depth), here, there,
                     depth, M, ROWS, UNROLL, WIDE, PTX,
                 )  # fmt: skip
             else:
                 totals = _high_run(
-                    totals, run, acts32 + slot_base * 16, slots, exact + (1 << depth), here, there,
-                    depth, M, ROWS,
+                    totals, run, acts32, slots, exact + (1 << depth), here, there, depth, M, ROWS,
                 )  # fmt: skip
         base += (high - low).to(tl.int64) * (depth * ROWS)
     padded = tl.num_programs(0) * ROWS

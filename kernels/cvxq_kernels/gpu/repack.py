@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from cvxq_kernels.gpu.layout import CHUNK, place_table
-from cvxq_kernels.packed import PackedWeight
+import cvxq_kernels.gpu.names as names
+from cvxq_kernels.gpu.layout import CHUNK_BASE, DEPTH_MASK, DEPTH_SHIFT, SLOT_BASE, place_table
+from cvxq_kernels.gpu.part import Part
 from cvxq_kernels.planes import group_starts, plane_bytes
 
 
@@ -22,28 +23,34 @@ def repack_kernel(
     codes, group_starts, planes, first_rows, tiles, chunks, order, places, tile_of, words,
     columns, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write the B·ROWS words of slot `program_id(0)`; tile_of: (slots, 2) tile and chunk."""
+    """Write the B·ROWS words of slot `program_id(0)`.
+
+    tile_of: int32, (slots, 2) tile and number of the chunk in its cluster, then (slots,) the words
+    before it, in units of ROWS.
+    """
     slot = tl.program_id(0)
     tile = tl.load(tile_of + 2 * slot)
     number = tl.load(tile_of + 2 * slot + 1)
-    cluster = tl.load(tiles + tile * 8)
-    chunk = tl.load(tiles + tile * 8 + 2) + number
+    info = tiles + tile * names.TILE_FIELDS
+    cluster = tl.load(info + names.CLUSTER)
+    chunk = tl.load(info + names.CHUNK_BASE) + number
     entry = tl.load(chunks + chunk)
-    depth = (entry >> 6) & 15
-    lane = tl.arange(0, 32)
-    valid = lane < (entry & 63)
-    column = tl.load(order + tl.load(tiles + tile * 8 + 4) + (entry >> 10) + lane, valid, 0)
+    depth = (entry >> names.DEPTH_SHIFT) & names.DEPTH_MASK
+    lane = tl.arange(0, names.CHUNK)
+    valid = lane < (entry & names.WIDTH_MASK)
+    sorted_columns = order + tl.load(info + names.ORDER_BASE)
+    column = tl.load(sorted_columns + (entry >> names.START_SHIFT) + lane, valid, 0)
     start = tl.load(group_starts + cluster.to(tl.int64) * columns + column, valid, 0)
     plane = tl.load(planes + cluster)
     row = tl.load(first_rows + tile) + tl.arange(0, ROWS)
     wanted = valid[:, None] & (row // 8 < plane)[None, :]
-    word = tl.arange(0, 8)[:, None]
-    total = tl.zeros([8, ROWS], tl.int32)
+    word = tl.arange(0, names.MAX_DEPTH)[:, None]
+    total = tl.zeros([names.MAX_DEPTH, ROWS], tl.int32)
     for bit in range(depth):
         pointers = codes + (start + bit * plane)[:, None] + (row // 8)[None, :]
         byte = tl.load(pointers, wanted, 0).to(tl.int32)
         value = (byte >> (row % 8)[None, :]) & 1
-        place = tl.load(places + (depth * 32 + lane) * 8 + bit)
+        place = tl.load(places + (depth * names.CHUNK + lane) * names.MAX_DEPTH + bit)
         shifted = value << (place & 31)[:, None]
         mine = (place >> 5)[None, :] == word
         total += tl.sum(tl.where(mine[:, :, None], shifted[None, :, :], 0), axis=1)
@@ -58,64 +65,36 @@ def places_on(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(place_table()).to(device)
 
 
-def repack(
-    weight: PackedWeight,
-    tiles: torch.Tensor,
-    chunks: torch.Tensor,
-    order: torch.Tensor,
-    words: int,
-    rows: int,
-) -> torch.Tensor:
-    """Return the device words of `weight`, (words · rows,) int32; the tables are `_Part`'s."""
-    device = weight.device
-    tile, number, base = chunk_places(tiles, chunks)
-    plane = plane_bytes(weight.cluster_rows)
-    starts = group_starts(weight.depths[0], weight.cluster_offset[0], weight.cluster_rows)
-    same = torch.cat([tile.new_ones(1, dtype=torch.bool), tiles[1:, 0] != tiles[:-1, 0]])
-    ordinal = torch.arange(len(tiles), device=device)
-    first_rows = (ordinal - torch.where(same, ordinal, 0).cummax(0).values) * rows
-    result = torch.empty(words * rows, dtype=torch.int32, device=device)
-    tile_of = torch.cat([torch.stack([tile, number], 1).reshape(-1), base]).to(torch.int32)
-    if len(tile):
-        repack_kernel[(len(tile),)](
-            weight.codes, starts, plane, first_rows, tiles, chunks, order, places_on(device),
-            tile_of, result, weight.shape[1], ROWS=rows,
-        )  # fmt: skip
+def repack(part: Part) -> torch.Tensor:
+    """Return the device words of a part, (words · rows,) int32."""
+    weight, device = part.weight, part.weight.device
+    result = torch.empty(part.words * part.rows, dtype=torch.int32, device=device)
+    slots = len(part.slot_tiles)
+    if slots:
+        repack_kernel[(slots,)](
+            codes=weight.codes,
+            group_starts=group_starts(
+                weight.depths[0], weight.cluster_offset[0], weight.cluster_rows
+            ),
+            planes=plane_bytes(weight.cluster_rows),
+            first_rows=part.first_rows,
+            tiles=part.tiles,
+            chunks=part.chunks,
+            order=part.order,
+            places=places_on(device),
+            tile_of=_slot_table(part),
+            words=result,
+            columns=weight.shape[1],
+            ROWS=part.rows,
+        )
     return result
 
 
-def chunk_places(
-    tiles: torch.Tensor, chunks: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For every slot (chunk of a tile): its tile, number in the cluster, and first word / rows."""
-    device = tiles.device
-    first = tiles[:, 2].to(torch.int64)
-    cluster_first = torch.unique(first)
-    ends = torch.cat([cluster_first[1:], first.new_tensor([len(chunks)])])
-    count = ends[torch.searchsorted(cluster_first, first)] - first
-    tile = torch.repeat_interleave(torch.arange(len(tiles), device=device), count)
-    number = torch.arange(len(tile), device=device) - (count.cumsum(0) - count)[tile]
-    depth = (chunks[first[tile] + number] >> 6) & 15
-    base = depth.cumsum(0) - depth
-    return tile, number, base
-
-
-def unpack(
-    words: torch.Tensor, tiles: torch.Tensor, chunks: torch.Tensor, rows: int
-) -> torch.Tensor:
-    """Codes of every slot from device words: (slots, 32, rows) uint8, the inverse of `repack`."""
-    _, _, base = chunk_places(tiles, chunks)
-    tile, number, _ = chunk_places(tiles, chunks)
-    depth = (chunks[tiles[tile, 2] + number] >> 6 & 15).to(torch.int64)
-    places = places_on(words.device).to(torch.int64)
-    codes = torch.zeros((len(tile), CHUNK, rows), dtype=torch.int64, device=words.device)
-    lanes = torch.arange(rows, device=words.device)
-    for bit in range(8):
-        place = places[depth, :, bit]  # (slots, 32)
-        has_bit = (bit < depth)[:, None].expand_as(place)
-        slot, column = has_bit.nonzero(as_tuple=True)
-        where = place[slot, column]
-        word = (base[slot] + where // 32) * rows
-        value = words[word[:, None] + lanes].to(torch.int64) >> (where % 32)[:, None]
-        codes[slot, column] |= (value & 1) << bit
-    return codes.to(torch.uint8)
+def _slot_table(part: Part) -> torch.Tensor:
+    """`tile_of` of the kernel, (3 · slots,) int32."""
+    tiles = part.tiles[part.slot_tiles]
+    slots = torch.arange(len(tiles), dtype=torch.int32, device=tiles.device)
+    number = slots - tiles[:, SLOT_BASE]
+    depth = (part.chunks[tiles[:, CHUNK_BASE] + number] >> DEPTH_SHIFT) & DEPTH_MASK
+    base = depth.cumsum(0, dtype=torch.int32) - depth
+    return torch.cat([torch.stack([part.slot_tiles, number], 1).reshape(-1), base])

@@ -24,14 +24,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cvxq_kernels.gpu.layout import MAX_DEPTH, operand_order
+from cvxq_kernels.gpu.layout import BYTE_WORDS, LOW_DEPTH, MAX_DEPTH, WIDE_WORDS, operand_order
 
 Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class LevelTables:
-    """Tables of all depths; `words` (9, 4) and `wide_words` (9, 8) int32, `units` (3, 9) float32.
+    """Tables of all depths; `byte_words` (9, 4) and `wide_words` (9, 8) int32, `units` (3, 9).
 
     halves (float16) and exact (float32): depth B's levels at [2^B, 2^(B+1)), by nibble or byte of
     the device layout. half_words (9, 8) int32: the low bytes, then the high bytes of `halves` for
@@ -39,7 +39,7 @@ class LevelTables:
     units: of the bytes, of the halves and of the wide words.
     """
 
-    words: npt.NDArray[np.int32]
+    byte_words: npt.NDArray[np.int32]
     wide_words: npt.NDArray[np.int32]
     half_words: npt.NDArray[np.int32]
     halves: npt.NDArray[np.float16]
@@ -49,8 +49,8 @@ class LevelTables:
 
 def make_tables(joined: Array) -> LevelTables:
     """Tables for levels (512,) float32, depth B's at [2^B, 2^(B+1)), finite and ascending."""
-    words = np.zeros((MAX_DEPTH + 1, 4), np.int32)
-    half_words, wide_words = np.zeros((2, MAX_DEPTH + 1, 8), np.int32)
+    words = np.zeros((MAX_DEPTH + 1, BYTE_WORDS), np.int32)
+    half_words, wide_words = np.zeros((2, MAX_DEPTH + 1, WIDE_WORDS), np.int32)
     halves, exact = np.zeros(512, np.float16), np.zeros(512, np.float32)
     units = np.zeros((3, MAX_DEPTH + 1), np.float32)
     for depth in range(1, MAX_DEPTH + 1):
@@ -59,7 +59,7 @@ def make_tables(joined: Array) -> LevelTables:
         exact[part] = levels
         units[1, depth] = np.abs(levels).max() or 1
         halves[part] = levels / units[1, depth]
-        if depth <= 4:
+        if depth <= LOW_DEPTH:
             units[0, depth], integers = _round_levels(joined[part].astype(np.float64))
             words[depth] = _byte_table(integers).view(np.int32)
             units[2, depth], wide_words[depth] = _wide_table(joined[part].astype(np.float64))

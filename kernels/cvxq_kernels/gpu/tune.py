@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -28,10 +27,8 @@ from cvxq_kernels.gpu.plan import (
     choose_plan,
     split_for,
 )
+from cvxq_kernels.gpu.weight import GpuWeight
 from cvxq_kernels.gpu.workspace import Workspace
-
-if TYPE_CHECKING:
-    from cvxq_kernels.gpu.weight import GpuWeight
 
 # Of the output's norm. The matvec's integers cost some 0.7 %, float16 operands 0.05 %; a wrong
 # index or a missing part of the sum costs far more than this.
@@ -84,7 +81,7 @@ def _best(weight: GpuWeight, batch: int, dtype: torch.dtype, timer: Timer) -> Pl
     generator = torch.Generator(device=weight.device).manual_seed(0)
     x = torch.randn(batch, weight.shape[1], generator=generator, device=weight.device).to(dtype)
     # In float32 and in a scratch of its own, which is freed at once.
-    apart = type(weight)(weight.matrix, Workspace(weight.device))
+    apart = GpuWeight(weight.matrix, Workspace(weight.device))
     expected = apart.matmul(x.float(), plan=Plan("expand"))
     del apart
     tiles = len(weight.matrix.tiles)

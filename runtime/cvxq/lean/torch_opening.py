@@ -59,13 +59,14 @@ def tune_alike(weights: Iterable[Weight], dtype: torch.dtype) -> None:
     The first time on a device takes seconds, later ones recall what was found.
     """
     from cvxq_kernels.gpu import GpuWeight
+    from cvxq_kernels.gpu.tune import tune
 
     first: dict[tuple[object, ...], GpuWeight] = {}
     for weight in weights:
         if isinstance(weight, GpuWeight):
             alike = (weight.shape, weight.matrix.rows, weight.matrix.depths)
             if alike not in first:
-                weight.tune((1,), dtype)
+                tune(weight, (1,), dtype)
                 first[alike] = weight
             weight.plans.update(first[alike].plans)
 

@@ -11,8 +11,8 @@ import torch
 from cvxq_format import Codebook, CompandedTensor, unpack_codes
 from cvxq_kernels import PackedWeight
 from cvxq_kernels.gpu import GpuWeight, UnsupportedWeightError
-from cvxq_kernels.gpu.layout import CHUNK
-from cvxq_kernels.gpu.repack import unpack
+from cvxq_kernels.gpu.layout import CHUNK, place_table
+from cvxq_kernels.gpu.matrix import DeviceMatrix
 
 CODEBOOK = Codebook.default()
 Make = Callable[..., PackedWeight]
@@ -26,13 +26,33 @@ def bits(values: torch.Tensor) -> torch.Tensor:
     return values.cpu().contiguous().view(torch.int32)
 
 
+def unpack(matrix: DeviceMatrix) -> torch.Tensor:
+    """Codes of every slot from device words: (slots, 32, rows) uint8, the inverse of `repack`."""
+    tiles = matrix.tiles[matrix.slot_tiles].to(torch.int64)
+    number = torch.arange(len(tiles), device=tiles.device) - tiles[:, 3]
+    depth = (matrix.chunks[tiles[:, 2] + number] >> 6 & 15).to(torch.int64)
+    base = depth.cumsum(0) - depth
+    places = torch.from_numpy(place_table()).to(tiles)
+    codes = tiles.new_zeros((len(tiles), CHUNK, matrix.rows))
+    lanes = torch.arange(matrix.rows, device=tiles.device)
+    for bit in range(8):
+        place = places[depth, :, bit]  # (slots, 32)
+        has_bit = (bit < depth)[:, None].expand_as(place)
+        slot, column = has_bit.nonzero(as_tuple=True)
+        where = place[slot, column]
+        word = (base[slot] + where // 32) * matrix.rows
+        value = matrix.words[word[:, None] + lanes].to(torch.int64) >> (where % 32)[:, None]
+        codes[slot, column] |= (value & 1) << bit
+    return codes.to(torch.uint8)
+
+
 def test_unpacking_gives_the_codes_back(
     random_companded: Callable[..., CompandedTensor], device: torch.device
 ) -> None:
     tensor = random_companded((23, 37), seed=1, group_size=16, partitions=1)
     packed = PackedWeight.from_tensor(tensor, CODEBOOK)
     matrix = GpuWeight.from_packed(packed, device).matrix
-    found = unpack(matrix.words, matrix.tiles, matrix.chunks, matrix.rows).cpu()
+    found = unpack(matrix).cpu()
     expected = unpack_codes(tensor).reshape(23, 37)  # stored rows
     count = 0
     slot = 0

@@ -60,7 +60,8 @@ def test_bytes_add_little_to_a_depths_own_error(depth: int) -> None:
     levels = CODEBOOK.levels[depth - 1].astype(np.float64)
     tables = make_tables(joined_levels(CODEBOOK))
     rounded = np.empty_like(levels)
-    rounded[operand_order(depth)] = byte_values(tables.words[depth], depth) * tables.units[0, depth]
+    found = byte_values(tables.byte_words[depth], depth)
+    rounded[operand_order(depth)] = found * tables.units[0, depth]
     edges = (levels[1:] + levels[:-1]) / 2
     code = np.searchsorted(edges, GAUSS)
     extra = np.mean((rounded[code] - levels[code]) ** 2)
@@ -75,7 +76,7 @@ def test_any_table_of_depth_4_fits(seed: int) -> None:
     joined = joined_levels(CODEBOOK)
     joined[16:32] = levels
     tables = make_tables(joined)
-    found = byte_values(tables.words[4], 4) * tables.units[0, 4]
+    found = byte_values(tables.byte_words[4], 4) * tables.units[0, 4]
     assert np.abs(found - levels[operand_order(4)]).max() <= tables.units[0, 4] * 0.5001
     assert tables.units[0, 4] <= np.abs(levels).max() / 60
 
@@ -132,9 +133,9 @@ def test_halves_are_the_levels(depth: int) -> None:
 
 def test_a_table_of_zeros() -> None:
     tables = make_tables(np.zeros(512, np.float32))
-    assert not tables.words[1:4].any()
+    assert not tables.byte_words[1:4].any()
     assert not tables.halves.any()
     assert np.isfinite(tables.units).all()
-    assert not byte_values(tables.words[4], 4).any()
+    assert not byte_values(tables.byte_words[4], 4).any()
     for depth in range(1, 5):
         assert np.abs(wide_values(tables.wide_words[depth], depth)).max() <= 0.5

@@ -117,7 +117,7 @@ class Matrix(NamedTuple):
     depths: int
 
 
-def test_one_weight_of_each_kind_is_tuned() -> None:
+def test_one_weight_of_each_kind_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring takes a device; how often it happens, and who shares the result, does not."""
     pytest.importorskip("triton")
     from cvxq_kernels import gpu
@@ -134,10 +134,11 @@ def test_one_weight_of_each_kind_is_tuned() -> None:
         def shape(self) -> tuple[int, int]:
             return self.size
 
-        def tune(self, batches: Any, dtype: torch.dtype) -> None:
-            tuned.append((self.shape, self.matrix.depths, batches, dtype))
-            self.plans[1] = Plan("matvec", len(tuned))
+    def measure(weight: Stand, batches: Any, dtype: torch.dtype) -> None:
+        tuned.append((weight.shape, weight.matrix.depths, batches, dtype))
+        weight.plans[1] = Plan("matvec", len(tuned))
 
+    monkeypatch.setattr("cvxq_kernels.gpu.tune.tune", measure)
     weights = [Stand((8, 4), 3), Stand((8, 4), 3), Stand((8, 4), 7), Stand((4, 4), 3)]
     dense = DenseWeight(torch.zeros(2, 2))
     tune_alike([*weights, dense], torch.float16)
