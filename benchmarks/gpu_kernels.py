@@ -26,7 +26,7 @@ import torch
 import triton
 from cvxq_kernels.gpu import GpuWeight
 from cvxq_kernels.gpu.plan import bucket
-from cvxq_kernels.gpu.tune import candidates, tune
+from cvxq_kernels.gpu.tuning import candidates, tune
 from gpu_peers import Peers, graph_seconds
 from gpu_weights import GROUP_SIZE, copies, histogram, mixed_depths, random_packed
 

@@ -3,7 +3,7 @@
 Three ways to multiply, by the number of rows of the input: `matvec` (integer activations of 8 bits,
 or "matvec16" of 16, up to 8 rows at a time), `gemm` (tiles decoded into tensor-core operands), and
 expanding the weight into a scratch for the vendor's GEMM.  Which one serves a batch is a `Plan`,
-measured by `tune.tune` and otherwise guessed from the batch.  No operation waits for the device,
+measured by `tuning.tune` and otherwise guessed from the batch.  No operation waits for the device,
 and once a batch size has been used, repeating it allocates nothing but its result: operations can
 be captured in a CUDA graph after one call outside.
 """

@@ -59,7 +59,7 @@ def tune_alike(weights: Iterable[Weight], dtype: torch.dtype) -> None:
     The first time on a device takes seconds, later ones recall what was found.
     """
     from cvxq_kernels.gpu import GpuWeight
-    from cvxq_kernels.gpu.tune import tune
+    from cvxq_kernels.gpu.tuning import tune
 
     first: dict[tuple[object, ...], GpuWeight] = {}
     for weight in weights:

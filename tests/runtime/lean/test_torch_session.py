@@ -138,7 +138,7 @@ def test_one_weight_of_each_kind_is_tuned(monkeypatch: pytest.MonkeyPatch) -> No
         tuned.append((weight.shape, weight.matrix.depths, batches, dtype))
         weight.plans[1] = Plan("matvec", len(tuned))
 
-    monkeypatch.setattr("cvxq_kernels.gpu.tune.tune", measure)
+    monkeypatch.setattr("cvxq_kernels.gpu.tuning.tune", measure)
     weights = [Stand((8, 4), 3), Stand((8, 4), 3), Stand((8, 4), 7), Stand((4, 4), 3)]
     dense = DenseWeight(torch.zeros(2, 2))
     tune_alike([*weights, dense], torch.float16)

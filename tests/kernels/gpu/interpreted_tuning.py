@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cvxq_kernels import PackedWeight
-from cvxq_kernels.gpu import GpuWeight, tune
+from cvxq_kernels.gpu import GpuWeight, tuning
 from cvxq_kernels.gpu.plan import Plan, bucket, choose_plan
 
 Make = Callable[..., PackedWeight]
@@ -21,26 +21,26 @@ def weight(
     make: Make, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> GpuWeight:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tune, "candidates", lambda *_: iter(PLANS))
+    monkeypatch.setattr(tuning, "candidates", lambda *_: iter(PLANS))
     return GpuWeight.from_packed(make((16, 12), 5), device)
 
 
-def seconds(*times: float) -> tune.Timer:
+def seconds(*times: float) -> tuning.Timer:
     """Timer that answers `times` in turn and runs nothing."""
     left = iter(times)
     return lambda action: next(left)
 
 
 def test_the_fastest_is_kept_and_remembered(weight: GpuWeight, tmp_path: Path) -> None:
-    found = tune.tune(weight, [1], torch.float32, seconds(3, 1, 2))
+    found = tuning.tune(weight, [1], torch.float32, seconds(3, 1, 2))
     assert found == {1: PLANS[1]}
     assert weight.plan_for(1) == PLANS[1]
     weight.plans.clear()
-    assert tune.tune(weight, [1], torch.float32, seconds()) == found  # measures nothing
-    path = tune.cache_path(weight.device)
+    assert tuning.tune(weight, [1], torch.float32, seconds()) == found  # measures nothing
+    path = tuning.cache_path(weight.device)
     assert path.is_relative_to(tmp_path)
     path.write_text("{")
-    assert tune.tune(weight, [1], torch.float32, seconds(1, 2, 3)) == {1: PLANS[0]}
+    assert tuning.tune(weight, [1], torch.float32, seconds(1, 2, 3)) == {1: PLANS[0]}
 
 
 def test_a_plan_with_wrong_values_is_never_kept(
@@ -58,12 +58,12 @@ def test_a_plan_with_wrong_values_is_never_kept(
         return y
 
     monkeypatch.setattr(GpuWeight, "matmul", broken)
-    assert tune.tune(weight, [1], torch.float32, seconds(3)) == {1: PLANS[0]}
+    assert tuning.tune(weight, [1], torch.float32, seconds(3)) == {1: PLANS[0]}
 
 
 def test_candidates_fit_the_batch() -> None:
     for batch in (1, 8, 16, 64, 256):
-        plans = list(tune.candidates(batch, 64, 128, 132))
+        plans = list(tuning.candidates(batch, 64, 128, 132))
         assert len(plans) == len(set(plans))
         assert {plan.kind for plan in plans} >= {"gemm"}
         assert ("expand" in {plan.kind for plan in plans}) == (batch >= 16)
