@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from cvxq_format.limits import MAX_DEPTH
 
 CHUNK = 32  # columns of a chunk
 EIGHTHS, PAIRS = CHUNK // 8, CHUNK // 2  # of a chunk: eight columns, two columns
-MAX_DEPTH = 8
 LOW_DEPTH = 4  # up to here codes fit nibbles, and `prmt` looks levels up
 # Sets of depths, bit B for depth B: those that have words, and the low ones of them.
 ALL_DEPTHS, LOW_DEPTHS = (2 << MAX_DEPTH) - 2, (2 << LOW_DEPTH) - 2
