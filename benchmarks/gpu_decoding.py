@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cvxq.lean.cuda.decoder import TorchDecoder
+from cvxq.lean.cuda.opening import open_torch_decoder
 from cvxq.lean.spec import read_spec
-from cvxq.lean.torch_decoder import TorchDecoder
-from cvxq.lean.torch_opening import open_torch_decoder
 from cvxq.lean.weights import find_weights
 from cvxq.sample import SamplingSettings
 from cvxq_format import CompandedTensor, RawTensor, Reader

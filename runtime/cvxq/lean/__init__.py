@@ -25,7 +25,7 @@ def open_decoder(reader: Reader, device: str = "cpu", threads: int | None = None
     spec = read_spec(config)
     weights = find_weights(spec, reader)
     if device != "cpu":
-        from cvxq.lean.torch_opening import open_torch_decoder
+        from cvxq.lean.cuda.opening import open_torch_decoder
 
         return open_torch_decoder(spec, weights, reader, device, config)
     from cvxq.lean.native_decoder import NativeDecoder

@@ -10,11 +10,11 @@ import pytest
 import torch
 from cvxq import bench, evaluate
 from cvxq.generate import generate_tokens
+from cvxq.lean.cuda.decoder import TorchDecoder
+from cvxq.lean.cuda.opening import compute_dtype, open_torch_decoder, tune_alike
+from cvxq.lean.cuda.weights import DenseWeight
 from cvxq.lean.decoder import DrawingDecoder
 from cvxq.lean.spec import read_spec
-from cvxq.lean.torch_decoder import TorchDecoder
-from cvxq.lean.torch_opening import compute_dtype, open_torch_decoder, tune_alike
-from cvxq.lean.torch_weights import DenseWeight
 from cvxq.lean.weights import find_weights
 from cvxq.model import Model, NetworkOptions
 from cvxq.sample import SamplingSettings

@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 from cvxq_kernels.decode import Norm, reference
 
+from cvxq.lean.cuda.weights import Layer, TorchWeights
 from cvxq.lean.spec import DecoderSpec
-from cvxq.lean.torch_weights import Layer, TorchWeights
 
 
 class KeyValueCache:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cvxq.lean.torch_sample import DeviceSampler, truncate
+from cvxq.lean.cuda.sample import DeviceSampler, truncate
 from cvxq.sample import SamplingSettings
 from transformers.generation import (
     MinPLogitsWarper,

@@ -14,10 +14,10 @@ import torch
 from cvxq_format import Reader
 from cvxq_kernels import PackedWeight
 
+from cvxq.lean.cuda.decoder import TorchDecoder
+from cvxq.lean.cuda.network import TorchNetwork
+from cvxq.lean.cuda.weights import Weight, load_weights
 from cvxq.lean.spec import DecoderSpec
-from cvxq.lean.torch_decoder import TorchDecoder
-from cvxq.lean.torch_network import TorchNetwork
-from cvxq.lean.torch_weights import Weight, load_weights
 from cvxq.lean.weights import DecoderWeights
 
 WORKING_BYTES = 1 << 29

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from cvxq.errors import ContextError
-from cvxq.lean import torch_decoder
+from cvxq.lean.cuda import decoder as cuda_decoder
+from cvxq.lean.cuda.decoder import TorchDecoder
+from cvxq.lean.cuda.network import TorchNetwork
+from cvxq.lean.cuda.weights import DenseWeight, Pack, Weight, load_weights
 from cvxq.lean.spec import read_spec
-from cvxq.lean.torch_decoder import TorchDecoder
-from cvxq.lean.torch_network import TorchNetwork
-from cvxq.lean.torch_weights import DenseWeight, Pack, Weight, load_weights
 from cvxq.lean.weights import find_weights
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader
@@ -247,7 +247,7 @@ def test_without_graphs_it_says_so_once_and_goes_on(
     def fail(*arguments: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
 
-    monkeypatch.setattr(torch_decoder, "capture", fail)
+    monkeypatch.setattr(cuda_decoder, "capture", fail)
     said: list[str] = []
     made = make_file("llama")
     decoder = TorchDecoder(network_of(made), notify=said.append)
@@ -270,7 +270,7 @@ def test_a_captured_step_is_replayed(make_file: MakeFile, monkeypatch: pytest.Mo
         captured.append(generator)
         return compute
 
-    monkeypatch.setattr(torch_decoder, "capture", capture)
+    monkeypatch.setattr(cuda_decoder, "capture", capture)
     decoder = TorchDecoder(network_of(make_file("llama")))
     decoder._uses_graphs = True
     decoder.cache.grow(16, 0)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from cvxq.lean.cuda.decoder import TorchDecoder
+from cvxq.lean.cuda.opening import WORKING_BYTES, open_torch_decoder
 from cvxq.lean.spec import read_spec
-from cvxq.lean.torch_decoder import TorchDecoder
-from cvxq.lean.torch_opening import WORKING_BYTES, open_torch_decoder
 from cvxq.lean.weights import find_weights
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from cvxq.lean.cuda.network import KeyValueCache, TorchNetwork
+from cvxq.lean.cuda.weights import DenseWeight, Weight, load_weights
 from cvxq.lean.spec import read_spec
-from cvxq.lean.torch_network import KeyValueCache, TorchNetwork
-from cvxq.lean.torch_weights import DenseWeight, Weight, load_weights
 from cvxq.lean.weights import find_weights
 from cvxq_format import Reader
 from cvxq_kernels import PackedWeight

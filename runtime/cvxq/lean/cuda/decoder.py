@@ -20,8 +20,8 @@ from weakref import ReferenceType
 import torch
 
 from cvxq.errors import ContextError
-from cvxq.lean.torch_network import KeyValueCache, TorchNetwork
-from cvxq.lean.torch_sample import DeviceSampler
+from cvxq.lean.cuda.network import KeyValueCache, TorchNetwork
+from cvxq.lean.cuda.sample import DeviceSampler
 from cvxq.sample import SamplingSettings
 
 PREFILL_TOKENS = 512  # read at a time
