@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cvxq_format.model_config import context_length
 
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.calibration import cache_bytes, context_length, sampling_batch
+from cvxq_converter.measure.calibration import cache_bytes, sampling_batch
 from cvxq_converter.measure.hessian import MEMORY as HESSIAN_BYTES
 from cvxq_converter.measure.measurement import Measurement
 from cvxq_converter.measure.teaching import KEPT
@@ -283,7 +284,7 @@ def _shape_of(source: Source, keep: tuple[str, ...] = ()) -> _Shape:
         hidden=hidden,
         inner=find("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
         vocabulary=find("vocab_size"),
-        context=context_length(source.config),
+        context=context_length(source.config.get_text_config().to_dict()),
     )
 
 

@@ -82,16 +82,6 @@ def build_network(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     return network.eval()
 
 
-def context_length(config: Any) -> int | None:
-    """Return the most tokens the model was built for, or None when it states no limit."""
-    text = config.get_text_config()
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(text, key, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
 class _EmptyOnMeta(TorchFunctionMode):
     """`torch.empty`, with which modules allocate weights, gives meta tensors: no memory."""
 

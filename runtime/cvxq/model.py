@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cvxq_format import Reader
+from cvxq_format.model_config import context_length
 
 from cvxq.errors import ArgumentError
 from cvxq.generate import Generation, generate_text
@@ -87,9 +88,7 @@ class Model:
         """The most tokens of prompt and answer together, or None without a limit."""
         if self.decoder is not None:
             return self.decoder.capacity
-        from cvxq.architecture import context_length
-
-        return context_length(self.config)
+        return context_length(self.config.get_text_config().to_dict())
 
     @property
     def vocabulary(self) -> int:

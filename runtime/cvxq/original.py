@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cvxq_format.model_config import context_length
+
 from cvxq.errors import UnsupportedModelError
 from cvxq.loading import Weights, load
 from cvxq.tokenizer import Tokenizer
@@ -49,11 +51,9 @@ def load_subject(
         tokenizer = model.tokenizer if with_tokenizer else None
         network = model.decoder or model.network
         return Subject(network, tokenizer, model.context_length, model.transformers_reason)
-    from cvxq.architecture import context_length
-
     network = load_checkpoint(source)
     found = _tokenizer(source) if with_tokenizer else None
-    return Subject(network, found, context_length(network.config))
+    return Subject(network, found, context_length(network.config.get_text_config().to_dict()))
 
 
 def load_checkpoint(source: str) -> PreTrainedModel:

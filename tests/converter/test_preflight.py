@@ -23,13 +23,14 @@ from cvxq_converter.preflight import (
     refuse_what_cannot_fit,
 )
 from cvxq_converter.source.checkpoint import open_source
+from transformers import LlamaConfig
 
 LAPTOP = Speed(flops=1e11, elements=1e9, call_seconds=5e-6)
 
 
 def llama(layers: int, hidden: int, context: int = 4096) -> Any:
     """A checkpoint of that size as far as shapes go."""
-    text = SimpleNamespace(
+    config = LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
         intermediate_size=4 * hidden,
@@ -47,7 +48,7 @@ def llama(layers: int, hidden: int, context: int = 4096) -> Any:
     }
     tensors = blocks | {name: SimpleNamespace(shape=(32000, hidden)) for name in ("embed", "head")}
     return SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: text),
+        config=config,
         tensors=tensors,
         parameters=sum(info.shape[0] * info.shape[1] for info in tensors.values()),
         weight_files=(),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cvxq_format.model_config import context_length
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
@@ -42,7 +43,8 @@ def make_sequences(
         raise ConversionError(
             f"calibration: {count} sequences of {length} tokens; expected at least 1 of at least 2"
         )
-    length = min(length, context_length(network.config) or length)
+    stated = context_length(network.config.get_text_config().to_dict())
+    length = min(length, stated or length)
     if source == "none":
         return torch.empty(0, length, dtype=torch.int64)
     if source == "self":
@@ -50,16 +52,6 @@ def make_sequences(
     if tokenizer is None:
         raise ConversionError(f"{source}: the model has no tokenizer; use --calibration self")
     return _cut(_tokenize(network, tokenizer, read_documents(source)), count, length, source)
-
-
-def context_length(config: Any) -> int | None:
-    """Return the number of positions that the model was made for, or None if it is not stated."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 # --- text ---------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.calibration import context_length, make_sequences
+from cvxq_converter.measure.calibration import make_sequences
 from cvxq_converter.options import Calibration
+from cvxq_format.model_config import context_length
 
 
 class Bytes:
@@ -202,9 +203,9 @@ def test_logits_that_overflow_are_refused(build_network: Any) -> None:
 
 def test_context_length(build_network: Any) -> None:
     for architecture in ("llama", "gpt2", "opt"):
-        assert context_length(build_network(architecture).config) == 64
-    nothing = SimpleNamespace()
-    assert context_length(SimpleNamespace(get_text_config=lambda: nothing)) is None
+        config = build_network(architecture).config
+        assert context_length(config.get_text_config().to_dict()) == 64
+    assert context_length({}) is None
 
 
 def test_sampled_tokens_are_valid_inputs(build_network: Any) -> None:
