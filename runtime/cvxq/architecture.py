@@ -19,16 +19,8 @@ import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers import modeling_rope_utils as rope
 
 from cvxq.errors import InconsistentFileError, UnsupportedModelError
-
-# The name of the keyword that sets the parameters' dtype changed with transformers 4.56.
-_DTYPE_KEYWORD = (
-    "dtype"
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
-    else "torch_dtype"
-)
 
 
 def read_config(blob: bytes) -> Any:
@@ -44,7 +36,6 @@ def read_config(blob: bytes) -> Any:
     if not isinstance(settings, dict):
         raise InconsistentFileError("config.json of the file is not a JSON object")
     kind = settings.get("model_type")
-    settings = _readable_by_this_version(settings)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         try:
@@ -66,9 +57,7 @@ def build_network(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """
     try:
         with _parameters_on_meta():
-            network = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, **{_DTYPE_KEYWORD: dtype}
-            )
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
     except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} cannot build a causal language model of type "
@@ -108,31 +97,6 @@ def _parameters_on_meta() -> Iterator[None]:
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _readable_by_this_version(settings: dict[str, Any]) -> dict[str, Any]:
-    """Rewrite what transformers 5 stores differently, when an older one is installed.
-
-    Version 5 keeps the rotary settings in `rope_parameters`; version 4 reads `rope_theta`,
-    `partial_rotary_factor` (GPT-NeoX: `rotary_emb_base`, `rotary_pct`) and `rope_scaling`, and
-    would silently take its defaults.  Version 5 reads files of version 4 by itself.
-    """
-    nested = settings.get("rope_parameters")
-    if not isinstance(nested, dict) or hasattr(rope, "RopeParameters"):
-        return settings
-    if any(isinstance(value, dict) for value in nested.values()):
-        raise UnsupportedModelError(
-            "config.json has rotary settings per kind of layer, which transformers "
-            f"{transformers.__version__} cannot read; install transformers 5"
-        )
-    rewritten = {key: value for key, value in settings.items() if key != "rope_parameters"}
-    rest = dict(nested)
-    for new, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
-        if new in rest:
-            rewritten[new] = rewritten[old] = rest.pop(new)
-    if rest.get("rope_type", "default") != "default":
-        rewritten["rope_scaling"] = rest
-    return rewritten
 
 
 def _first_line(error: BaseException) -> str:

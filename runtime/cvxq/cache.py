@@ -33,8 +33,6 @@ class NetworkSession(Session):
         self._cache: Any = None
         # Recurrent networks keep a state that cannot be rewound: they read everything anew.
         self._has_keys = not getattr(network, "_is_stateful", False)
-        # Some networks of transformers 4 (GPT-2) take tuples of tensors and return longer ones.
-        self._takes_tuples = not getattr(network, "_supports_cache_class", True)
         forward = inspect.signature(network.forward).parameters
         self._last_only: dict[str, Any] = (
             {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
@@ -46,8 +44,6 @@ class NetworkSession(Session):
             return
         if length > 0 and isinstance(self._cache, DynamicCache):
             self._cache.crop(length - len(self.ids))
-        elif length > 0 and self._cache is not None and _is_by_position(self._cache):
-            self._cache = tuple(tuple(t[:, :, :length] for t in layer) for layer in self._cache)
         elif self._has_keys:  # nothing can be kept
             self._cache = None
             length = 0
@@ -59,7 +55,7 @@ class NetworkSession(Session):
             logits = self._forward([*self.ids, *ids])
             self.ids.extend(ids)
             return logits
-        if self._cache is None and not self._takes_tuples:
+        if self._cache is None:
             self._cache = DynamicCache()
         try:
             for start in range(0, len(ids), self.prefill_tokens):
@@ -86,8 +82,3 @@ class NetworkSession(Session):
             self._cache = output.past_key_values
         logits: Logits = output.logits[0, -1].float().cpu().numpy()
         return logits
-
-
-def _is_by_position(cache: Any) -> bool:
-    """Tell whether a cache of tuples is (batch, heads, positions, width), so that it can be cut."""
-    return all(tensor.dim() == 4 for layer in cache for tensor in layer)

@@ -3,9 +3,9 @@
 A file names tensors as the source checkpoint did.  Checkpoints differ from the network's own
 names in one way that matters: they may lack, or have, the prefix of the base model
 (`h.0.ln_1.weight` for `transformer.h.0.ln_1.weight` in GPT-2's).  GPT-NeoX's output head is
-`embed_out` in checkpoints and transformers 4, but `lm_head` in transformers 5.  Every parameter
-must find its tensor and every tensor its parameter; constants that old checkpoints carried along
-(attention masks, rotary frequencies) are the only ones left out.
+`embed_out` in checkpoints, but `lm_head` in transformers.  Every parameter must find its tensor and
+every tensor its parameter; constants that old checkpoints carried along (attention masks, rotary
+frequencies) are the only ones left out.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
         "trust_remote_code": False,
         "use_safetensors": source.weight_files[0].suffix == ".safetensors",
         "output_loading_info": True,
-        "dtype" if _takes_dtype() else "torch_dtype": dtype,
+        "dtype": dtype,
     }
     with quiet_transformers():
         try:
@@ -211,12 +211,6 @@ def other_tensors(
     for name, tensor in network.state_dict().items():
         if name not in parameters:
             yield names.get(name, name), tensor
-
-
-def _takes_dtype() -> bool:
-    """Say whether from_pretrained knows `dtype` (transformers 4.56) or only `torch_dtype`."""
-    major, minor = transformers.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (4, 56)
 
 
 def _check_finite(source: Source, network: Any, dtype: torch.dtype) -> None:
