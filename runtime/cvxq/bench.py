@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cvxq.progress import Progress
 from cvxq.sample import SamplingSettings
 from cvxq.session import Session
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 COPY_BYTES = 1 << 28  # 256 MiB, beyond the caches of current CPUs
 DEVICE_COPY_BYTES = 1 << 30  # 1 GiB, beyond those of current GPUs
 COPY_REPEATS = 5
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ a few numbers are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from cvxq.errors import ArgumentError
+from cvxq.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     Predictor: TypeAlias = PreTrainedModel | Decoder
 
 CHUNK_LOGITS = 1 << 22  # logits in float64 at a time: 32 MB for each network
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
