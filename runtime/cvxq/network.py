@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from cvxq_format import Codebook, CompandedTensor, RawTensor, Reader
+from cvxq_format import Codebook, CompandedTensor, Reader
 from cvxq_kernels import PackedWeight, cpu
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -25,6 +25,7 @@ from cvxq.errors import ArgumentError, InconsistentFileError
 from cvxq.modules import can_pack, pack_module
 from cvxq.names import match_names, resolve_alias, tied_groups
 from cvxq.parts import needed_part
+from cvxq.tensors import raw_to_torch
 
 
 def load_network(
@@ -102,7 +103,9 @@ def fill_network(
                 native = _native(value, codebook)
             _place_packed(network, tensor, packed, native, names, keep_packed, dtype)
         else:
-            _place_dense(network, tensor, _raw(value, device, dtype), names)
+            raw = raw_to_torch(value)
+            raw = raw.to(device, dtype if raw.is_floating_point() else raw.dtype)
+            _place_dense(network, tensor, raw, names)
     for buffer_name, buffer in network.named_buffers():
         _set(network, buffer_name, buffer.to(device))
     network.requires_grad_(False)
@@ -170,17 +173,6 @@ def _check_shape(tensor: str, found: tuple[int, ...], expected: torch.Tensor, na
             f"tensor {tensor!r} has shape {found}, but {name!r} of the config's architecture "
             f"needs {tuple(expected.shape)}"
         )
-
-
-def _raw(value: RawTensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Copy an unquantized tensor out of the file; floating ones become `dtype`."""
-    data = value.data.copy()
-    if value.dtype == "bf16":
-        tensor = torch.from_numpy(data.view("int16")).view(torch.bfloat16)
-    else:
-        tensor = torch.from_numpy(data)
-    tensor = tensor.reshape(value.shape)
-    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _owner(network: nn.Module, name: str) -> tuple[Any, str]:

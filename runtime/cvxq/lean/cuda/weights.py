@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from cvxq.lean import weights as names
 from cvxq.lean.spec import DecoderSpec
+from cvxq.tensors import raw_to_torch
 
 
 class Weight(Hashable, Protocol):
@@ -216,9 +217,4 @@ class _Loader:
     def _dense(self, value: CompandedTensor | RawTensor) -> torch.Tensor:
         if isinstance(value, CompandedTensor):
             return self._packed(value).to(self.device).dense(self.dtype)
-        data = value.data.copy()
-        if value.dtype == "bf16":
-            raw = torch.from_numpy(data.view("int16")).view(torch.bfloat16)
-        else:
-            raw = torch.from_numpy(data)
-        return raw.reshape(value.shape).to(self.device, self.dtype)
+        return raw_to_torch(value).to(self.device, self.dtype)
