@@ -8,60 +8,42 @@ since no file supplies them.
 from __future__ import annotations
 
 import contextlib
-import json
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from cvxq.config import Settings, blame, parse, read_config, reason
 from cvxq.errors import InconsistentFileError, UnsupportedModelError
 
 
-def read_config(blob: bytes) -> Any:
-    """Parse the bytes of a config.json into the transformers config it describes.
+def build_network(settings: Settings, file: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the causal language model of a parsed config.json, its parameters on the meta device.
 
-    Raises UnsupportedModelError when the installed transformers has no such model, or when the
-    model would need code from the checkpoint; InconsistentFileError when it is not a JSON object.
+    file: what to call the config.json in errors; dtype: of the parameters.
+    Raises UnsupportedModelError when transformers has no such causal language model, or cannot
+    build it here; InconsistentFileError when a value of the config keeps it from doing so.
     """
-    try:
-        settings = json.loads(blob)
-    except ValueError as error:
-        raise InconsistentFileError(f"config.json of the file is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise InconsistentFileError("config.json of the file is not a JSON object")
-    kind = settings.get("model_type")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-        try:
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            raise UnsupportedModelError(
-                f"transformers {transformers.__version__} cannot read the config of model type "
-                f"{kind!r}: {_first_line(error)}"
-            ) from error
-    return config
-
-
-def build_network(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the causal language model of `config` with parameters of `dtype` on the meta device.
-
-    Raises UnsupportedModelError when transformers has no causal language model for it.
-    """
-    try:
-        with _parameters_on_meta():
-            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
-    except (ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    config = read_config(settings, file)
+    version, model_type = transformers.__version__, settings["model_type"]
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
-            f"transformers {transformers.__version__} cannot build a causal language model of type "
-            f"{config.model_type!r}: {_first_line(error)}"
+            f"{file}: transformers {version} has no causal language model of type {model_type!r}"
+        )
+    try:
+        network = _build(config, dtype)
+    except Exception as error:  # whatever the architecture's code makes of the values
+        blamed = blame(settings, lambda rest: _build(parse(rest), dtype))
+        is_unknown = isinstance(error, (ImportError, KeyError))  # a package or name missing here
+        is_value = bool(blamed) or isinstance(error, (ArithmeticError, ValueError))
+        kind = InconsistentFileError if is_value and not is_unknown else UnsupportedModelError
+        raise kind(
+            f"{file}: {blamed}transformers {version} cannot build a model of type "
+            f"{model_type!r}: {reason(error)}"
         ) from error
     empty = [name for name, buffer in network.named_buffers() if buffer.is_meta]
     if empty:
@@ -69,6 +51,11 @@ def build_network(config: Any, dtype: torch.dtype) -> PreTrainedModel:
             f"{type(network).__name__} has a buffer that no file supplies: {empty[0]!r}"
         )
     return network.eval()
+
+
+def _build(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    with _parameters_on_meta():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -97,8 +84,3 @@ def _parameters_on_meta() -> Iterator[None]:
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -4,7 +4,8 @@
     ├── ArgumentError          2  a setting or prompt that cannot be used
     │   └── ContextError       2  more tokens than the model's context holds
     ├── MissingPartError       3  the file has no tokenizer (or other part) that is needed
-    ├── InconsistentFileError  4  sound checksums, but the parts contradict each other
+    ├── InconsistentFileError  4  sound checksums, but the parts contradict each other, or a
+    │                             configuration holds a value that cannot be
     └── UnsupportedModelError  5  an architecture or option that this installation cannot run
 
 Errors of the container itself (not a .cvxq file, corrupt, truncated, unknown feature) are those
@@ -37,7 +38,7 @@ class MissingPartError(CvxqError):
 
 
 class InconsistentFileError(CvxqError):
-    """The file's checksums hold but its parts contradict each other."""
+    """The file's checksums hold, but its parts contradict each other or a value cannot be."""
 
     exit_code = 4
 

@@ -100,9 +100,12 @@ class Model:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end a text: those of the generation config, else of the config."""
-        stated = end_ids(self.reader) if self.decoder is not None else None
-        if stated is not None:
+        """Tokens that end a text: those of the generation config, else of the config.
+
+        Raises InconsistentFileError where the file names something else than tokens.
+        """
+        stated = end_ids(self.reader)
+        if self.decoder is not None and stated is not None:
             return stated
         for source in (self.generation_config, self.config.get_text_config()):
             ids = getattr(source, "eos_token_id", None)

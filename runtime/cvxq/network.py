@@ -6,7 +6,6 @@ the memory they take, or each is expanded once.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -20,11 +19,12 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cvxq.architecture import build_network, read_config
+from cvxq.architecture import build_network
+from cvxq.config import reason
 from cvxq.errors import ArgumentError, InconsistentFileError
 from cvxq.modules import can_pack, pack_module
 from cvxq.names import match_names, resolve_alias, tied_groups
-from cvxq.parts import needed_part
+from cvxq.parts import json_part, needed_part
 from cvxq.tensors import raw_to_torch
 
 
@@ -47,10 +47,11 @@ def load_network(
         raise ArgumentError(f"dtype is {dtype}, allowed: a floating type such as torch.float32")
     if threads is not None:
         torch.set_num_threads(threads)
-    config = read_config(needed_part(reader, "config.json"))
-    network = build_network(config, dtype)
+    needed_part(reader, "config.json")
+    settings = json_part(reader, "config.json")
+    network = build_network(settings, f"{reader.path}: config.json of the file", dtype)
     fill_network(network, reader, keep_packed, torch.device(device), dtype)
-    network.generation_config = _generation_config(reader, config)
+    network.generation_config = _generation_config(reader, network.config)
     return network
 
 
@@ -196,10 +197,12 @@ def _generation_config(reader: Reader, config: Any) -> GenerationConfig:
     """Return the file's generation config, or the one that follows from the model's config."""
     if "generation_config.json" not in reader.files:
         return GenerationConfig.from_model_config(config)
+    settings = json_part(reader, "generation_config.json")
     try:
-        settings = json.loads(reader.file("generation_config.json"))
         with warnings.catch_warnings():  # about the author's choices, which nobody here can change
             warnings.simplefilter("ignore", UserWarning)
             return GenerationConfig.from_dict(settings)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InconsistentFileError(f"generation_config.json of the file: {error}") from error
+    except Exception as error:  # some values are checked, others only used
+        raise InconsistentFileError(
+            f"{reader.path}: generation_config.json of the file: {reason(error)}"
+        ) from error

@@ -10,6 +10,7 @@ from cvxq_format.model_config import context_length
 
 from cvxq.errors import UnsupportedModelError
 from cvxq.loading import Weights, load
+from cvxq.parts import json_object
 from cvxq.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -70,13 +71,26 @@ def load_checkpoint(source: str) -> PreTrainedModel:
         network, info = AutoModelForCausalLM.from_pretrained(
             source, local_files_only=local, trust_remote_code=False, output_loading_info=True
         )
-    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the architecture's code makes of the files
+        if local:
+            _check_config(Path(source, "config.json"))
         raise UnsupportedModelError(_refusal(source, error)) from error
     for name in sorted(map(str, info["missing_keys"])):
         raise UnsupportedModelError(f"{source}: weight {name} is missing from the checkpoint")
     network = network.to(torch.float32).eval()
     network.requires_grad_(False)
     return network
+
+
+def _check_config(path: Path) -> None:
+    """Raise what `build_network` does for a config.json that is wrong in itself."""
+    import torch
+
+    from cvxq.architecture import build_network
+
+    build_network(json_object(path.read_bytes(), str(path)), str(path), torch.float32)
 
 
 def _deep(source: str) -> bool:
@@ -91,7 +105,7 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             source, local_files_only=Path(source).is_dir(), trust_remote_code=False
         )
-    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # every kind of tokenizer fails in its own way
         raise UnsupportedModelError(_refusal(f"the tokenizer of {source}", error)) from error
 
 

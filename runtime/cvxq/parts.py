@@ -24,12 +24,17 @@ def json_part(reader: Reader, name: str) -> dict[str, Any]:
     """
     if name not in reader.files:
         return {}
+    return json_object(reader.file(name), f"{reader.path}: {name} of the file")
+
+
+def json_object(blob: bytes, what: str) -> dict[str, Any]:
+    """Parse a JSON object, called `what` in the InconsistentFileError for anything else."""
     try:
-        value = json.loads(reader.file(name))
-    except ValueError as error:
-        raise InconsistentFileError(f"{name} of the file is not JSON: {error}") from None
+        value = json.loads(blob)
+    except (ValueError, RecursionError) as error:
+        raise InconsistentFileError(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InconsistentFileError(f"{name} of the file is not a JSON object")
+        raise InconsistentFileError(f"{what} is not a JSON object")
     return value
 
 
@@ -37,11 +42,16 @@ def end_ids(reader: Reader) -> frozenset[int] | None:
     """Tokens that end a text: those of the generation config, else of the config.
 
     None when neither says, and the defaults of the architecture hold.
+    Raises InconsistentFileError for anything but a token, a list of tokens, or null.
     """
     for name in ("generation_config.json", "config.json"):
         ids = json_part(reader, name).get("eos_token_id")
-        if isinstance(ids, int):
-            return frozenset([ids])
-        if isinstance(ids, list):
-            return frozenset(ids)
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(item) is int for item in listed):
+            raise InconsistentFileError(
+                f"{reader.path}: {name} of the file: eos_token_id is {ids!r}, allowed: a token's "
+                "number, a list of them, or null"
+            )
+        if ids is not None:
+            return frozenset(listed)
     return frozenset() if "eos_token_id" in json_part(reader, "config.json") else None

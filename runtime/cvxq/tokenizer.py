@@ -15,6 +15,7 @@ from cvxq_format import Reader
 
 from cvxq.errors import MissingPartError, UnsupportedModelError
 from cvxq.lean.tokenizer import read_tokenizer
+from cvxq.parts import json_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +67,8 @@ def load_tokenizer(reader: Reader) -> Tokenizer:
 def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    from cvxq.config import read_config
+
     with tempfile.TemporaryDirectory() as folder:
         for name in parts:
             if name in own or name.endswith(".jinja") or name == "config.json":
@@ -76,7 +79,9 @@ def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreT
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # every kind of tokenizer fails in its own way
+            if "config.json" in parts:  # which tokenizers look into
+                read_config(json_part(reader, "config.json"), f"{reader.path}: config.json")
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UnsupportedModelError(
                 f"the tokenizer in the file ({', '.join(own)}) cannot be built: {lines[0]}"

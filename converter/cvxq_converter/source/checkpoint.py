@@ -140,7 +140,9 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
             network, info = transformers.AutoModelForCausalLM.from_pretrained(
                 source.folder, **options
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the architecture's code makes of the files
             raise ConversionError(
                 f"{source.name}: transformers {transformers.__version__} cannot load it: "
                 f"{one_line(error)}"

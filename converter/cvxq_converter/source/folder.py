@@ -93,11 +93,14 @@ def read_config(folder: Path, name: str) -> Any:
     _check_is_causal_lm(raw, model_type, name)
     try:
         with quiet_transformers():
-            return transformers.AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
+            config.get_text_config().to_dict()  # which every later step looks into
+            return config
     except Exception as error:  # each architecture validates its own fields in its own way
-        raise ConversionError(f"{name}: config.json is refused: {one_line(error)}") from error
+        refused = one_line(error.__cause__ or error)  # the outer one may not say what was found
+        raise ConversionError(f"{name}: config.json is refused: {refused}") from error
 
 
 def _check_is_causal_lm(raw: dict[str, Any], model_type: str, name: str) -> None:
@@ -105,14 +108,17 @@ def _check_is_causal_lm(raw: dict[str, Any], model_type: str, name: str) -> None
     allowed = causal.get(model_type, ())
     allowed = (allowed,) if isinstance(allowed, str) else tuple(allowed)
     found = raw.get("architectures") or list(allowed)
+    if not isinstance(found, list):
+        raise ConversionError(f"{name}: config.json: architectures is {found!r}, allowed: a list")
     is_causal = any(item in allowed for item in found) and not raw.get("is_encoder_decoder")
     if not is_causal or (model_type in ("bert", "roberta") and not raw.get("is_decoder")):
         raise ConversionError(
             f"{name}: {', '.join(map(str, found)) or model_type} is not a causal language model"
             + (f"; expected {' or '.join(allowed)}" if allowed else "")
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantization := raw.get("quantization_config"):
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown") if known else quantization
         raise ConversionError(
             f"{name}: already quantized ({method}); convert the original 16- or 32-bit checkpoint"
         )

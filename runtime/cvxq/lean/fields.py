@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cvxq.lean.errors import NotLeanError
 
+LARGEST_COUNT = 2**31 - 1  # what sizes in native code hold
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -32,18 +33,14 @@ class Fields:
         value = self.values.get(name)
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int) or value < (0 if zero else 1):
+        if type(value) is not int or not (0 if zero else 1) <= value <= LARGEST_COUNT:
             raise NotLeanError(f"config field {name!r} is {short(value)}, not a positive integer")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """Return a positive finite number."""
         value = self.values.get(name, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 < value < math.inf
-        ):
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise NotLeanError(f"config field {name!r} is {short(value)}, not a positive number")
         return float(value)
 

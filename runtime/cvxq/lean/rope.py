@@ -10,6 +10,7 @@ that the frequencies agree to the last bit or two.  "dynamic" changes frequencie
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,8 @@ def rope_settings(config: Mapping[str, Any], default_theta: float) -> dict[str, 
         if config.get(name) is not None:
             merged.setdefault(name, config[name])
     merged.setdefault("rope_theta", default_theta)
-    merged["rope_type"] = merged.get("rope_type") or merged.pop("type", None) or "default"
+    kinds = (merged.get("rope_type"), merged.pop("type", None), "default")
+    merged["rope_type"] = next(kind for kind in kinds if kind is not None)
     return merged
 
 
@@ -98,7 +100,7 @@ def read_rope(settings: Mapping[str, Any], head_dim: int, context: int) -> Rope:
     Raises NotLeanError for a kind, a setting or a value that is not implemented here.
     """
     kind = settings["rope_type"]
-    if kind not in _SETTINGS:
+    if not isinstance(kind, str) or kind not in _SETTINGS:
         raise NotLeanError(f"rope_type is {kind!r}, implemented: {', '.join(_SETTINGS)}")
     strangers = sorted(set(settings) - _ALWAYS - _SETTINGS[kind])
     if strangers:
@@ -142,6 +144,8 @@ def _yarn(periods: Floats, theta: float, settings: Mapping[str, Any], context: i
     factor = _number(settings, "factor", context / before)
     fast, slow = _number(settings, "beta_fast", 32.0), _number(settings, "beta_slow", 1.0)
     dims = 2 * len(periods)
+    if theta == 1:
+        raise NotLeanError("rope_theta is 1: all dimensions turn alike, which YaRN cannot divide")
 
     def dimension(turns: float) -> float:
         return dims * math.log(before / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -178,6 +182,6 @@ def _number(settings: Mapping[str, Any], name: str, default: float | None = None
         value = default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise NotLeanError(f"rotary setting {name!r} is {value!r}, not a number")
-    if not 0 < value < math.inf:
+    if not 0 < value <= sys.float_info.max:
         raise NotLeanError(f"rotary setting {name!r} is {value!r}, not positive")
     return float(value)

@@ -222,7 +222,11 @@ def _rope_layers(kind: str, fields: Fields, layers: int) -> tuple[bool, ...]:
     if chosen is None:
         interval = fields.count("no_rope_layer_interval")
         return tuple((layer + 1) % interval != 0 for layer in range(layers))
-    if not isinstance(chosen, list) or len(chosen) < layers or not set(chosen) <= {0, 1}:
+    if (
+        not isinstance(chosen, list)
+        or len(chosen) < layers
+        or any(turned not in (0, 1) for turned in chosen)
+    ):
         raise NotLeanError(f"no_rope_layers is {short(chosen)}, not a list of {layers} zeros, ones")
     return tuple(bool(turned) for turned in chosen[:layers])
 

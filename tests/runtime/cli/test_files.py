@@ -199,6 +199,44 @@ def test_corrupt_tensor_is_named(
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "perplexity", "bench"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # the lean path, the transformers path
+def test_a_config_with_a_value_of_the_wrong_type(
+    fails: Fails,
+    make_file: MakeFile,
+    plain_tokenizer: dict[str, bytes],
+    text_file: Path,
+    kind: str,
+    command: str,
+) -> None:
+    settings = json.loads(make_file(kind).network.config.to_json_string())
+    config = {"config.json": json.dumps({**settings, "vocab_size": "many"}).encode()}
+    made = make_file(kind, files=plain_tokenizer | config)
+    line = fails(4, *arguments(command, made.path, text_file))
+    assert f'{made.path}: config.json of the file: vocab_size is "many"; ' in line
+    assert "expected int, got str" in line
+
+
+@pytest.mark.parametrize("command", ["convert", "measure"])
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", "big"), ("architectures", 3)])
+def test_a_folder_whose_config_has_a_value_of_the_wrong_type(
+    fails: Fails,
+    original_folder: tuple[Path, Path],
+    tmp_path: Path,
+    command: str,
+    field: str,
+    value: object,
+) -> None:
+    path = original_folder[1] / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, field: value}))
+    output = tmp_path / "out"
+    more = ["--bits", 3] if command == "convert" else []
+    line = fails(6, command, path.parent, "-o", output, *more)
+    assert line.startswith("original: ")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "perplexity", "bench"])
 def test_unsupported_architecture(
     fails: Fails,
     make_file: MakeFile,

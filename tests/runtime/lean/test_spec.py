@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 import transformers
 from cvxq.lean.errors import NotLeanError
-from cvxq.lean.families import DEFAULT_THETA, DEFAULTS
+from cvxq.lean.families import DEFAULT_THETA, DEFAULTS, ROPE_FIELDS
 from cvxq.lean.rope import read_rope, rope_settings
 from cvxq.lean.spec import DecoderSpec, read_spec
 from transformers import AutoConfig
@@ -231,6 +233,21 @@ def test_every_kind_of_the_tests(lean_kind: str, make_file: Any) -> None:
 )
 def test_refusals_say_why(fields: dict[str, Any], reason: str) -> None:
     assert reason in refusal({**LLAMA, **fields})
+
+
+STRANGE = ["x", [], {}, [[]], [{}], None, True, -1, 0, 1, 2.5, 10**400, math.nan, math.inf]
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=lambda value: repr(value)[:12])
+def test_whatever_a_field_holds_is_read_or_refused(kind: str, value: Any) -> None:
+    """Nothing else is raised: what is wrong with the value, the transformers path says."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    settings = ["factor", "beta_fast", "mscale", "attention_factor", "rope_type", "rope_theta"]
+    configs = [{field: value} for field in [*DEFAULTS[kind], *ROPE_FIELDS, "model_type"]]
+    configs += [{"rope_scaling": {**yarn, field: value}} for field in settings]
+    for config in configs:
+        with contextlib.suppress(NotLeanError):
+            read_spec({"model_type": kind, **config})
 
 
 def test_fields_of_real_checkpoints_that_mean_nothing() -> None:
