@@ -1,8 +1,10 @@
 # Everything here needs only python3 (3.10 or newer, with venv and pip) and make. Each target makes
-# or refreshes its virtual environment first. PYTHON= names another Python, VENV= another folder.
+# or refreshes its virtual environment first. PYTHON= names another Python, VENV= another folder,
+# TORCH_INDEX= the URL of an index with PyTorch's CPU build, for where pip's own sources lack it.
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH_INDEX ?=
 RUN = $(VENV)/bin
 # A worker holds PyTorch and a share of the tests' models: more than a few would want much memory.
 WORKERS = --numprocesses auto --maxprocesses 4 --dist loadscope
@@ -16,7 +18,7 @@ help:
 	@echo 'make clean    remove the environment and whatever was made'
 
 environment:
-	@$(PYTHON) tools/make_environment.py --venv $(VENV)
+	@$(PYTHON) tools/make_environment.py --venv $(VENV) --torch-index '$(TORCH_INDEX)'
 
 demo: environment
 	$(RUN)/cvxq convert demo/model -o demo/demo.cvxq --bits 3 --report demo/report

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,14 +81,34 @@ def test_constraints_pin_what_the_script_asks_for(setup: ModuleType) -> None:
         setup.pinned("torchvision", constraints)
 
 
+INDEX = "http://127.0.0.1:9/"  # nobody answers there
+
+
 def test_cpu_build_first_without_a_gpu_on_linux(setup: ModuleType) -> None:
-    choices = [arguments for _, arguments in setup.torch_choices("2.13.0", "Linux", False)]
+    choices = [arguments for _, arguments in setup.torch_choices("2.13.0", "Linux", False, INDEX)]
     assert [arguments[-1] for arguments in choices] == [
         "torch==2.13.0+cpu",
         "torch==2.13.0+cpu",
         "torch==2.13.0",
     ]
     assert ["--index-url" in arguments for arguments in choices] == [False, True, False]
+    assert choices[1][choices[1].index("--index-url") + 1] == INDEX
+
+
+def test_without_an_index_named_only_the_sources_of_pip_are_asked(setup: ModuleType) -> None:
+    choices = [arguments for _, arguments in setup.torch_choices("2.13.0", "Linux", False)]
+    assert [arguments[-1] for arguments in choices] == ["torch==2.13.0+cpu", "torch==2.13.0"]
+    assert not any("index" in word for arguments in choices for word in arguments)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["tools/make_environment.py", "Makefile", ".ci/run", "pyproject.toml", "setup.py",
+     "constraints.txt", "README.md", "CONTRIBUTING.md"],
+)  # fmt: skip
+def test_no_host_is_named_where_packages_come_from(file: str) -> None:
+    text = (SCRIPT.parents[1] / file).read_text()
+    assert re.findall(r"https?://|\b[\w-]+\.(?:org|com|io|co|net)\b", text) == []
 
 
 @pytest.mark.parametrize(("system", "gpu"), [("Linux", True), ("Darwin", False)])
@@ -102,15 +123,18 @@ FULL = "ERROR: Could not install packages due to an OSError: [Errno 28] No space
 
 
 @pytest.mark.parametrize(
-    ("answers", "tries", "reason"),
+    ("answers", "index", "reason"),
     [
-        (["ok"], 1, None),
-        ([NO_MATCH, "ok"], 2, None),
-        ([NO_MATCH, OFFLINE, "ok"], 3, None),  # only PyTorch's index is out of reach
-        ([NO_MATCH, OFFLINE, OFFLINE], 3, "index cannot be reached"),
-        ([OFFLINE], 1, "index cannot be reached"),
-        ([FULL], 1, "the disk is full"),
-        ([NO_MATCH, FULL], 2, "the disk is full"),
+        (["ok"], INDEX, None),
+        ([NO_MATCH, "ok"], INDEX, None),
+        ([NO_MATCH, OFFLINE, "ok"], INDEX, None),  # only the index named is out of reach
+        ([NO_MATCH, OFFLINE, OFFLINE], INDEX, "index cannot be reached"),
+        ([OFFLINE], INDEX, "index cannot be reached"),
+        ([FULL], INDEX, "the disk is full"),
+        ([NO_MATCH, FULL], INDEX, "the disk is full"),
+        ([NO_MATCH, "ok"], None, None),
+        ([NO_MATCH, OFFLINE], None, "index cannot be reached"),
+        ([OFFLINE], None, "index cannot be reached"),
     ],
 )
 def test_the_next_build_is_tried_only_where_that_can_help(
@@ -118,7 +142,7 @@ def test_the_next_build_is_tried_only_where_that_can_help(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     answers: list[str],
-    tries: int,
+    index: str | None,
     reason: str | None,
 ) -> None:
     asked = []
@@ -136,11 +160,11 @@ def test_the_next_build_is_tried_only_where_that_can_help(
     monkeypatch.setattr(setup, "check_disk", lambda folder, needed: None)
     environment = Scripted(tmp_path)
     if reason is None:
-        environment.install_torch("2.13.0", gpu=False)
+        environment.install_torch("2.13.0", gpu=False, index=index)
     else:
         with pytest.raises(setup.SetupError, match=reason):
-            environment.install_torch("2.13.0", gpu=False)
-    assert len(asked) == tries
+            environment.install_torch("2.13.0", gpu=False, index=index)
+    assert len(asked) == len(answers)
 
 
 def test_the_fingerprint_follows_the_files_and_the_folder(

@@ -1,16 +1,17 @@
 """Make or refresh the virtual environment that the Makefile's targets run in.
 
-    python3 tools/make_environment.py [--venv .venv]
+    python3 tools/make_environment.py [--venv .venv] [--torch-index URL]
 
 Needs nothing but Python's standard library. The environment is stamped with a digest of
 pyproject.toml, setup.py, the native sources, constraints.txt and this file: an unchanged one is
 left as it is, a changed one is filled again, one whose set-up never finished is made anew. What
 pip prints goes to VENV/setup.log; what went wrong comes out as one line.
 
-PyTorch is the one package with a choice. On Linux the package index holds its CUDA build, which
-brings several GB of libraries; without an NVIDIA GPU the CPU build is asked for first, from the
-package sources pip is configured with, then from PyTorch's own index, and only if neither has it
-does the CUDA build (which works without a GPU, too) take its place.
+Packages come from the sources pip is configured with, and from no other unless --torch-index
+names one. PyTorch is the one package with a choice. On Linux the usual index holds its CUDA build,
+which brings several GB of libraries; without an NVIDIA GPU the CPU build is asked for first, from
+pip's own sources, then from the index named, and only if neither has it does the CUDA build (which
+works without a GPU, too) take its place.
 
 This file must stay readable to Python 3.6, so that an old Python gets a sentence and not a
 syntax error; hence the quoted annotations.
@@ -37,7 +38,6 @@ GB = 10**9
 DISK_CPU = 3 * GB  # environment and pip's copies, PyTorch's CPU build; measured 2.1 GB
 DISK_CUDA = 12 * GB
 DISK_TEMPORARY = 1 * GB  # where pip unpacks the largest wheel
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NETWORK_SIGNS = (
     "NewConnectionError",
     "NameResolutionError",
@@ -146,20 +146,25 @@ def has_gpu() -> bool:
     return answer.returncode == 0 and b"GPU" in answer.stdout
 
 
-def torch_choices(version: str, system: str, gpu: bool) -> "list[tuple[str, list[str]]]":
-    """What to ask pip for, best first: a name to print and pip's arguments."""
+def torch_choices(
+    version: str, system: str, gpu: bool, index: "str | None" = None
+) -> "list[tuple[str, list[str]]]":
+    """What to ask pip for, best first: a name to print and pip's arguments.
+
+    index: where the CPU build is looked for besides pip's own sources, or None.
+    """
     plain = (f"PyTorch {version}", ["torch==" + version])
     if system != "Linux" or gpu:
         return [plain]
     wanted = f"torch=={version}+cpu"
     name = f"PyTorch {version}, CPU build"
-    # A network that swallows packets must not cost minutes before the next choice is tried.
-    at_pytorch = ["--index-url", TORCH_CPU_INDEX, "--retries", "1", "--timeout", "15"]
-    return [
-        (name, ["--retries", "2", wanted]),
-        (name + ", from its own index", [*at_pytorch, wanted]),
-        (f"PyTorch {version} with CUDA (several GB; no CPU build within reach)", plain[1]),
-    ]
+    choices = [(name, ["--retries", "2", wanted])]
+    if index is not None:
+        # A network that swallows packets must not cost minutes before the next choice is tried.
+        there = ["--index-url", index, "--retries", "1", "--timeout", "15"]
+        choices.append((name + ", from the index named", [*there, wanted]))
+    last = f"PyTorch {version} with CUDA (several GB; no CPU build within reach: see --torch-index)"
+    return [*choices, (last, plain[1])]
 
 
 class Environment:
@@ -215,10 +220,10 @@ class Environment:
         )
         return answer.stdout.strip().split("+")[0] == version
 
-    def install_torch(self, version: str, gpu: bool) -> None:
+    def install_torch(self, version: str, gpu: bool, index: "str | None" = None) -> None:
         if self.has_torch(version):
             return
-        choices = torch_choices(version, platform.system(), gpu)
+        choices = torch_choices(version, platform.system(), gpu, index)
         for number, (name, arguments) in enumerate(choices):
             is_last = number == len(choices) - 1
             if is_last and platform.system() == "Linux":
@@ -227,7 +232,7 @@ class Environment:
             ok, printed = self.pip("--no-deps", *arguments)
             if ok:
                 return
-            is_offline = is_network_failure(printed) and TORCH_CPU_INDEX not in arguments
+            is_offline = is_network_failure(printed) and "--index-url" not in arguments
             if is_last or is_offline or is_disk_failure(printed):
                 raise self.fail(printed)
 
@@ -244,7 +249,7 @@ def say(text: str) -> None:
     print("environment: " + text, flush=True)
 
 
-def set_up(venv: Path) -> None:
+def set_up(venv: Path, torch_index: "str | None" = None) -> None:
     environment = Environment(venv)
     if environment.is_current():
         return
@@ -255,7 +260,8 @@ def set_up(venv: Path) -> None:
     say(f"filling {venv} (Python {platform.python_version()}); log: {environment.log}")
     environment.create()
     constraints = ROOT / "constraints.txt"
-    environment.install_torch(pinned("torch", constraints.read_text()), has_gpu())
+    version = pinned("torch", constraints.read_text())
+    environment.install_torch(version, has_gpu(), torch_index)
     say("cvxq and what it needs")
     environment.install_project(constraints, "dev")
     environment.stamp.write_text(fingerprint(venv))
@@ -267,7 +273,9 @@ def main() -> int:
         check_python(tuple(sys.version_info[:3]))
         parser = argparse.ArgumentParser(description="Make or refresh the virtual environment.")
         parser.add_argument("--venv", default=".venv", help="its folder (default: .venv)")
-        set_up(Path(parser.parse_args().venv).expanduser().absolute())
+        parser.add_argument("--torch-index", help="where else to look for PyTorch's CPU build")
+        options = parser.parse_args()
+        set_up(Path(options.venv).expanduser().absolute(), options.torch_index or None)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1
