@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 RUN = $(VENV)/bin
+C_SOURCES = $(wildcard kernels/cvxq_kernels/cpu/native/*.[chi]*) tests/kernels/cpu/driver.c
 # A worker holds PyTorch and a share of the tests' models: more than a few would want much memory.
 WORKERS = --numprocesses auto --maxprocesses 4 --dist loadscope
 
@@ -31,6 +32,7 @@ test: environment
 static: environment
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/clang-format --dry-run --Werror $(C_SOURCES)
 	$(RUN)/mypy
 	$(RUN)/mypy tools benchmarks demo
 	$(RUN)/python tools/check_documents.py

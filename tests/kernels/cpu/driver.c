@@ -54,9 +54,11 @@ static int check(cvxq_pool *pool, int rows, int columns, int group, int transpos
         }
         at += depths[g] * plane;
     }
+    // clang-format off
     const cvxq_companded source = {rows, columns, group, 1, transposed, depths, scale_codes,
                                    mean_codes, NULL, NULL, codes, (int64_t)bytes, scales, means,
                                    levels, NULL, NULL};
+    // clang-format on
     cvxq_matrix *matrix = cvxq_matrix_pack(pool, &source);
     if (!matrix) return 1;
     const int n = transposed ? columns : rows, k = transposed ? rows : columns;

@@ -12,15 +12,13 @@
 #define SERIAL_ELEMENTS 4096   /* below this many, activations stay on one thread */
 #define SERIAL_PRODUCTS 60000  /* likewise for the multiplications of attention */
 
-static int64_t now(void)
-{
+static int64_t now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-static void run(cvxq_decoder *decoder, void (*task)(void *, int, int), int alone)
-{
+static void run(cvxq_decoder *decoder, void (*task)(void *, int, int), int alone) {
     if (alone || decoder->threads == 1)
         task(decoder, 0, 1);
     else
@@ -28,16 +26,14 @@ static void run(cvxq_decoder *decoder, void (*task)(void *, int, int), int alone
 }
 
 static void multiply(cvxq_decoder *decoder, const cvxq_matrix *const *weights, int count,
-                     const float *x, int rows, float *const *y)
-{
+                     const float *x, int rows, float *const *y) {
     const int64_t begin = now();
     cvxq_matmul(decoder->pool, weights, count, x, rows, y, decoder->exact);
     decoder->products += now() - begin;
 }
 
 static void normalize(const cvxq_decoder *decoder, const cvxq_norm *norm, const float *x,
-                      float *out)
-{
+                      float *out) {
     const int n = decoder->shape.hidden;
     if (norm->kind != CVXQ_NO_NORM)
         decoder->math->normalize(norm, x, n, out);
@@ -49,8 +45,7 @@ static void normalize(const cvxq_decoder *decoder, const cvxq_norm *norm, const 
 static int first_of(int count, int part, int parts) { return (int)((int64_t)count * part / parts); }
 
 /* Add the branch to the stream and prepare the input of the next one. */
-static void settle_rows(void *context, int part, int parts)
-{
+static void settle_rows(void *context, int part, int parts) {
     cvxq_decoder *decoder = context;
     const int hidden = decoder->shape.hidden, end = first_of(decoder->count, part + 1, parts);
     for (int row = first_of(decoder->count, part, parts); row < end; row++) {
@@ -66,16 +61,14 @@ static void settle_rows(void *context, int part, int parts)
 }
 
 static void settle(cvxq_decoder *decoder, const cvxq_norm *out, const cvxq_norm *sum,
-                   const cvxq_norm *in)
-{
+                   const cvxq_norm *in) {
     decoder->norms[0] = out;
     decoder->norms[1] = sum;
     decoder->norms[2] = in;
     run(decoder, settle_rows, decoder->count == 1);
 }
 
-static void prepare_head(cvxq_decoder *decoder, const cvxq_norm *norm, float *x, int row)
-{
+static void prepare_head(cvxq_decoder *decoder, const cvxq_norm *norm, float *x, int row) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const int pairs = decoder->layers[decoder->layer].rotated ? s->rotary_pairs : 0;
     if (norm->kind != CVXQ_NO_NORM) decoder->math->normalize(norm, x, s->head_dim, x);
@@ -86,8 +79,7 @@ static void prepare_head(cvxq_decoder *decoder, const cvxq_norm *norm, float *x,
 
 /* Norms and rotation of one key and its queries; keys (width, 64), values (64, width) to the
  * cache. */
-static void prepare_group(cvxq_decoder *decoder, int row, int head)
-{
+static void prepare_group(cvxq_decoder *decoder, int row, int head) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const cvxq_layer *layer = decoder->layers + decoder->layer;
     const int width = s->head_dim, group = s->heads / s->kv_heads;
@@ -107,8 +99,7 @@ static void prepare_group(cvxq_decoder *decoder, int row, int head)
     memcpy(values + place * padded(width), decoder->value + at, (size_t)width * sizeof(float));
 }
 
-static void prepare_rows(void *context, int part, int parts)
-{
+static void prepare_rows(void *context, int part, int parts) {
     cvxq_decoder *decoder = context;
     const int heads = decoder->shape.kv_heads, all = decoder->count * heads;
     const int end = first_of(all, part + 1, parts);
@@ -117,24 +108,21 @@ static void prepare_rows(void *context, int part, int parts)
 }
 
 /* Rows of one key head that a task takes: few enough that every thread has some. */
-static int attention_rows(const cvxq_decoder *decoder, int parts)
-{
+static int attention_rows(const cvxq_decoder *decoder, int parts) {
     const int all = decoder->count * decoder->shape.heads;
     const int rows = (all + parts - 1) / parts;
     return rows < ROWS ? rows : ROWS;
 }
 
 /* Steps in which the rows of one key head are taken. */
-static int attention_steps(const cvxq_decoder *decoder, int parts)
-{
+static int attention_steps(const cvxq_decoder *decoder, int parts) {
     const int rows = decoder->count * (decoder->shape.heads / decoder->shape.kv_heads);
     const int step = attention_rows(decoder, parts);
     return (rows + step - 1) / step;
 }
 
 /* Attention of the chunk; the results replace the queries. */
-static void attend_rows(void *context, int part, int parts)
-{
+static void attend_rows(void *context, int part, int parts) {
     cvxq_decoder *decoder = context;
     const cvxq_decoder_shape *s = &decoder->shape;
     const int group = s->heads / s->kv_heads, width = s->head_dim;
@@ -167,8 +155,7 @@ static void attend_rows(void *context, int part, int parts)
     }
 }
 
-static void attention(cvxq_decoder *decoder)
-{
+static void attention(cvxq_decoder *decoder) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const cvxq_layer *layer = decoder->layers + decoder->layer;
     const cvxq_matrix *const weights[] = {layer->q, layer->k, layer->v};
@@ -178,8 +165,8 @@ static void attention(cvxq_decoder *decoder)
     const int64_t work = seen * decoder->count * s->heads * s->head_dim * 2;
     const int alone = work < SERIAL_PRODUCTS;
     /* A single token's heads need nothing of each other: prepare each where it is attended to. */
-    decoder->prepares =
-        decoder->count == 1 && attention_steps(decoder, alone ? 1 : decoder->threads) == 1;
+    decoder->prepares = decoder->count == 1 &&
+                        attention_steps(decoder, alone ? 1 : decoder->threads) == 1;
     if (!decoder->prepares) run(decoder, prepare_rows, decoder->count == 1);
     const int64_t begin = now();
     run(decoder, attend_rows, alone);
@@ -187,8 +174,7 @@ static void attention(cvxq_decoder *decoder)
     multiply(decoder, &layer->o, 1, decoder->query, decoder->count, &decoder->branch);
 }
 
-static void activate_part(void *context, int part, int parts)
-{
+static void activate_part(void *context, int part, int parts) {
     cvxq_decoder *decoder = context;
     const int64_t lines = (span(decoder->count, decoder->shape.ffn)) / 16;
     const int64_t all = (int64_t)decoder->count * decoder->shape.ffn;
@@ -201,22 +187,19 @@ static void activate_part(void *context, int part, int parts)
                                 decoder->shape.activation, (int)(end - begin));
 }
 
-static void feed_forward(cvxq_decoder *decoder)
-{
+static void feed_forward(cvxq_decoder *decoder) {
     const cvxq_layer *layer = decoder->layers + decoder->layer;
     const cvxq_matrix *const weights[] = {layer->up, layer->gate};
     float *const results[] = {decoder->up, decoder->gate};
     const int gated = layer->gate != NULL;
     multiply(decoder, weights, 1 + gated, decoder->input, decoder->count, results);
-    run(decoder, activate_part,
-        (int64_t)decoder->count * decoder->shape.ffn < SERIAL_ELEMENTS);
+    run(decoder, activate_part, (int64_t)decoder->count * decoder->shape.ffn < SERIAL_ELEMENTS);
     multiply(decoder, &layer->down, 1, gated ? decoder->gate : decoder->up, decoder->count,
              &decoder->branch);
 }
 
 /* Angles in float32, position times frequency, as transformers computes them. */
-static void turn(cvxq_decoder *decoder)
-{
+static void turn(cvxq_decoder *decoder) {
     const cvxq_decoder_shape *s = &decoder->shape;
     for (int row = 0; row < decoder->count; row++) {
         for (int i = 0; i < s->rotary_pairs; i++) {
@@ -227,8 +210,7 @@ static void turn(cvxq_decoder *decoder)
     }
 }
 
-static void embed(cvxq_decoder *decoder, const int64_t *ids)
-{
+static void embed(cvxq_decoder *decoder, const int64_t *ids) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const int64_t all = (int64_t)decoder->count * s->embedding;
     float *target = s->project_in != NULL ? decoder->input : decoder->stream;
@@ -246,8 +228,7 @@ static void embed(cvxq_decoder *decoder, const int64_t *ids)
     }
 }
 
-static void cut_part(void *context, int part, int parts)
-{
+static void cut_part(void *context, int part, int parts) {
     cvxq_decoder *decoder = context;
     const cvxq_decoder_shape *s = &decoder->shape;
     const int64_t begin = decoder->cut_count * part / parts;
@@ -256,8 +237,7 @@ static void cut_part(void *context, int part, int parts)
     if (s->logit_cap > 0) decoder->math->soft_cap(decoder->cut + begin, s->logit_cap, n);
 }
 
-static void predict(cvxq_decoder *decoder, int wanted, float *logits)
-{
+static void predict(cvxq_decoder *decoder, int wanted, float *logits) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const float *input = decoder->input + (int64_t)(decoder->count - wanted) * s->hidden;
     if (s->project_out != NULL) {
@@ -272,8 +252,7 @@ static void predict(cvxq_decoder *decoder, int wanted, float *logits)
 }
 
 static int in_range(const cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
-                    int wanted)
-{
+                    int wanted) {
     const cvxq_decoder_shape *s = &decoder->shape;
     if (count < 1 || count > s->chunk || wanted < 0 || wanted > count) return 0;
     if (start < 0 || start + count > s->capacity) return 0;
@@ -283,8 +262,7 @@ static int in_range(const cvxq_decoder *decoder, const int64_t *ids, int count, 
 }
 
 int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
-                      int wanted, int exact, float *logits)
-{
+                      int wanted, int exact, float *logits) {
     const int layers = decoder->shape.layers;
     if (!in_range(decoder, ids, count, start, wanted)) return 2;
     if (cvxq_decoder_hold(decoder, start + count)) return 1;
@@ -312,8 +290,7 @@ int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int6
 }
 
 void cvxq_decoder_clock(const cvxq_decoder *decoder, int64_t *products, int64_t *attention,
-                        int64_t *total)
-{
+                        int64_t *total) {
     *products = decoder->products;
     *attention = decoder->attended;
     *total = decoder->total;

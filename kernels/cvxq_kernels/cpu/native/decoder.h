@@ -64,12 +64,12 @@ CVXQ_API void cvxq_decoder_free(cvxq_decoder *decoder);
  * and write the logits (wanted, vocabulary) after the last `wanted` of them. exact: as in
  * cvxq_matmul.
  * Returns 0; 1 when memory is short; 2 for tokens, positions or counts out of their range. */
-CVXQ_API int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count,
-                               int64_t start, int wanted, int exact, float *logits);
+CVXQ_API int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
+                               int wanted, int exact, float *logits);
 
 /* Nanoseconds spent so far: with matrices, in attention (scores to sums of values), altogether. */
-CVXQ_API void cvxq_decoder_clock(const cvxq_decoder *decoder, int64_t *products,
-                                 int64_t *attention, int64_t *total);
+CVXQ_API void cvxq_decoder_clock(const cvxq_decoder *decoder, int64_t *products, int64_t *attention,
+                                 int64_t *total);
 
 /* Bytes of keys and values held, and of scratch. */
 CVXQ_API int64_t cvxq_decoder_bytes(const cvxq_decoder *decoder);

@@ -24,8 +24,8 @@ typedef struct {
      * keys[b] (width, 64) and values[b] (64, padded width) of block b. Writes out[r] (width).
      * scratch: rows · (64 + padded + 2) floats. cap 0: none. */
     void (*attend)(const float *query, int rows, int width, const float *const *keys,
-                   const float *const *values, const int64_t *first, const int64_t *last,
-                   float cap, float *const *out, float *scratch);
+                   const float *const *values, const int64_t *first, const int64_t *last, float cap,
+                   float *const *out, float *scratch);
     const char *name;
 } cvxq_decoder_math;
 

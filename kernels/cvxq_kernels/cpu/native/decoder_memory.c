@@ -4,8 +4,7 @@
 
 #include "decoder_state.h"
 
-static const cvxq_decoder_math *best_math(void)
-{
+static const cvxq_decoder_math *best_math(void) {
 #if defined(__x86_64__)
     if (strcmp(cvxq_isa(), cvxq_decoder_math_avx512.name) == 0) return &cvxq_decoder_math_avx512;
     if (strcmp(cvxq_isa(), cvxq_decoder_math_avx2.name) == 0) return &cvxq_decoder_math_avx2;
@@ -13,13 +12,12 @@ static const cvxq_decoder_math *best_math(void)
     return &cvxq_decoder_math_base;
 }
 
-static int reserve_scratch(cvxq_decoder *decoder)
-{
+static int reserve_scratch(cvxq_decoder *decoder) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const int64_t chunk = s->chunk;
     const int wide = s->hidden > s->embedding ? s->hidden : s->embedding;
-    decoder->part_floats =
-        span(ROWS, s->head_dim) + span(ROWS, CVXQ_BLOCK + padded(s->head_dim) + 2);
+    decoder->part_floats = span(ROWS, s->head_dim) +
+                           span(ROWS, CVXQ_BLOCK + padded(s->head_dim) + 2);
     struct {
         float **place;
         int64_t floats;
@@ -50,15 +48,13 @@ static int reserve_scratch(cvxq_decoder *decoder)
     return 0;
 }
 
-static int64_t block_floats(const cvxq_decoder *decoder)
-{
+static int64_t block_floats(const cvxq_decoder *decoder) {
     const cvxq_decoder_shape *s = &decoder->shape;
     return (int64_t)s->layers * s->kv_heads * CVXQ_BLOCK * (s->head_dim + padded(s->head_dim));
 }
 
 cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
-                               const cvxq_layer *layers)
-{
+                               const cvxq_layer *layers) {
     cvxq_decoder *decoder = calloc(1, sizeof *decoder);
     if (decoder == NULL) return NULL;
     decoder->shape = *shape;
@@ -80,8 +76,7 @@ cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
     return decoder;
 }
 
-void cvxq_decoder_free(cvxq_decoder *decoder)
-{
+void cvxq_decoder_free(cvxq_decoder *decoder) {
     if (decoder == NULL) return;
     for (int i = 0; i < decoder->held; i++)
         cvxq_arena_free(decoder->memory[i], (size_t)block_floats(decoder) * sizeof(float));
@@ -94,8 +89,7 @@ void cvxq_decoder_free(cvxq_decoder *decoder)
     free(decoder);
 }
 
-int cvxq_decoder_hold(cvxq_decoder *decoder, int64_t positions)
-{
+int cvxq_decoder_hold(cvxq_decoder *decoder, int64_t positions) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const int key_floats = CVXQ_BLOCK * s->head_dim;
     const int value_floats = CVXQ_BLOCK * padded(s->head_dim);
@@ -115,8 +109,7 @@ int cvxq_decoder_hold(cvxq_decoder *decoder, int64_t positions)
     return 0;
 }
 
-int64_t cvxq_decoder_bytes(const cvxq_decoder *decoder)
-{
+int64_t cvxq_decoder_bytes(const cvxq_decoder *decoder) {
     return (decoder->held * block_floats(decoder) + decoder->scratch_floats) *
            (int64_t)sizeof(float);
 }

@@ -28,8 +28,7 @@ struct cvxq_decoder {
     int64_t cut_count;
 };
 
-static inline int padded(int width)
-{
+static inline int padded(int width) {
     return (width + CVXQ_PADDING - 1) / CVXQ_PADDING * CVXQ_PADDING;
 }
 

@@ -15,8 +15,7 @@
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 
-INLINE vf load(const float *x)
-{
+INLINE vf load(const float *x) {
     vf value;
     memcpy(&value, x, sizeof value);
     return value;
@@ -25,8 +24,7 @@ INLINE vf load(const float *x)
 INLINE void store(float *x, vf value) { memcpy(x, &value, sizeof value); }
 
 /* The first n < LANES elements, zeros behind them. */
-INLINE vf load_part(const float *x, int n)
-{
+INLINE vf load_part(const float *x, int n) {
     vf value = {0};
     memcpy(&value, x, (size_t)n * sizeof *x);
     return value;
@@ -36,15 +34,11 @@ INLINE void store_part(float *x, vf value, int n) { memcpy(x, &value, (size_t)n 
 
 INLINE vf splat(float x) { return x - (vf){0}; }
 
-INLINE vf choose(vi mask, vf yes, vf no)
-{
-    return (vf)((mask & (vi)yes) | (~mask & (vi)no));
-}
+INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
 INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
 
-INLINE float sum(vf x)
-{
+INLINE float sum(vf x) {
     float part[LANES];
     memcpy(part, &x, sizeof part);
     for (int width = LANES / 2; width; width /= 2)
@@ -52,8 +46,7 @@ INLINE float sum(vf x)
     return part[0];
 }
 
-INLINE float largest(vf x)
-{
+INLINE float largest(vf x) {
     float part[LANES];
     memcpy(part, &x, sizeof part);
     for (int width = LANES / 2; width; width /= 2)
@@ -65,8 +58,7 @@ INLINE float largest(vf x)
 /* e^x, relative error below 2e-7; below −87 it is e^−87, above 88 it is e^88,
  * of NaN it is NaN.
  * x = n ln 2 + r, |r| ≤ ln 2 / 2, and the Taylor polynomial of degree 7 in r. */
-INLINE vf exponential(vf x)
-{
+INLINE vf exponential(vf x) {
     const vf magic = splat(12582912.0f); /* 1.5 · 2^23: adding it rounds to an integer */
     x = choose(x > splat(88.0f), splat(88.0f), x);
     x = choose(x < splat(-87.0f), splat(-87.0f), x);

@@ -14,8 +14,8 @@ void cvxq_dense_item(const cvxq_job *job, const cvxq_item *item) {
         int batch;
         for (int64_t m = 0; m < job->m; m += batch) {
             batch = job->m - m >= 4 ? 4 : job->m - m >= 2 ? 2 : 1;
-            ops->dense(w->codes + (size_t)n * pitch, w->dtype, w->inputs,
-                       job->x + m * w->inputs, w->inputs, batch, sums);
+            ops->dense(w->codes + (size_t)n * pitch, w->dtype, w->inputs, job->x + m * w->inputs,
+                       w->inputs, batch, sums);
             for (int b = 0; b < batch; b++)
                 job->y[(m + b) * w->outputs + n] = sums[b] + (w->bias ? w->bias[n] : 0);
         }

@@ -21,8 +21,8 @@ typedef struct {
 
 INLINE void fetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 INLINE codes_t load(const uint8_t *p) {
-    return (codes_t){{_mm256_loadu_si256((const __m256i *)p),
-                      _mm256_loadu_si256((const __m256i *)(p + 32))}};
+    return (codes_t){
+        {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))}};
 }
 INLINE sums_t sums_of(int32_t n) { return (sums_t){{_mm256_set1_epi32(n), _mm256_set1_epi32(n)}}; }
 INLINE inputs_t inputs_at(const int8_t *p) {
@@ -135,8 +135,7 @@ INLINE void add_scaled(float *out, __m256 sum, float scale) {
     _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_set1_ps(scale), sum, _mm256_loadu_ps(out)));
 }
 INLINE void add_sums(float *out, sums_t sums, float scale) {
-    for (int h = 0; h < 2; h++)
-        add_scaled(out + 8 * h, _mm256_cvtepi32_ps(sums.half[h]), scale);
+    for (int h = 0; h < 2; h++) add_scaled(out + 8 * h, _mm256_cvtepi32_ps(sums.half[h]), scale);
 }
 INLINE void add_sums2(float *out, sums_t sums, sums_t sums2, float scale) {
     for (int h = 0; h < 2; h++)
@@ -172,8 +171,8 @@ TARGET static void multiply_dense(const void *row, int dtype, int64_t inputs, co
             for (int i = 0; i < 4; i++)
                 lanes[i] = _mm256_fmadd_ps(widen(row, dtype, k + 8 * i),
                                            _mm256_loadu_ps(x + k + 8 * i), lanes[i]);
-        float sum =
-            sum_of(_mm256_add_ps(_mm256_add_ps(lanes[0], lanes[1]), _mm256_add_ps(lanes[2], lanes[3])));
+        float sum = sum_of(
+            _mm256_add_ps(_mm256_add_ps(lanes[0], lanes[1]), _mm256_add_ps(lanes[2], lanes[3])));
         for (; k < inputs; k++) sum += cvxq_widen(row, dtype, k) * x[k];
         sums[m] = sum;
     }

@@ -29,9 +29,7 @@ INLINE inputs_t inputs_at(const int8_t *p) {
 INLINE sums_t dot(sums_t sums, codes_t levels, inputs_t x) {
     return _mm512_dpbusd_epi32(sums, levels, x);
 }
-INLINE codes_t look(__m512i table, __m512i index) {
-    return _mm512_permutexvar_epi8(index, table);
-}
+INLINE codes_t look(__m512i table, __m512i index) { return _mm512_permutexvar_epi8(index, table); }
 /* Bits of `a` where the mask's are set, else of `b`. */
 INLINE __m512i choose(int mask, __m512i a, __m512i b) {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)mask), a, b, 0xCA);
@@ -73,7 +71,7 @@ INLINE void decode_4(const uint8_t *unit, const cvxq_tables *t, codes_t *levels)
 }
 
 /* Shift left for positive counts, right for negative ones; counts are constants. */
-#define SHIFT(a, by) \
+#define SHIFT(a, by)                                      \
     ((by) > 0 ? _mm512_slli_epi16(a, (by) > 0 ? (by) : 0) \
               : _mm512_srli_epi16(a, (by) < 0 ? -(by) : 0))
 
@@ -87,15 +85,19 @@ INLINE void decode_5(const uint8_t *unit, const cvxq_tables *t, codes_t *high, c
     const __m512i top = load(unit + 256);
 #define STEP(i) \
     look_both(t, 5, choose(0x0F, NIBBLE(unit, i), SHIFT(top, 4 - (i))), high + (i), low + (i))
+    // clang-format off
     STEP(0); STEP(1); STEP(2); STEP(3); STEP(4); STEP(5); STEP(6); STEP(7);
+    // clang-format on
 #undef STEP
 }
 INLINE void decode_6(const uint8_t *unit, const cvxq_tables *t, codes_t *high, codes_t *low) {
     const __m512i top[2] = {load(unit + 256), load(unit + 320)};
-#define STEP(i)                                                                               \
+#define STEP(i)                                                                            \
     look_both(t, 6, choose(0x0F, NIBBLE(unit, i), SHIFT(top[(i) / 4], 4 - 2 * ((i) % 4))), \
               high + (i), low + (i))
+    // clang-format off
     STEP(0); STEP(1); STEP(2); STEP(3); STEP(4); STEP(5); STEP(6); STEP(7);
+    // clang-format on
 #undef STEP
 }
 INLINE codes_t look_128(const uint8_t *table, __m512i index) {
@@ -104,11 +106,15 @@ INLINE codes_t look_128(const uint8_t *table, __m512i index) {
 INLINE void decode_7(const uint8_t *unit, const cvxq_tables *t, codes_t *high, codes_t *low) {
     __m512i row[7];
 #define ROW(i) row[i] = load(unit + 64 * (i))
+    // clang-format off
     ROW(0); ROW(1); ROW(2); ROW(3); ROW(4); ROW(5); ROW(6);
+    // clang-format on
 #undef ROW
     __m512i last = SHIFT(row[0], -7);
 #define JOIN(i) last = choose((1 << (i)) - 1, last, SHIFT(row[i], (i) - 7))
+    // clang-format off
     JOIN(1); JOIN(2); JOIN(3); JOIN(4); JOIN(5); JOIN(6);
+    // clang-format on
 #undef JOIN
     for (int i = 0; i < UNIT; i++) {
         high[i] = look_128(t->high[2], i < 7 ? row[i] : last);
@@ -193,8 +199,7 @@ INLINE __m512 scale_block(const cvxq_matrix *w, const __m512 table[4], const flo
         y[j] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + 16 * j),
                              scales_of(w->scales, table, w->few_scales, codes));
         if (!mean_codes) continue;
-        const __m512i means =
-            _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, mean_codes + 16 * j));
+        const __m512i means = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, mean_codes + 16 * j));
         const __m512 shift = _mm512_mul_ps(_mm512_cvtepi32_ps(means), _mm512_set1_ps(w->mean_step));
         mean = _mm512_fmadd_ps(y[j], shift, mean);
     }

@@ -41,8 +41,7 @@ INLINE inputs_t inputs_at(const int8_t *p) {
 }
 INLINE sums_t dot(sums_t sums, codes_t levels, inputs_t x) {
     for (int i = 0; i < 4; i++) {
-        const int8x16_t level =
-            vreinterpretq_s8_u8(veorq_u8(levels.part[i], vdupq_n_u8(128)));
+        const int8x16_t level = vreinterpretq_s8_u8(veorq_u8(levels.part[i], vdupq_n_u8(128)));
         const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(level), vget_low_s8(x.quad)));
         const int32x4_t high = vpaddlq_s16(vmull_high_s8(level, x.quad));
         sums.part[i] = vaddq_s32(vaddq_s32(sums.part[i], x.offset), vpaddq_s32(low, high));
@@ -98,8 +97,7 @@ INLINE void decode_4(const uint8_t *unit, const cvxq_tables *t, codes_t *levels)
     for (int i = 0; i < 8; i++)
         levels[i] = look(t->narrow4, field(load(unit + i / 2 * 64), i % 2 * 4, 15));
 }
-INLINE void look_both(const cvxq_tables *t, int depth, codes_t index, codes_t *high,
-                      codes_t *low) {
+INLINE void look_both(const cvxq_tables *t, int depth, codes_t index, codes_t *high, codes_t *low) {
     *high = look_wide(t->high[depth - 5], depth, index);
     *low = look_wide(t->low[depth - 5], depth, index);
 }
@@ -136,8 +134,8 @@ INLINE void add_sums(float *out, sums_t sums, float scale) {
 }
 INLINE void add_sums2(float *out, sums_t sums, sums_t sums2, float scale) {
     for (int i = 0; i < 4; i++) {
-        const float32x4_t sum =
-            vfmaq_n_f32(vcvtq_f32_s32(sums2.part[i]), vcvtq_f32_s32(sums.part[i]), 256);
+        const float32x4_t sum = vfmaq_n_f32(vcvtq_f32_s32(sums2.part[i]),
+                                            vcvtq_f32_s32(sums.part[i]), 256);
         vst1q_f32(out + 4 * i, vfmaq_n_f32(vld1q_f32(out + 4 * i), sum, scale));
     }
 }
@@ -155,7 +153,8 @@ static void multiply_dense(const void *row, int dtype, int64_t inputs, const flo
             for (int i = 0; i < 4; i++)
                 lanes[i] = vfmaq_f32(lanes[i], vld1q_f32(wide + 4 * i), vld1q_f32(x + k + 4 * i));
         }
-        sums[m] = vaddvq_f32(vaddq_f32(vaddq_f32(lanes[0], lanes[1]), vaddq_f32(lanes[2], lanes[3])));
+        sums[m] =
+            vaddvq_f32(vaddq_f32(vaddq_f32(lanes[0], lanes[1]), vaddq_f32(lanes[2], lanes[3])));
         for (; k < inputs; k++) sums[m] += cvxq_widen(row, dtype, k) * x[k];
     }
 }

@@ -123,8 +123,8 @@ static void cut_work(product *p, int parts) {
     for (int i = 0; i < p->count; i++) total += p->jobs[i].weight->code_bytes;
     for (int part = 0; part < parts; part++) {
         /* In steps that cannot overflow; the last stretch takes all that is left. */
-        const int64_t end =
-            part + 1 < parts ? items_before(p, total / parts * (part + 1)) : INT64_MAX;
+        const int64_t end = part + 1 < parts ? items_before(p, total / parts * (part + 1))
+                                             : INT64_MAX;
         atomic_store(&p->stretches[part].next, last);
         last = p->stretches[part].end = max_of(end, last);
     }

@@ -12,8 +12,7 @@ static void *copy_of(const void *from, size_t bytes) {
 }
 
 /* A matrix with what all kinds have; NULL without memory. */
-static cvxq_matrix *new_matrix(cvxq_kind kind, int64_t outputs, int64_t inputs,
-                               const float *bias) {
+static cvxq_matrix *new_matrix(cvxq_kind kind, int64_t outputs, int64_t inputs, const float *bias) {
     cvxq_matrix *w = calloc(1, sizeof *w);
     if (!w) return NULL;
     w->kind = kind;

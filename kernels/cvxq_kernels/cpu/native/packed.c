@@ -16,10 +16,10 @@ static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 static size_t lay_out(const cvxq_matrix *w, int exact, char *memory, workspace *space) {
     const size_t blocks = (size_t)w->most_blocks;
     size_t used = 0;
-#define TAKE(field, size) \
-    do {                  \
+#define TAKE(field, size)                            \
+    do {                                             \
         if (memory) field = (void *)(memory + used); \
-        used += aligned(size); \
+        used += aligned(size);                       \
     } while (0)
     TAKE(space->sums, sizeof(float) * BATCH * TILE);
     TAKE(space->gathered, sizeof(float) * (size_t)w->inputs);
@@ -72,7 +72,7 @@ static void exact_unit(const cvxq_matrix *w, int depth, const uint8_t *unit, int
 }
 
 static void exact_tile(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,
-                     const cvxq_input *inputs, int batch, float *sums) {
+                       const cvxq_input *inputs, int batch, float *sums) {
     const int64_t per_unit = unit_columns(tile->strips);
     memset(sums, 0, sizeof(float) * TILE * (size_t)batch);
     for (int b = 0; b < batch; b++) {

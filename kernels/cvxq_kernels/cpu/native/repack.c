@@ -140,8 +140,8 @@ static int plan_tiles(cvxq_matrix *w, const cvxq_companded *source, const int64_
 }
 
 /* One run of a tile, any shape; `first` is the tile's first row in the cluster. */
-static void repack_run(const cvxq_run *run, const uint8_t *codes, const int64_t *starts,
-                       int strips, int64_t plane, int64_t first, uint8_t *out) {
+static void repack_run(const cvxq_run *run, const uint8_t *codes, const int64_t *starts, int strips,
+                       int64_t plane, int64_t first, uint8_t *out) {
     const int64_t rows = strips * STRIP, bytes = min_of(rows / 8, plane - first / 8);
     const int per_unit = (int)unit_columns(strips);
     for (int64_t i = 0; i < run->count; i += per_unit, out += VECTOR * run->depth) {
@@ -247,12 +247,11 @@ static int64_t find_clusters(const cvxq_companded *source, const cluster_depths 
 
 int cvxq_repack(cvxq_pool *pool, cvxq_matrix *w, const cvxq_companded *source) {
     const int64_t columns = w->inputs;
-    const int64_t count =
-        source->partitions * ceil_div(source->rows / source->partitions, source->group_size);
+    const int64_t count = source->partitions *
+                          ceil_div(source->rows / source->partitions, source->group_size);
     const size_t groups = (size_t)(count * columns);
     int64_t *first_row = malloc(sizeof(int64_t) * (size_t)(2 * count + 1));
-    int64_t *scratch =
-        malloc(sizeof(int64_t) * (size_t)(cvxq_pool_threads(pool) * 2 * columns));
+    int64_t *scratch = malloc(sizeof(int64_t) * (size_t)(cvxq_pool_threads(pool) * 2 * columns));
     w->cluster_count = count;
     w->scale_codes = malloc(groups);
     if (source->mean_codes) w->mean_codes = malloc(groups);

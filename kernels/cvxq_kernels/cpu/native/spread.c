@@ -8,7 +8,7 @@
 
 #include "internal.h"
 
-#define S1(b, i) ((uint64_t)((b) >> (i)&1) << (8 * (i)))
+#define S1(b, i) ((uint64_t)((b) >> (i) & 1) << (8 * (i)))
 #define S8(b) \
     (S1(b, 0) | S1(b, 1) | S1(b, 2) | S1(b, 3) | S1(b, 4) | S1(b, 5) | S1(b, 6) | S1(b, 7))
 #define T4(b) S8(b), S8((b) + 1), S8((b) + 2), S8((b) + 3)

@@ -55,8 +55,7 @@ void cvxq_transposed_row(const cvxq_matrix *w, int64_t row, float *out) {
         const float scale = w->scales[w->scale_codes[group]];
         for (int64_t k = 0; k < height; k++) {
             int code = 0;
-            for (int b = 0; b < depth; b++)
-                code |= (planes[b * plane + k / 8] >> (k % 8) & 1) << b;
+            for (int b = 0; b < depth; b++) code |= (planes[b * plane + k / 8] >> (k % 8) & 1) << b;
             float value = levels[code];
             if (w->mean_codes) value += (float)w->mean_codes[group] * w->mean_step;
             out[w->order ? w->order[first + k] : first + k] = scale * value;

@@ -91,10 +91,10 @@ TARGET void cvxq_wide_round(const cvxq_wide *wide, const int32_t *order, int64_t
         const int64_t left = x ? count - k : 0; /* rows and columns of padding are zero */
         const __mmask16 mask = left >= 16 ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0;
         const __m512 zero = _mm512_setzero_ps();
-        const __m512 value =
-            order ? _mm512_mask_i32gather_ps(zero, mask,
-                                             _mm512_maskz_loadu_epi32(mask, order + k), x, 4)
-                  : _mm512_maskz_loadu_ps(mask, x + k);
+        const __m512 value = order
+                                 ? _mm512_mask_i32gather_ps(
+                                       zero, mask, _mm512_maskz_loadu_epi32(mask, order + k), x, 4)
+                                 : _mm512_maskz_loadu_ps(mask, x + k);
         const int64_t at = (k / STEP * wide->rows + row) * STEP + k % STEP;
         const __m256i upper = (__m256i)_mm512_cvtneps_pbh(value);
         _mm256_store_si256((__m256i *)(wide->high + at), upper);
@@ -113,8 +113,7 @@ TARGET void cvxq_wide_collect(const cvxq_wide *wide, const cvxq_matrix *w, int64
         const __m512 zero = _mm512_setzero_ps();
         __m512 sum = _mm512_mask_i32gather_ps(
             zero, mask, _mm512_maskz_loadu_epi32(mask, w->places + n), results, 4);
-        if (w->row_scales)
-            sum = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(mask, w->row_scales + n));
+        if (w->row_scales) sum = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(mask, w->row_scales + n));
         if (w->bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, w->bias + n));
         _mm512_mask_storeu_ps(y + n, mask, sum);
     }
@@ -135,18 +134,18 @@ INLINE void configure(void) {
 }
 
 /* Sums of 32 inputs and one or two strips += inputs · weights of one step. */
-#define MULTIPLY(x, w)                            \
-    do {                                          \
-        _tile_loadd(4, x, 2 * STEP);              \
+#define MULTIPLY(x, w)                             \
+    do {                                           \
+        _tile_loadd(4, x, 2 * STEP);               \
         _tile_loadd(5, (x) + 16 * STEP, 2 * STEP); \
-        _tile_loadd(6, w, PAIR);                  \
-        _tile_dpbf16ps(0, 4, 6);                  \
-        _tile_dpbf16ps(1, 5, 6);                  \
-        if (is_pair) {                            \
-            _tile_loadd(7, (w) + VECTOR, PAIR);   \
-            _tile_dpbf16ps(2, 4, 7);              \
-            _tile_dpbf16ps(3, 5, 7);              \
-        }                                         \
+        _tile_loadd(6, w, PAIR);                   \
+        _tile_dpbf16ps(0, 4, 6);                   \
+        _tile_dpbf16ps(1, 5, 6);                   \
+        if (is_pair) {                             \
+            _tile_loadd(7, (w) + VECTOR, PAIR);    \
+            _tile_dpbf16ps(2, 4, 7);               \
+            _tile_dpbf16ps(3, 5, 7);               \
+        }                                          \
     } while (0)
 
 INLINE void multiply_block(const batch_state *b, int64_t steps, int64_t m, int strip,
@@ -204,8 +203,8 @@ TARGET static void multiply_batch(batch_state *b, int64_t steps) {
 /* Keep what the run before has left of the pair that it shares with this one. */
 INLINE void join_pair(const __m512i kept[4], uint8_t *pair) {
     for (int s = 0; s < 4; s++)
-        _mm512_store_si512(pair + s * VECTOR, _mm512_or_si512(kept[s], _mm512_load_si512(
-                                                                           pair + s * VECTOR)));
+        _mm512_store_si512(pair + s * VECTOR,
+                           _mm512_or_si512(kept[s], _mm512_load_si512(pair + s * VECTOR)));
 }
 
 /* Expand a run; multiply whenever enough is there. Its codes begin at `unit`. */
@@ -227,9 +226,11 @@ INLINE void do_run(const int depth, const cvxq_matrix *w, const cvxq_run *run, i
             } else {
                 for (int v = 0; v < UNIT; v++) codes[v] = _mm512_setzero_si512();
             }
+            // clang-format off
             UNROLL for (int v = 0; v < UNIT; v++)
                 shifted[v] = _mm512_shrdi_epi32(v < strips ? carry[v] : codes[v - strips],
                                                 codes[v], 24);
+            // clang-format on
             UNROLL for (int s = 0; s < strips; s++) carry[s] = codes[UNIT - strips + s];
             __m512i kept[4], kept_rest[4];
             for (int s = 0; s < 4; s++) {

@@ -6,8 +6,8 @@
 
 #include "internal.h"
 
-#define TARGET                                                                                   \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,"           \
+#define TARGET                                                                         \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2," \
                           "avx512vnni,avx512bf16,fma,amx-tile,amx-bf16")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #define UNROLL _Pragma("GCC unroll 8")
