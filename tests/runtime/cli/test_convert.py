@@ -103,7 +103,10 @@ def test_every_option_reaches_the_converter(taken: Callable[..., tuple[Any, ...]
         "device": "cuda",
         "dtype": torch.bfloat16,
     }
-    assert {name: getattr(options, name) for name in expected} == expected
+    records = (options.target, options.calibration, options.method, options.place)
+    found = {name: value for record in records for name, value in vars(record).items()}
+    found["calibration"], found["method"] = options.calibration.source, options.method.name
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_use_that_cannot_be_right(fails: Fails, tmp_path: Path) -> None:
