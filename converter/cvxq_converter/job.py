@@ -48,7 +48,7 @@ from cvxq_converter.source.checkpoint import Source, load_tokenizer, open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
 from cvxq_converter.stages import Progress, Stages
 from cvxq_converter.write.assembling import (
-    document_sizes,
+    longest_documents,
     make_report,
     perplexity_increase,
     surroundings,
@@ -230,7 +230,7 @@ def quantize_prepared(prepared: Prepared, options: ConversionOptions, stages: St
     """
     loaded, statistics = prepared.loaded, dict(prepared.statistics)
     feedback, method = prepared.feedback, options.method
-    documents = document_sizes(loaded, prepared.sequences, options)
+    documents = longest_documents(loaded, prepared.sequences, options)
     loaded.restore()
     for iteration in range(method.iterations if statistics else 1):
         if iteration:
@@ -366,5 +366,5 @@ def _plans(prepared: Prepared, options: ConversionOptions) -> list[MatrixPlan]:
 
 def _predict(prepared: Prepared, plans: list[MatrixPlan], options: ConversionOptions) -> Curve:
     loaded, statistics = prepared.loaded, prepared.statistics
-    documents = document_sizes(loaded, prepared.sequences, options)
+    documents = longest_documents(loaded, prepared.sequences, options)
     return predict_curve(loaded, plans, statistics, documents, options.method)

@@ -20,18 +20,32 @@ place · inverse_frequencies[d], cosine and sine multiplied by `factor`.
 
 from __future__ import annotations
 
-import math
+import functools
+import sys
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from cvxq_format.errors import CorruptError, UnsupportedError
+from cvxq_format.json_strict import parse
 
 FILE_NAME = "decoder.json"
 VERSION = 1
+MAX_RECORD_SIZE = 16 << 20
 _MOST_ITEMS = 1 << 16  # of a list: layers, frequencies, tokens
+_LARGEST = 2**63 - 1
+_ALLOWED = {
+    float: "a finite number",
+    int: f"a whole number from 0 to {_LARGEST}",
+    bool: "true or false",
+    str: "a string",
+}
+_SIZES = (
+    *("vocabulary", "hidden", "heads", "kv_heads", "head_dim", "ffn", "context"),
+    "embedding_width",
+)
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -166,6 +180,13 @@ class DecoderRecord:
         return {"version": VERSION, **_written(self)}
 
 
+def parse_record(data: bytes) -> DecoderRecord:
+    """Return the record of a carried `decoder.json`; raises what `read_record` does."""
+    if len(data) > MAX_RECORD_SIZE:
+        raise CorruptError(f"{FILE_NAME} has {len(data)} bytes, allowed {MAX_RECORD_SIZE}")
+    return read_record(parse(data, FILE_NAME, fractions=True))
+
+
 def read_record(document: Any) -> DecoderRecord:
     """Return the record of a parsed `decoder.json`.
 
@@ -174,10 +195,12 @@ def read_record(document: Any) -> DecoderRecord:
     """
     if not isinstance(document, Mapping):
         raise CorruptError(f"{FILE_NAME} is no object; the file is corrupt")
-    version = document.get("version")
+    if "version" not in document:
+        raise _lacks(FILE_NAME, "version")
+    version = _read(f"{FILE_NAME}.version", int, document["version"])
     if version != VERSION:
         raise UnsupportedError(
-            f"{FILE_NAME} has version {version!r}, this reader knows {VERSION}; update cvxq"
+            f"{FILE_NAME} has version {version}, this reader knows {VERSION}; update cvxq"
         )
     values = {key: value for key, value in document.items() if key != "version"}
     record: DecoderRecord = _read(FILE_NAME, DecoderRecord, values)
@@ -186,17 +209,58 @@ def read_record(document: Any) -> DecoderRecord:
 
 
 def _check(record: DecoderRecord) -> None:
-    """Raise CorruptError if sizes contradict each other."""
-    if record.kv_heads < 1 or record.heads % record.kv_heads or not record.layers:
-        raise CorruptError(f"{FILE_NAME}: heads do not divide by kv_heads, or there is no layer")
-    for rope in record.ropes:
-        for table in (rope.inverse_frequencies, rope.long_inverse_frequencies):
-            if 2 * len(table) > record.head_dim:
-                raise CorruptError(f"{FILE_NAME}: {len(table)} frequencies in a head")
-    for layer in record.layers:
-        index = layer.attention.rope
-        if index is not None and not 0 <= index < len(record.ropes):
-            raise CorruptError(f"{FILE_NAME}: rope {index}, there are {len(record.ropes)}")
+    """Raise CorruptError if a number means nothing, or two contradict each other."""
+    for name in _SIZES:
+        _require(getattr(record, name) >= 1, f"{FILE_NAME}.{name}", "is 0")
+    cap, divides = record.logit_softcap, record.heads % record.kv_heads == 0
+    _require(cap is None or cap > 0, f"{FILE_NAME}.logit_softcap", "is not above 0")
+    _require(divides, f"{FILE_NAME}.kv_heads", f"does not divide {record.heads} heads")
+    is_projected = record.embedding_width == record.hidden or record.project_in is not None
+    _require(
+        is_projected, f"{FILE_NAME}.project_in", "is needed where embedding_width is not hidden"
+    )
+    _require(len(record.layers) > 0, f"{FILE_NAME}.layers", "is empty")
+    for i, rope in enumerate(record.ropes):
+        _check_rope(f"{FILE_NAME}.ropes[{i}]", rope, record.head_dim)
+    for i, layer in enumerate(record.layers):
+        where = f"{FILE_NAME}.layers[{i}].attention"
+        rope_index, window, cap = (
+            getattr(layer.attention, k) for k in ("rope", "window", "softcap")
+        )
+        known = rope_index is None or rope_index < len(record.ropes)
+        _require(known, f"{where}.rope", f"is {rope_index}, there are {len(record.ropes)} ropes")
+        _require(window is None or window >= 1, f"{where}.window", "is 0")
+        _require(cap is None or cap > 0, f"{where}.softcap", "is not above 0")
+    for where, part in _inside(FILE_NAME, record):
+        if isinstance(part, Norm):
+            _require(part.epsilon >= 0, f"{where}.epsilon", "is negative")
+        elif isinstance(part, Rows):
+            _require(1 <= part.run <= part.step, f"{where}.run", "is not from 1 to step")
+
+
+def _check_rope(where: str, rope: Rope, head_dim: int) -> None:
+    pairs, long_pairs = len(rope.inverse_frequencies), len(rope.long_inverse_frequencies)
+    fits = 1 <= pairs <= head_dim // 2
+    _require(fits, f"{where}.inverse_frequencies", f"has {pairs} items in a head of {head_dim}")
+    expected = 0 if rope.switch is None else pairs
+    agrees = long_pairs == expected
+    _require(agrees, f"{where}.long_inverse_frequencies", f"has {long_pairs} items, not {expected}")
+
+
+def _require(claim: bool, where: str, fault: str) -> None:
+    if not claim:
+        raise CorruptError(f"{where} {fault}; the file is corrupt")
+
+
+def _inside(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every record in `value`, with its place."""
+    if is_dataclass(value):
+        yield where, value
+        for field in fields(value):
+            yield from _inside(f"{where}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+        for i, item in enumerate(value):
+            yield from _inside(f"{where}[{i}]", item)
 
 
 def _written(value: Any) -> Any:
@@ -225,26 +289,36 @@ def _read(where: str, kind: Any, value: Any) -> Any:
         return value
     if is_dataclass(kind):
         return _read_fields(where, kind, value)
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
-    if kind is not float and type(value) is kind and not (kind is int and value < 0):
+    if kind is int and type(value) is int and 0 <= value <= _LARGEST:
         return value
-    raise _wrong(where, value, {float: "a finite number", int: "a whole number"}.get(kind, "text"))
+    if kind in (bool, str) and type(value) is kind:
+        return value
+    raise _wrong(where, value, _ALLOWED[kind])
 
 
 def _read_fields(where: str, kind: Any, value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise _wrong(where, value, "an object")
-    hints = typing.get_type_hints(kind)
+    hints, needed = _kinds(kind)
     unknown = sorted(set(value) - set(hints))
     if unknown:
         raise CorruptError(f"{where} has unknown key {unknown[0][:80]!r}; the file is corrupt")
-    read = {name: _read(f"{where}.{name}", hints[name], item) for name, item in value.items()}
-    try:
-        return kind(**read)
-    except TypeError:
-        missing = next(n for n in hints if n not in read and not hasattr(kind, n))
-        raise CorruptError(f"{where} lacks key {missing!r}; the file is corrupt") from None
+    for name in needed:
+        if name not in value:
+            raise _lacks(where, name)
+    return kind(**{n: _read(f"{where}.{n}", hints[n], item) for n, item in value.items()})
+
+
+@functools.cache
+def _kinds(kind: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return the kind of each field of a dataclass, and the fields without a default."""
+    return typing.get_type_hints(kind), [f.name for f in fields(kind) if f.default is MISSING]
+
+
+def _lacks(where: str, key: str) -> CorruptError:
+    return CorruptError(f"{where} lacks key {key!r}; the file is corrupt")
 
 
 def _wrong(where: str, value: Any, allowed: str) -> CorruptError:

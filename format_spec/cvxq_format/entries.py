@@ -21,6 +21,8 @@ from cvxq_format.limits import (
     MAX_DIMENSION,
     MAX_ELEMENTS,
     MAX_GROUP_SIZE,
+    MAX_INFLATED_SIZE,
+    MAX_INFLATION,
     MAX_NAME_BYTES,
     MAX_RANK,
     MAX_WEIGHTS_PER_BYTE,
@@ -39,6 +41,7 @@ _FEATURE_OF_KEY = {
     "cluster_map": "cluster-maps",
     "row_scale_bits": "row-scales",
     "level_depths": "short-codebooks",
+    "inflated_size": "deflated-files",
 }
 
 
@@ -74,9 +77,19 @@ class CodebookEntry(Section):
 
 @dataclass(frozen=True)
 class FileEntry(Section):
-    """A file of the source checkpoint or the converter, carried verbatim."""
+    """A file of the source checkpoint or the converter.
+
+    inflated_size: its bytes, where the section holds them deflated; None where it holds them as
+    they are.
+    """
 
     name: str
+    inflated_size: int | None = None
+
+    @property
+    def original_size(self) -> int:
+        """Bytes of the file itself."""
+        return self.size if self.inflated_size is None else self.inflated_size
 
 
 @dataclass(frozen=True)
@@ -190,8 +203,17 @@ def read_codebook_entry(fields: Fields) -> CodebookEntry:
 def read_file_entry(fields: Fields) -> FileEntry:
     name = fields.text("name")
     check_file_name(name)
-    entry = FileEntry(*_section(fields), name=name)
+    section = _section(fields)
+    size = None
+    if fields.has("inflated_size"):
+        size = fields.integer("inflated_size", 1, MAX_INFLATED_SIZE)
+    entry = FileEntry(*section, name=name, inflated_size=size)
     fields.finish()
+    if entry.original_size > MAX_INFLATION * entry.size:
+        raise CorruptError(
+            f"header: file {name!r} inflates from {entry.size} to {size} bytes, allowed "
+            f"{MAX_INFLATION} per byte; the file is corrupt"
+        )
     return entry
 
 

@@ -116,7 +116,7 @@ class Header:
 
     def used_features(self) -> set[str]:
         """Return the features that some entry uses; they belong into `required`."""
-        entries: tuple[Section, ...] = (*self.codebooks, *self.tensors)
+        entries: tuple[Section, ...] = (*self.codebooks, *self.tensors, *self.files)
         return {feature for entry in entries for feature in entry.used_features()}
 
     def check_features(self, minor: int) -> None:
@@ -127,6 +127,7 @@ class Header:
         named: list[tuple[str, Section]] = [
             *((f"codebook {i}", entry) for i, entry in enumerate(self.codebooks)),
             *((f"tensor {entry.name!r}", entry) for entry in self.tensors),
+            *((f"file {entry.name!r}", entry) for entry in self.files),
         ]
         for where, entry in named:
             for feature, key in entry.used_features().items():

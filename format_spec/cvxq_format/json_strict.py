@@ -1,4 +1,4 @@
-"""JSON without surprises: what the header may contain, refused early and in one line.
+"""JSON without surprises: what a container may hold, the rest refused early and in one line.
 
 Standard parsers accept duplicate keys, NaN, numbers of any length and nesting until the stack
 ends. Here each of them is a `CorruptError`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from functools import partial
 from typing import Any, NoReturn
 
 from cvxq_format.errors import CorruptError
@@ -19,22 +20,26 @@ _STRING_OR_BRACKET = re.compile(r'"[^"]*(?:"|\Z)|([\[{])|([\]}])')
 _MAX_DIGITS = 20
 
 
-def parse(data: bytes) -> Any:
-    """Parse strict JSON; raises CorruptError for anything unusual."""
+def parse(data: bytes, what: str = "header", fractions: bool = False) -> Any:
+    """Parse strict JSON; raises CorruptError, naming `what`, for anything unusual.
+
+    fractions: numbers may have a fraction or an exponent.
+    """
+    refuse = partial(_no_number, what, "finite numbers" if fractions else "integers only")
     try:
         text = data.decode("utf-8")
-        _check_nesting(text)
+        _check_nesting(text, what)
         return json.loads(
             text,
-            object_pairs_hook=_unique,
-            parse_int=_integer,
-            parse_float=_no_number,
-            parse_constant=_no_number,
+            object_pairs_hook=partial(_unique, what),
+            parse_int=partial(_integer, what),
+            parse_float=float if fractions else refuse,
+            parse_constant=refuse,
         )
     except CorruptError:
         raise
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"header is not valid JSON: {error}; the file is corrupt") from error
+        raise CorruptError(f"{what} is not valid JSON: {error}; the file is corrupt") from error
 
 
 def canonical(value: object) -> bytes:
@@ -43,33 +48,33 @@ def canonical(value: object) -> bytes:
     return text.encode("ascii")
 
 
-def _check_nesting(text: str) -> None:
+def _check_nesting(text: str, what: str) -> None:
     depth = 0
     bare = text.replace("\\\\", "").replace('\\"', "")  # escaped backslashes, then escaped quotes
     for match in _STRING_OR_BRACKET.finditer(bare):
         depth += (match[1] is not None) - (match[2] is not None)
         if depth > MAX_NESTING:
             raise CorruptError(
-                f"header nests deeper than {MAX_NESTING} levels; the file is corrupt"
+                f"{what} nests deeper than {MAX_NESTING} levels; the file is corrupt"
             )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(what: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise CorruptError(f"header key {twice[:80]!r} appears twice; the file is corrupt")
+        raise CorruptError(f"{what} key {twice[:80]!r} appears twice; the file is corrupt")
     return result
 
 
-def _integer(text: str) -> int:
+def _integer(what: str, text: str) -> int:
     if len(text) > _MAX_DIGITS:
-        raise CorruptError(f"header number of {len(text)} digits, allowed {_MAX_DIGITS}")
+        raise CorruptError(f"{what} number of {len(text)} digits, allowed {_MAX_DIGITS}")
     return int(text)
 
 
-def _no_number(text: str) -> NoReturn:
-    raise CorruptError(f"header number {text[:40]}, allowed integers only; the file is corrupt")
+def _no_number(what: str, allowed: str, text: str) -> NoReturn:
+    raise CorruptError(f"{what} number {text[:40]}, allowed {allowed}; the file is corrupt")
 
 
 class Fields:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MAGIC = b"\x89CVXQ\r\n\x1a"
-VERSION = (1, 1)
+VERSION = (1, 2)
 ALIGNMENT = 64
 PREAMBLE_SIZE = 128
 
@@ -20,7 +20,11 @@ MAX_CODEBOOKS = 256
 MAX_WEIGHTS_PER_BYTE = 4096
 """Weights that one byte of a companded payload may stand for."""
 
-FEATURES = {"cluster-maps": 1, "row-scales": 1, "short-codebooks": 1}
+MAX_INFLATED_SIZE = 256 << 20
+MAX_INFLATION = 1032
+"""Bytes that one byte of a deflated file may stand for; deflate cannot do more."""
+
+FEATURES = {"cluster-maps": 1, "deflated-files": 2, "row-scales": 1, "short-codebooks": 1}
 """Required features that this reader knows, and the minor version that brought each."""
 
 

@@ -14,6 +14,7 @@ from cvxq_format import companded, raw
 from cvxq_format.codebook import Codebook
 from cvxq_format.entries import CompandedEntry, Section, TensorEntry
 from cvxq_format.errors import CorruptError, FormatError
+from cvxq_format.files import inflate
 from cvxq_format.header import Header
 from cvxq_format.limits import PREAMBLE_SIZE
 from cvxq_format.preamble import Preamble
@@ -98,7 +99,7 @@ class Reader:
 
     @property
     def files(self) -> list[str]:
-        """Names of the files carried verbatim, in file order."""
+        """Names of the carried files, in file order."""
         return list(self._files)
 
     def entry(self, name: str) -> TensorEntry:
@@ -134,8 +135,16 @@ class Reader:
         return self._codebooks[index]
 
     def file(self, name: str) -> bytes:
-        """Return a file carried verbatim; raises CorruptError naming it, or KeyError."""
-        return bytes(self._section(self._files[name], f"file {name!r}"))
+        """Return the bytes of a carried file; raises CorruptError naming it, or KeyError."""
+        entry = self._files[name]
+        data = self._section(entry, f"file {name!r}")
+        if entry.inflated_size is None:
+            return bytes(data)
+        try:
+            return inflate(data, entry.inflated_size)
+        except CorruptError as error:
+            where = f"file {name!r} at byte {entry.offset:#x}"
+            raise CorruptError(f"{where}: {error}; the file is corrupt") from error
 
     def _section(self, section: Section, what: str) -> memoryview:
         data = self._map[section.offset : section.offset + section.size]

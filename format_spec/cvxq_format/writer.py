@@ -26,6 +26,7 @@ from cvxq_format.entries import (
     check_tensor_name,
 )
 from cvxq_format.errors import CorruptError, FormatError, WriteError
+from cvxq_format.files import stored
 from cvxq_format.header import Header
 from cvxq_format.limits import FEATURES, MAX_HEADER_SIZE, PREAMBLE_SIZE, VERSION, align
 from cvxq_format.preamble import Preamble
@@ -140,14 +141,16 @@ class Writer:
         self._header = replace(self._header, aliases=aliases)
 
     def add_file(self, name: str, data: bytes) -> None:
-        """Carry a file verbatim."""
+        """Carry a file, deflated where that pays; readers return the bytes given here."""
         try:
             check_file_name(name)
         except CorruptError as error:
             raise WriteError(str(error)) from error
         if name in {entry.name for entry in self._header.files}:
             raise WriteError(f"file {name!r} was added before")
-        entry = self._append(FileEntry(0, 0, 0, name=name), data)
+        section, inflated_size = stored(data)
+        entry = FileEntry(0, 0, 0, name=name, inflated_size=inflated_size)
+        entry = self._append(entry, section)
         self._header = replace(self._header, files=(*self._header.files, entry))
 
     def close(self) -> None:

@@ -77,11 +77,16 @@ class MatrixSummary:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """A whole file: bytes by kind (they add up to `file_bytes`) and its matrices."""
+    """A whole file: bytes by kind (they add up to `file_bytes`) and its matrices.
+
+    carried_files: name → bytes that it takes in the file; original_sizes: name → its own bytes,
+    more than these where it is stored deflated.
+    """
 
     file_bytes: int
     bytes_by_kind: dict[str, int]
     carried_files: dict[str, int]
+    original_sizes: dict[str, int]
     matrices: tuple[MatrixSummary, ...]
     parameters: int
     provenance: dict[str, Any] | None
@@ -121,6 +126,7 @@ class FileSummary:
             "file_bytes": self.file_bytes,
             "bytes_by_kind": self.bytes_by_kind,
             "carried_files": self.carried_files,
+            "carried_files_original": self.original_sizes,
             "parameters": self.parameters,
             "companded_weights": self.weights,
             "rate_bits_per_weight": self.rate_bits_per_weight,
@@ -176,7 +182,8 @@ def summarize(path: Path) -> FileSummary:
         return FileSummary(
             file_bytes=path.stat().st_size,
             bytes_by_kind={kind: counts[kind] for kind in KINDS if counts[kind]},
-            carried_files={s.name: s.size for s in reader.sections() if s.kind == "file"},
+            carried_files={entry.name: entry.size for entry in reader.header.files},
+            original_sizes={entry.name: entry.original_size for entry in reader.header.files},
             matrices=tuple(matrices),
             parameters=parameters,
             provenance=_json_file(reader, "provenance.json"),

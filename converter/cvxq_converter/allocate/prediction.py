@@ -26,7 +26,7 @@ def predict_curve(
     loaded: LoadedModel,
     plans: Sequence[MatrixPlan],
     statistics: Statistics,
-    documents: Mapping[str, int],
+    documents: Mapping[str, bytes],
     method: Method,
 ) -> Curve:
     """Allocate at every rate from the smallest on, and add up what the errors will cost.

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from cvxq_format import CompandedEntry, Header, depth_histogram
 from cvxq_format.codebook import DEPTHS, codebook_size, depth_mask
-from cvxq_format.entries import CodebookEntry, FileEntry, RawEntry, Section
+from cvxq_format.entries import CodebookEntry, RawEntry, Section
+from cvxq_format.files import planned_entry
 from cvxq_format.limits import MAX_DEPTH, PREAMBLE_SIZE, align
 
 from cvxq_converter.allocate.allocation import (
@@ -89,17 +90,17 @@ def make_ledger(
     loaded: LoadedModel,
     plans: Sequence[MatrixPlan],
     gained: Sequence[Matrix],
-    documents: Mapping[str, int],
+    documents: Mapping[str, bytes],
     method: Method,
 ) -> Ledger:
     """List what the file of a model will hold.
 
-    gained: the matrices that gain a bias. documents: name → bytes of what the converter adds to the
-    files carried from the source.
+    gained: the matrices that gain a bias. documents: what the converter adds to the files carried
+    from the source, by name. Where their figures are still unknown, others of equal length will do
+    for a document too short to be deflated.
     """
     scale_bits = choose_scale_bits(plans)
-    files = {name: path.stat().st_size for name, path in loaded.source.files.items()}
-    files.update(documents)
+    added = (planned_entry(name, data) for name, data in documents.items())
     matrices = [matrix_entry(plan, scale_bits, method) for plan in plans]
     biases = [_bias_entry(matrix) for matrix in gained]
     raw = [raw_entry(name, value) for name, value in loaded.unquantized()]
@@ -108,7 +109,7 @@ def make_ledger(
         aliases=tuple(sorted(loaded.aliases.items())),
         added_biases=tuple(entry.name for entry in biases),
         codebooks=(CodebookEntry(0, codebook_size(scale_bits), 0, scale_bits=scale_bits),),
-        files=tuple(FileEntry(0, size, 0, name=name) for name, size in files.items()),
+        files=(*loaded.source.planned_files, *added),
     )
     return Ledger(header, scale_bits, loaded.quantized_weights)
 

@@ -26,7 +26,7 @@ def quantize_network(
     statistics: Statistics,
     feedback: Feedback | None,
     reference: Reference | None,
-    documents: Mapping[str, int],
+    documents: Mapping[str, bytes],
     target: Target,
     method: Method,
     stages: Stages,
@@ -35,8 +35,8 @@ def quantize_network(
 
     statistics: by matrix name, empty for sensitivity 1 everywhere. feedback: of the same
     statistics; None quantizes every group on its own. reference: of the original, for the choice of
-    the gain and the loss that is reported; None leaves the network as it was. documents: name →
-    bytes of what the converter adds to the carried files. target: a rate or a size.
+    the gain and the loss that is reported; None leaves the network as it was. documents: as
+    in `make_ledger`. target: a rate or a size.
     """
     gained = layers_to_gain_bias(loaded.matrices, statistics) if method.correct_biases else []
     feedback = feedback if method.feedback else None

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 import transformers
+from cvxq_format.entries import FileEntry
+from cvxq_format.files import planned_entry
 from safetensors import safe_open
 from torch import Tensor
 
@@ -77,7 +79,7 @@ class Source:
     config: Any  # transformers.PretrainedConfig
     weight_files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
-    files: Mapping[str, Path]  # name → path of what the container carries verbatim
+    files: Mapping[str, Path]  # name → path of what the container carries
 
     @cached_property
     def digest(self) -> str:
@@ -89,6 +91,11 @@ class Source:
                 while block := stream.read(1 << 20):
                     total.update(block)
         return total.hexdigest()
+
+    @cached_property
+    def planned_files(self) -> tuple[FileEntry, ...]:
+        """The entries that the carried files will have in a container."""
+        return tuple(planned_entry(name, path.read_bytes()) for name, path in self.files.items())
 
     @property
     def parameters(self) -> int:

@@ -87,10 +87,13 @@ def write_result(
     )
 
 
-def document_sizes(
+def longest_documents(
     loaded: LoadedModel, sequences: torch.Tensor, options: ConversionOptions
-) -> dict[str, int]:
-    """Bytes, at most, of what a file carries beside the source's files, before it is made."""
+) -> dict[str, bytes]:
+    """What a file carries beside the source's files, before it is made.
+
+    The figures of its report are the longest that there may be.
+    """
     longest = longest_report(
         options.method.name,
         loaded.parameters,
@@ -99,7 +102,7 @@ def document_sizes(
         sequences.numel(),
     )
     documents = _documents(loaded, sequences, options, longest)
-    return {name: len(document_bytes(value)) for name, value in documents.items()}
+    return {name: document_bytes(value) for name, value in documents.items()}
 
 
 def _documents(

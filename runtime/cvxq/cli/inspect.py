@@ -62,9 +62,17 @@ def _print_bytes(summary: FileSummary) -> None:
     for kind, count in summary.bytes_by_kind.items():
         rows.append((KINDS[kind], bytes_text(count), f"{count / summary.file_bytes:.2%}"))
         if kind == "file":
-            rows += [(f"  {n}", bytes_text(c), "") for n, c in summary.carried_files.items()]
+            rows += [
+                (f"  {name}{_before(size, summary.original_sizes[name])}", bytes_text(size), "")
+                for name, size in summary.carried_files.items()
+            ]
     rows.append(("total", bytes_text(summary.file_bytes), "100.00%"))
     print_table("Bytes", ("what", "bytes", "share"), rows)
+
+
+def _before(size: int, original: int) -> str:
+    """The size of a carried file before it was deflated, nothing where it was not."""
+    return "" if size == original else f" (deflated from {bytes_text(original)})"
 
 
 def _print_histogram(summary: FileSummary) -> None:
