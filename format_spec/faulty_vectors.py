@@ -60,6 +60,14 @@ class Draft:
         entry["crc32"] = zlib.crc32(section)
         return self
 
+    def replace(self, kind: str, index: int, data: bytes, **values: Any) -> Draft:
+        """Put other bytes in place of the file's last section; change keys of its entry."""
+        entry = self.header[kind][index]
+        del self.body[entry["offset"] :]
+        self.body += data + bytes(-len(data) % 64)
+        entry |= {"size": len(data), "crc32": zlib.crc32(data), **values}
+        return self
+
     def set(self, kind: str, index: int, **values: Any) -> Draft:
         """Change keys of one header entry."""
         self.header[kind][index] |= values
@@ -279,7 +287,7 @@ def _payload_faults(valid: Path) -> Iterator[Fault]:
 
 
 def _feature_faults(valid: Path) -> Iterator[Fault]:
-    """Faults of what version 1.1 added."""
+    """Faults of the features, and of what version 1.1 added."""
 
     def draft(source: str) -> Draft:
         return Draft((valid / f"{source}.cvxq").read_bytes())
@@ -293,20 +301,21 @@ def _feature_faults(valid: Path) -> Iterator[Fault]:
 
     later = Draft((valid / "bias-added.cvxq").read_bytes()).set_header(later=1)
     yield "json-unknown-key-of-minor-1", later.seal(minor=1), "CorruptError", "key 'later'"
-    for source, key, feature in (
-        ("row-scales", "row_scale_bits", "row-scales"),
-        ("cluster-map", "cluster_map", "cluster-maps"),
-        ("codebook-short", "level_depths", "short-codebooks"),
+    for source, key, feature, minor in (
+        ("row-scales", "row_scale_bits", "row-scales", 1),
+        ("cluster-map", "cluster_map", "cluster-maps", 1),
+        ("codebook-short", "level_depths", "short-codebooks", 1),
+        ("files-deflated", "inflated_size", "deflated-files", 2),
     ):
         message = f"has key '{key}' of feature '{feature}', which is not required"
         unlisted = draft(source).set_header(required=[]).seal()
         yield f"{feature}-not-required", unlisted, "CorruptError", message
-        unused = draft("bias-added").set_header(required=[feature]).seal(minor=1)
+        unused = draft("bias-added").set_header(required=[feature]).seal(minor=minor)
         message = f"feature '{feature}' is required, but nothing uses it"
         yield f"{feature}-not-used", unused, "CorruptError", message
-        older = draft(source).seal(minor=0)
-        message = f"feature '{feature}' in a file of version 1.0"
-        yield f"{feature}-in-1.0", older, "CorruptError", message
+        older = draft(source).seal(minor=minor - 1)
+        message = f"feature '{feature}' in a file of version 1.{minor - 1}"
+        yield f"{feature}-in-1.{minor - 1}", older, "CorruptError", message
 
     for bits in (0, 9):
         message = f"'row_scale_bits': {bits}, allowed an integer from 1 to 8"

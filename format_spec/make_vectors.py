@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from carried_vectors import deflated_faults, tiny_record, write_deflated
 from cvxq_format import (
     Codebook,
     CompandedTensor,
@@ -211,8 +212,36 @@ def write_features(folder: Path) -> None:
     with Writer(folder / "everything-of-1.1.cvxq", [BOOK, short_book(1, 4)]) as writer:
         writer.add_companded("layer.weight", everything)
         writer.add_companded("plain.weight", random_tensor(rng, (8, 3), 4))
-    without = Draft((folder / "bias-added.cvxq").read_bytes()).seal(minor=1)
-    (folder / "minor-1-without-features.cvxq").write_bytes(without)
+    for minor in (1, 2):
+        without = Draft((folder / "bias-added.cvxq").read_bytes()).seal(minor=minor)
+        (folder / f"minor-{minor}-without-features.cvxq").write_bytes(without)
+
+
+def write_decoder_record(folder: Path) -> None:
+    """Write a small model, each of its matrices companded or raw, with its `decoder.json`."""
+    rng = np.random.default_rng(SEED + 12)
+    matrices = {
+        "embed.weight": (12, 6),
+        "project_in.weight": (8, 6),
+        "a.qkv.weight": (24, 8),
+        "a.o.weight": (8, 8),
+        "a.up.weight": (10, 8),
+        "a.down.weight": (8, 10),
+        **{f"b.{name}.weight": (8, 8) for name in "qkvo"},
+        "b.gate.weight": (10, 8),
+        "b.up.weight": (10, 8),
+        "b.down.weight": (8, 10),
+        "project_out.weight": (6, 8),
+    }
+    vectors = {"a.qkv.bias": 24, "a.norm.weight": 8, "a.norm.bias": 8, "b.norm": 8}
+    with Writer(folder / "decoder-record.cvxq", [BOOK]) as writer:
+        writer.add_file("decoder.json", json.dumps(tiny_record().to_json()).encode())
+        for name, shape in matrices.items():
+            writer.add_companded(name, random_tensor(rng, shape, 4, depth=4))
+        writer.add_raw("positions.weight", rng.standard_normal((34, 8)).astype(np.float16))
+        for name, size in vectors.items():
+            writer.add_raw(name, rng.standard_normal(size).astype(np.float16))
+        writer.add_alias("head.weight", "embed.weight")
 
 
 def write_raw_dtypes(writer: Writer) -> None:
@@ -298,9 +327,11 @@ def main(folder: Path) -> None:
             old.unlink()
     write_valid(valid)
     write_features(valid)
+    write_deflated(valid)
+    write_decoder_record(valid)
     write_json(valid / "expected.json", {p.name: expected(p) for p in sorted(valid.glob("*.cvxq"))})
     errors = {}
-    for name, data, error, text in faulty_vectors(valid):
+    for name, data, error, text in (*faulty_vectors(valid), *deflated_faults(valid)):
         (faulty / f"{name}.cvxq").write_bytes(data)
         errors[f"{name}.cvxq"] = {"error": error, "text": text}
     write_json(faulty / "expected.json", errors)

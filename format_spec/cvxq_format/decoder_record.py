@@ -234,6 +234,8 @@ def _check(record: DecoderRecord) -> None:
     for where, part in _inside(FILE_NAME, record):
         if isinstance(part, Norm):
             _require(part.epsilon >= 0, f"{where}.epsilon", "is negative")
+            is_possible = part.bias is None or part.kind == "layer"
+            _require(is_possible, f"{where}.bias", "is given, allowed for kind 'layer'")
         elif isinstance(part, Rows):
             _require(1 <= part.run <= part.step, f"{where}.run", "is not from 1 to step")
 

@@ -56,11 +56,12 @@ def ceil_log2(value: int) -> int:
     return bits
 
 
-# Section 7.2: the features that version 1.1 knows, and the key of an entry that uses each.
+# Section 7.2: the features of version 1.2: since when, and the key of an entry that uses each.
 FEATURES = {
-    "cluster-maps": "cluster_map",
-    "row-scales": "row_scale_bits",
-    "short-codebooks": "level_depths",
+    "cluster-maps": (1, "cluster_map"),
+    "deflated-files": (2, "inflated_size"),
+    "row-scales": (1, "row_scale_bits"),
+    "short-codebooks": (1, "level_depths"),
 }
 
 # Section 11: r for v = 0, 1, 2, 3.
@@ -95,7 +96,7 @@ def decode(path: Path) -> dict[str, Any]:
             weights = read_companded(contents(data, entry), entry, books[entry["codebook"]])
             found["data"] = struct.pack(f"<{len(weights)}f", *weights).hex()
         tensors[entry["name"]] = found
-    files = {entry["name"]: contents(data, entry).hex() for entry in header["files"]}
+    files = {e["name"]: read_file(contents(data, e), e).hex() for e in header["files"]}
     return {"tensors": tensors, "aliases": header["aliases"], "files": files}
 
 
@@ -113,7 +114,7 @@ def read_preamble_and_header(data: bytes) -> tuple[int, dict[str, Any]]:
     require(size == 128, "preamble size")
     file_size, offset, length, crc = struct.unpack_from("<QQQI", data, 16)
     index, count = struct.unpack_from("<II", data, 60)
-    require(minor > 0 or not any(data[68:108]), "reserved bytes")
+    require(minor > 2 or not any(data[68:108]), "reserved bytes")
     require(count == 1 and index == 0 and not any(data[44:60]), "single file")
     require(file_size == len(data), "file size")
     require(offset % 64 == 0 and offset >= 128 and offset + length == file_size, "header place")
@@ -121,10 +122,11 @@ def read_preamble_and_header(data: bytes) -> tuple[int, dict[str, Any]]:
     require(zlib.crc32(text) == crc, "header CRC")
     header = json.loads(text)
     require(set(header["required"]) <= FEATURES.keys(), "required features")
-    for feature, key in FEATURES.items():
-        is_used = any(key in entry for entry in [*header["codebooks"], *header["tensors"]])
+    entries = [*header["codebooks"], *header["tensors"], *header["files"]]
+    for feature, (since, key) in FEATURES.items():
+        is_used = any(key in entry for entry in entries)
         require(is_used == (feature in header["required"]), "features used are those required")
-        require(minor >= 1 or not is_used, "features need version 1.1")
+        require(minor >= since or not is_used, "features need their minor version")
     return offset, header
 
 
@@ -155,6 +157,18 @@ def read_codebook(data: bytes, entry: dict[str, Any]) -> dict[str, Any]:
             levels.append(default_levels(depth))
     require(at == len(data), "size of codebook")
     return {"scale_bits": scale_bits, "scales": scales, "thresholds": thresholds, "levels": levels}
+
+
+def read_file(data: bytes, entry: dict[str, Any]) -> bytes:
+    """Section 7.7."""
+    if "inflated_size" not in entry:
+        return data
+    size = entry["inflated_size"]
+    require(1 <= size <= min(268_435_456, 1032 * len(data)), "inflated size")
+    stream = zlib.decompressobj()
+    file = stream.decompress(data, size + 1)
+    require(len(file) == size and stream.eof and not stream.unused_data, "one whole stream")
+    return file
 
 
 def read_raw(data: bytes, entry: dict[str, Any]) -> bytes:

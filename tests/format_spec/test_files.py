@@ -30,6 +30,7 @@ from cvxq_format import (
     verify,
 )
 from cvxq_format.companded import encode
+from cvxq_format.files import planned_entry
 from cvxq_format.raw import decode
 
 BOOK = Codebook.default()
@@ -179,6 +180,55 @@ def test_writer_refuses_names_and_dtypes(tmp_path: Path) -> None:
             writer.add_alias("a", "nothing")
     with pytest.raises(WriteError, match="is a folder"):
         Writer(tmp_path)
+
+
+def text_of(size: int) -> bytes:
+    """Text that deflates well."""
+    return b" ".join(b"token%d" % (i % 997) for i in range(size))[:size]
+
+
+@pytest.mark.parametrize(
+    ("data", "deflated"),
+    [
+        (b"", False),
+        (text_of(4095), False),
+        (text_of(4096), True),
+        (bytes(4 << 20), True),
+        (np.random.default_rng(0).bytes(20_000), False),
+        (np.random.default_rng(0).bytes(9_100) + bytes(900), False),  # saves 9 %
+        (np.random.default_rng(0).bytes(8_900) + bytes(1_100), True),
+    ],
+)
+def test_files_are_deflated_where_that_pays(tmp_path: Path, data: bytes, deflated: bool) -> None:
+    path = tmp_path / "a.cvxq"
+    with Writer(path) as writer:
+        writer.add_file("a", data)
+    assert verify(path) == []
+    with Reader(path) as reader:
+        (entry,) = reader.header.files
+        assert reader.file("a") == data
+        assert reader.preamble.version == (1, 2 if deflated else 0)
+    assert entry.original_size == len(data)
+    assert (entry.size < 0.9 * len(data)) == deflated == (entry.inflated_size is not None)
+    assert planned_entry("a", data) == replace(entry, offset=0, crc32=0)
+
+
+def test_damage_of_a_deflated_file_is_found_without_checksums(valid: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.cvxq"
+    good = (valid / "files-deflated.cvxq").read_bytes()
+    with Reader(valid / "files-deflated.cvxq") as reader:
+        whole, entry = reader.file("tokenizer.json"), reader.header.files[1]
+    for at in range(entry.size):
+        data = bytearray(good)
+        data[entry.offset + at] ^= 1 << (at % 8)
+        path.write_bytes(data)
+        with Reader(path, check=False) as reader:
+            try:
+                found = reader.file("tokenizer.json")
+            except CorruptError as error:
+                assert "file 'tokenizer.json' at byte 0x" in str(error)  # noqa: PT017
+            else:  # a bit that means nothing, such as the level in the stream's header
+                assert found == whole
 
 
 def test_reader_refuses_other_files_with_their_path(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ def peak_bytes(path: Path) -> int:
     tracemalloc.start()
     try:
         with Reader(path) as reader:
+            for name in reader.files:
+                reader.file(name)
             for name in reader.names:
                 reader.read(name)
     except FormatError:
@@ -58,6 +60,17 @@ def test_memory_of_side_information(
     with Writer(path, [Codebook.default(1)]) as writer:
         writer.add_companded("w", tensor)
     assert peak_bytes(path) < 250 * tensor.payload_size + (1 << 20)
+
+
+def test_memory_of_a_deflated_file_is_what_it_says(tmp_path: Path) -> None:
+    """Zeros deflate as far as anything can."""
+    path, size = tmp_path / "zeros.cvxq", 64 << 20
+    with Writer(path) as writer:
+        writer.add_file("zeros", bytes(size))
+    assert path.stat().st_size < size // 1000
+    assert peak_bytes(path) < 2 * size + (1 << 20)
+    with Reader(path) as reader:
+        assert reader.file("zeros") == bytes(size)
 
 
 def test_writer_streams(tmp_path: Path) -> None:
