@@ -20,7 +20,13 @@ from cvxq.parts import json_part
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OTHER_PARTS = {"config.json", "generation_config.json", "provenance.json", "report.json"}
+_OTHER_PARTS = {
+    "config.json",
+    "generation_config.json",
+    "provenance.json",
+    "report.json",
+    "decoder.json",
+}
 _TEMPLATE = "chat_template.jinja"
 
 

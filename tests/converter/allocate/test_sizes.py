@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,16 @@ from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import load_model
 from cvxq_converter.stages import Stages
 from cvxq_format import Codebook, CompandedEntry, CompandedTensor, Header, Reader, Writer
-from hypothesis import HealthCheck, given, settings
+from cvxq_format.files import SMALLEST_DEFLATED
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 ROWS = np.full(16, 64)
+VOCABULARY = 96
+UNKNOWN = f"token-{0:040}"
 
 
 def worths(seed: int, columns: int = 40) -> Worths:
@@ -138,6 +145,23 @@ def test_sizes_settle_however_many_small_matrices_are_aligned(
         assert planned([int(d.sum()) for d in found.depths]) <= size_bytes
 
 
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Return with_tokenizer(folder): a copy of the model, with a tokenizer to deflate."""
+
+    def copy(folder: Path) -> Path:
+        target = tmp_path_factory.mktemp("tokenized") / folder.name
+        shutil.copytree(folder, target)
+        vocabulary = {f"token-{i:040}": i for i in range(VOCABULARY)}
+        words = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+        fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token=UNKNOWN)
+        fast.save_pretrained(target)
+        assert (target / "tokenizer.json").stat().st_size >= SMALLEST_DEFLATED
+        return target
+
+    return copy
+
+
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -150,10 +174,13 @@ def test_sizes_settle_however_many_small_matrices_are_aligned(
     means=st.booleans(),
     separable=st.booleans(),
     keeps=st.booleans(),
+    tokenized=st.booleans(),
 )
+@example("llama", 3.5, 16, 8, "none", False, True, False, True)
 def test_the_ledger_knows_the_size_of_the_file_to_the_byte(
-    save_network: Any, tmp_path: Path, architecture: str, bits: float, group_size: int,
-    partitions: int, calibration: str, means: bool, separable: bool, keeps: bool,
+    save_network: Any, with_tokenizer: Callable[[Path], Path], tmp_path: Path, architecture: str,
+    bits: float, group_size: int, partitions: int, calibration: str, means: bool, separable: bool,
+    keeps: bool, tokenized: bool,
 ) -> None:  # fmt: skip
     """Whatever the model and the options; only the checksums' digits are not known beforehand."""
     torch.set_num_threads(1)
@@ -168,7 +195,9 @@ def test_the_ledger_knows_the_size_of_the_file_to_the_byte(
         sequences=2,
         length=12,
     )
-    source, stages = open_source(str(save_network(architecture))), Stages(None)
+    folder = save_network(architecture)
+    source = open_source(str(with_tokenizer(folder) if tokenized else folder))
+    stages = Stages(None)
     loaded = load_model(source, options)
     prepared = prepare(loaded, options, preflight(source, options), None, stages)
     plans = _plans(prepared, options)
@@ -176,8 +205,11 @@ def test_the_ledger_knows_the_size_of_the_file_to_the_byte(
     path = tmp_path / "a.cvxq"
     finish(prepared, Outcome(result), path, options, stages)
     with Reader(path) as reader:
-        documents = {n: len(reader.file(n)) for n in ("provenance.json", "report.json")}
+        documents = {n: reader.file(n) for n in ("provenance.json", "report.json")}
+        deflated = [e.name for e in reader.header.files if e.inflated_size is not None]
         sizes = [e.size for e in reader.header.tensors if isinstance(e, CompandedEntry)]
+    assert all(len(data) < SMALLEST_DEFLATED for data in documents.values())
+    assert deflated == (["tokenizer.json"] if tokenized else [])
     gained = [m for m in loaded.matrices if m.bias_name in result.added_biases]
     ledger = make_ledger(loaded, plans, gained, documents, options.method)
     sides = [entry.size for entry in ledger.header.tensors[: len(plans)]]

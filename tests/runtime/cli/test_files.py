@@ -28,6 +28,11 @@ def arguments(command: str, path: Path, text: Path) -> list[object]:
 
 
 @pytest.fixture
+def faulty_vectors() -> Path:
+    return Path(__file__).parents[3] / "format_spec" / "vectors" / "faulty"
+
+
+@pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("Once upon a time there was a test. " * 8, encoding="utf-8")
@@ -60,9 +65,11 @@ def test_inspect_accounts_for_every_byte(cvxq: Cvxq, model_file: Path) -> None:
     with Reader(model_file) as reader:
         payloads = {n: reader.entry(n).size for n in reader.names}
         padding = sum(section.padding for section in reader.sections())
-        files = {name: len(reader.file(name)) for name in reader.files}
+        files = {s.name: s.size for s in reader.sections() if s.kind == "file"}
+        originals = {name: len(reader.file(name)) for name in reader.files}
     assert record["bytes_by_kind"]["padding"] == padding
     assert record["carried_files"] == files
+    assert record["carried_files_original"] == originals
     for matrix in record["matrices"]:
         assert matrix["payload_bytes"] == payloads[matrix["name"]]
         rows, columns = matrix["shape"]
@@ -71,6 +78,30 @@ def test_inspect_accounts_for_every_byte(cvxq: Cvxq, model_file: Path) -> None:
     side = ("depths", "scales", "means", "permutation", "row_scales")
     blocks = kinds["codes"] + sum(kinds[kind] for kind in side)
     assert blocks == sum(matrix["payload_bytes"] for matrix in record["matrices"])
+
+
+def test_inspect_shows_what_deflating_saved(cvxq: Cvxq, make_file: MakeFile) -> None:
+    words = json.dumps([f"word {i}" for i in range(2000)]).encode()
+    path = make_file("llama", files={"vocab.json": words, "vocab.txt": b"words"}).path
+    record = json.loads(cvxq("inspect", path, "--json").stdout)
+    assert record["carried_files_original"]["vocab.json"] == len(words)
+    stored = record["carried_files"]["vocab.json"]
+    assert stored < len(words) / 2
+    assert record["carried_files"]["vocab.txt"] == record["carried_files_original"]["vocab.txt"]
+    assert sum(record["carried_files"].values()) == record["bytes_by_kind"]["file"]
+    shown = cvxq("inspect", path).stdout
+    (line,) = [line for line in shown.splitlines() if "vocab.json" in line]
+    assert line.split() == f"vocab.json (deflated from {len(words):,}) {stored:,}".split()
+    assert "vocab.txt (" not in shown
+
+
+def test_verify_names_a_file_that_does_not_inflate(
+    cvxq: Cvxq, fails: Fails, faulty_vectors: Path
+) -> None:
+    for name in ("deflated-bomb", "deflated-cut-short", "deflated-checksum"):
+        path = faulty_vectors / f"{name}.cvxq"
+        assert "tokenizer.json" in fails(4, "verify", path)
+        assert "file 'tokenizer.json' at byte 0x3c0: " in cvxq("verify", path).stdout
 
 
 def test_inspect_counts_weights_and_parameters(cvxq: Cvxq, make_file: MakeFile) -> None:
