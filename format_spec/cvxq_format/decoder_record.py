@@ -209,49 +209,49 @@ def read_record(document: Any) -> DecoderRecord:
 
 
 def _check(record: DecoderRecord) -> None:
-    """Raise CorruptError if a number means nothing, or two contradict each other."""
-    for name in _SIZES:
-        _require(getattr(record, name) >= 1, f"{FILE_NAME}.{name}", "is 0")
-    cap, divides = record.logit_softcap, record.heads % record.kv_heads == 0
-    _require(cap is None or cap > 0, f"{FILE_NAME}.logit_softcap", "is not above 0")
-    _require(divides, f"{FILE_NAME}.kv_heads", f"does not divide {record.heads} heads")
-    is_projected = record.embedding_width == record.hidden or record.project_in is not None
-    _require(
-        is_projected, f"{FILE_NAME}.project_in", "is needed where embedding_width is not hidden"
-    )
-    _require(len(record.layers) > 0, f"{FILE_NAME}.layers", "is empty")
-    for i, rope in enumerate(record.ropes):
-        _check_rope(f"{FILE_NAME}.ropes[{i}]", rope, record.head_dim)
-    for i, layer in enumerate(record.layers):
-        where = f"{FILE_NAME}.layers[{i}].attention"
-        rope_index, window, cap = (
-            getattr(layer.attention, k) for k in ("rope", "window", "softcap")
-        )
-        known = rope_index is None or rope_index < len(record.ropes)
-        _require(known, f"{where}.rope", f"is {rope_index}, there are {len(record.ropes)} ropes")
-        _require(window is None or window >= 1, f"{where}.window", "is 0")
-        _require(cap is None or cap > 0, f"{where}.softcap", "is not above 0")
+    """Raise CorruptError if a value means nothing, or two contradict each other."""
     for where, part in _inside(FILE_NAME, record):
-        if isinstance(part, Norm):
-            _require(part.epsilon >= 0, f"{where}.epsilon", "is negative")
-            is_possible = part.bias is None or part.kind == "layer"
-            _require(is_possible, f"{where}.bias", "is given, allowed for kind 'layer'")
-        elif isinstance(part, Rows):
-            _require(1 <= part.run <= part.step, f"{where}.run", "is not from 1 to step")
+        for key, holds, allowed in _rules(record, part):
+            if not holds:
+                raise _wrong(f"{where}.{key}", getattr(part, key), allowed)
 
 
-def _check_rope(where: str, rope: Rope, head_dim: int) -> None:
-    pairs, long_pairs = len(rope.inverse_frequencies), len(rope.long_inverse_frequencies)
-    fits = 1 <= pairs <= head_dim // 2
-    _require(fits, f"{where}.inverse_frequencies", f"has {pairs} items in a head of {head_dim}")
-    expected = 0 if rope.switch is None else pairs
-    agrees = long_pairs == expected
-    _require(agrees, f"{where}.long_inverse_frequencies", f"has {long_pairs} items, not {expected}")
+def _rules(record: DecoderRecord, part: Any) -> Iterator[tuple[str, bool, str]]:
+    """Yield (field, whether it is as it must be, what is allowed) of one record inside."""
 
+    def least(key: str, lowest: int) -> tuple[str, bool, str]:
+        value = getattr(part, key)
+        return key, value is None or value >= lowest, f"{lowest} or more"
 
-def _require(claim: bool, where: str, fault: str) -> None:
-    if not claim:
-        raise CorruptError(f"{where} {fault}; the file is corrupt")
+    def above_0(key: str) -> tuple[str, bool, str]:
+        value = getattr(part, key)
+        return key, value is None or value > 0, "more than 0"
+
+    if isinstance(part, DecoderRecord):
+        yield from (least(key, 1) for key in _SIZES)
+        yield above_0("logit_softcap")
+        divides = part.heads % part.kv_heads == 0
+        yield "kv_heads", divides, f"a divisor of {part.heads} heads"
+        fits = part.embedding_width == part.hidden or part.project_in is not None
+        yield "embedding_width", fits, f"{part.hidden} without project_in"
+        yield "layers", len(part.layers) > 0, "one layer or more"
+    elif isinstance(part, Attention):
+        yield above_0("softcap")
+        yield least("window", 1)
+        known = part.rope is None or part.rope < len(record.ropes)
+        yield "rope", known, f"an index of {len(record.ropes)} ropes"
+    elif isinstance(part, Norm):
+        yield least("epsilon", 0)
+        yield "bias", part.bias is None or part.kind == "layer", "in a norm of kind 'layer'"
+    elif isinstance(part, Rows):
+        yield least("run", 1)
+        yield "step", part.step >= part.run, f"{part.run} or more"
+    elif isinstance(part, Rope):
+        pairs, most = len(part.inverse_frequencies), record.head_dim // 2
+        yield "inverse_frequencies", 1 <= pairs <= most, f"1 to {most} items"
+        wanted = 0 if part.switch is None else pairs
+        agrees = len(part.long_inverse_frequencies) == wanted
+        yield "long_inverse_frequencies", agrees, f"{wanted} items"
 
 
 def _inside(where: str, value: Any) -> Iterator[tuple[str, Any]]:
