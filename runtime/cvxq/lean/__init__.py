@@ -1,16 +1,21 @@
-"""Decoders for the Llama family and OPT that need neither transformers nor its modules."""
+"""Decoders that execute a file's record and need neither transformers nor its modules."""
 
 from __future__ import annotations
 
-from cvxq_format import Reader
+from typing import TYPE_CHECKING
+
+from cvxq_format import Reader, UnsupportedError
+from cvxq_format.decoder_record import FILE_NAME, DecoderRecord, read_record
 
 from cvxq.lean.decoder import Decoder
 from cvxq.lean.errors import NotLeanError
-from cvxq.lean.spec import read_spec
-from cvxq.lean.weights import find_weights
-from cvxq.parts import json_part, needed_part
+from cvxq.lean.weights import Tensors, check_sizes
+from cvxq.parts import json_part
 
-__all__ = ["Decoder", "NotLeanError", "open_decoder"]
+if TYPE_CHECKING:
+    from cvxq.lean.native_decoder import NativeDecoder
+
+__all__ = ["Decoder", "NotLeanError", "Tensors", "open_decoder", "open_native"]
 
 
 def open_decoder(reader: Reader, device: str = "cpu", threads: int | None = None) -> Decoder:
@@ -18,16 +23,36 @@ def open_decoder(reader: Reader, device: str = "cpu", threads: int | None = None
 
     device: "cpu", "cuda" or "cuda:N", already checked; threads: of the CPU, as many as help if
     None.
-    Raises NotLeanError, with the reason in one line, where transformers has to run the model.
+    Raises NotLeanError, with the reason in one line, where transformers has to run the model, and
+    CorruptError where the record contradicts itself or the tensors.
     """
-    needed_part(reader, "config.json")
-    config = json_part(reader, "config.json")
-    spec = read_spec(config)
-    weights = find_weights(spec, reader)
+    record = record_of(reader)
     if device != "cpu":
         from cvxq.lean.cuda.opening import open_torch_decoder
 
-        return open_torch_decoder(spec, weights, reader, device, config)
+        return open_torch_decoder(record, reader, device, json_part(reader, "config.json"))
+    from cvxq.lean.native_decoder import useful_threads
+
+    return open_native(record, reader, threads or useful_threads(reader.path.stat().st_size))
+
+
+def open_native(
+    record: DecoderRecord, tensors: Tensors, threads: int, *, exact: bool = False
+) -> NativeDecoder:
+    """Make the CPU's decoder of `record`; nothing of `tensors` is needed afterwards.
+
+    exact: products in float32 throughout, which is slow.  Raises as `open_decoder` does.
+    """
     from cvxq.lean.native_decoder import NativeDecoder
 
-    return NativeDecoder(spec, weights, reader, threads)
+    return NativeDecoder(record, tensors, threads, exact=exact)
+
+
+def record_of(reader: Reader) -> DecoderRecord:
+    """Return the record that the file carries; NotLeanError where there is none to be read."""
+    if FILE_NAME not in reader.files:
+        raise NotLeanError(f"it has no {FILE_NAME}, which the fast decoders need")
+    try:
+        return read_record(json_part(reader, FILE_NAME))
+    except UnsupportedError as error:
+        raise NotLeanError(str(error)) from None

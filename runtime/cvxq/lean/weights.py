@@ -1,269 +1,217 @@
-"""Where a decoder's weights lie in a `.cvxq` file.
+"""A decoder's tensors, as its record uses them, checked: of an open file, or held in memory.
 
-`find_weights` names the tensors of every slot of a `DecoderSpec` and checks that each is in the
-file with the shape that the specification asks for, and that nothing is left over.  Prefixes,
-aliases and tied heads are matched by the rules of `cvxq.names`, as on the transformers path; biases
-that conversion added are found where the source had none.
+What the record says is compared with the tensors before anything computes: names, shapes, rows and
+sizes. CorruptError, one line, for whatever does not fit; the kernels trust these checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from cvxq_format import CompandedTensor, Reader, dequantize
+from cvxq_format import Codebook, CompandedTensor, CorruptError, RawTensor, dequantize
+from cvxq_format.decoder_record import FILE_NAME, DecoderRecord, Norm, Part, Rows
 
-from cvxq.errors import InconsistentFileError
 from cvxq.lean.errors import NotLeanError
-from cvxq.lean.spec import DecoderSpec
-from cvxq.names import match_names
+
+Floats = npt.NDArray[np.float32]
+Value = RawTensor | CompandedTensor
+
+MOST_PLACES = 1 << 24  # of a text, and tokens of a vocabulary
+_MOST_UNITS = 1 << 20  # of everything else that is counted: the kernels count products in 32 bits
+
+
+class Tensors(Protocol):
+    """What holds a decoder's tensors; an open `cvxq_format.Reader` does."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names of tensors."""
+
+    def read(self, name: str) -> Value:
+        """Return the tensor of this name or alias; raises KeyError if there is none."""
+
+    def codebook(self, index: int) -> Codebook:
+        """Return a codebook that a companded tensor names."""
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A linear map (N, K): names of the tensors of its weight and of its bias (N,), if any."""
+class Product:
+    """A matrix (N, K) whose outputs are one part of the record, or several side by side.
+
+    rows: of each part, which rows of the stored matrix (None: all), and how many outputs.
+    """
 
     weight: str
     bias: str | None
-    shape: tuple[int, int]
+    rows: tuple[tuple[Rows | None, int], ...]
+    inputs: int
+
+    @property
+    def outputs(self) -> int:
+        """N, of all parts together."""
+        return sum(count for _, count in self.rows)
 
 
-@dataclass(frozen=True)
-class Norm:
-    """Tensors of a norm's weight and bias, each (n,); None where it has none."""
+def products(
+    parts: Sequence[tuple[Part, int]], inputs: int, tensors: Tensors
+) -> tuple[Product, ...]:
+    """Return what computes `parts` (each with its outputs), which share their K inputs.
 
-    weight: str | None
-    bias: str | None
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """The slots of one layer; `before` norms precede a block, `after` norms follow it.
-
-    "pre" has the two before, "post" the two after, "sandwich" all four.  "post" norms follow the
-    residual sum, those of "sandwich" come before it (`spec.py`).
+    One product where all are rows of one matrix, else one for each.
+    Raises NotLeanError where only some of them share a matrix.
     """
+    made = [
+        Product(
+            tensors.aliases.get(part.weight, part.weight),
+            None if part.bias is None else tensors.aliases.get(part.bias, part.bias),
+            ((part.rows, count),),
+            inputs,
+        )
+        for part, count in parts
+    ]
+    if len({(product.weight, product.bias) for product in made}) == 1:
+        return (replace(made[0], rows=tuple(rows for product in made for rows in product.rows)),)
+    if len({product.weight for product in made}) < len(made):
+        raise NotLeanError(f"only some of the parts that read one input share {made[0].weight!r}")
+    return tuple(made)
 
-    q: Matrix
-    k: Matrix
-    v: Matrix
-    o: Matrix
-    gate: Matrix | None
-    up: Matrix
-    down: Matrix
-    q_norm: Norm | None
-    k_norm: Norm | None
-    before_attention: Norm | None
-    after_attention: Norm | None
-    before_ffn: Norm | None
-    after_ffn: Norm | None
 
+def read_product(tensors: Tensors, product: Product) -> tuple[Value, Floats | None]:
+    """Return a product's matrix (N, K), its outputs in the order of its parts, and its bias (N,).
 
-@dataclass(frozen=True)
-class DecoderWeights:
-    """Tensor names of a whole decoder, as the file spells them, aliases resolved.
-
-    A tied head has the same `weight` as the embedding (V, W).  positions: (context + offset,
-    hidden); project_in (hidden, W) and project_out (W, hidden) only where W is not hidden.
+    Raises CorruptError for a shape, or rows that are not each of the matrix's once.
     """
-
-    embedding: str
-    positions: str | None
-    project_in: Matrix | None
-    project_out: Matrix | None
-    layers: tuple[LayerWeights, ...]
-    final_norm: Norm | None
-    head: Matrix
-
-
-def find_weights(spec: DecoderSpec, reader: Reader) -> DecoderWeights:
-    """Find every tensor that `spec` needs in the open file.
-
-    Raises NotLeanError when a tensor is missing, left over or of another shape; the transformers
-    path, which then takes over, knows best whether that is an error.
-    """
-    slots = _Slots(spec, reader)
-    weights = _decoder(spec, slots)
-    slots.check(reader)
-    return weights
+    shape = (product.outputs, product.inputs)
+    value = _read(tensors, product.weight, shape)
+    bias = None if product.bias is None else read_floats(tensors, product.bias, shape[:1])
+    if all(rows is None for rows, _ in product.rows) and len(product.rows) == 1:
+        return value, bias
+    order = _order(product)
+    if np.array_equal(order, np.arange(len(order))):
+        return value, bias
+    return _reordered(value, order), None if bias is None else bias[order]
 
 
-def read_floats(reader: Reader, name: str) -> npt.NDArray[np.float32]:
-    """Return a small tensor (a norm, a bias, positions) as float32, expanded if it is packed."""
-    value = reader.read(name)
+def read_floats(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Floats:
+    """Return a small tensor (a norm, a bias) of this shape as float32, expanded if packed."""
+    value = _read(tensors, name, shape)
     if isinstance(value, CompandedTensor):
-        return dequantize(value, reader.codebook(value.codebook))
-    return value.to_float32().reshape(value.shape)
+        return dequantize(value, tensors.codebook(value.codebook))
+    return value.to_float32().reshape(shape)
 
 
-class _Slots:
-    """Names as the architecture has them, and what the file calls them."""
-
-    def __init__(self, spec: DecoderSpec, reader: Reader) -> None:
-        """Match all names of the architecture at once, so that leftovers are noticed."""
-        parameters = _parameters(spec)
-        self._shapes = parameters
-        head = "lm_head.weight"
-        embedding = next(name for name in parameters if name.endswith("embed_tokens.weight"))
-        try:
-            self._found = match_names(
-                [*reader.names, *reader.aliases],
-                parameters,
-                [[embedding, head]] if spec.tied else [],
-                prefix="model",
-                added_biases=reader.added_biases,
-                network=f"the {spec.model_type} decoder",
-            )
-        except InconsistentFileError as error:
-            raise NotLeanError(str(error)) from None
-        self._aliases = reader.aliases
-
-    def name(self, parameter: str) -> str | None:
-        """Return the file's tensor for `parameter`, or None when there is none."""
-        tensor = self._found.get(parameter)
-        return None if tensor is None else self._aliases.get(tensor, tensor)
-
-    def needed(self, parameter: str) -> str:
-        """Return the file's tensor for a parameter that every such decoder has."""
-        return self._aliases.get(self._found[parameter], self._found[parameter])
-
-    def matrix(self, module: str) -> Matrix:
-        """Return the tensors of a linear map."""
-        outputs, inputs = self._shapes[f"{module}.weight"]
-        bias = self.name(f"{module}.bias")
-        return Matrix(self.needed(f"{module}.weight"), bias, (outputs, inputs))
-
-    def norm(self, module: str) -> Norm:
-        """Return the tensors of a norm."""
-        return Norm(self.name(f"{module}.weight"), self.name(f"{module}.bias"))
-
-    def check(self, reader: Reader) -> None:
-        """Raise NotLeanError for a shape that is not the parameter's, or a bias nothing adds."""
-        for parameter, tensor in self._found.items():
-            expected = self._shapes.get(parameter)
-            if expected is None:  # a bias that conversion added
-                module = parameter.removesuffix(".bias")
-                expected = self._shapes[f"{module}.weight"][:1]
-                if "embed_" in module or "norm" in module:
-                    raise NotLeanError(f"{module!r} has an added bias, {tensor!r}")
-            found = tuple(reader.entry(tensor).shape)
-            if found != expected:
-                raise NotLeanError(
-                    f"tensor {tensor!r} has shape {found}, the {parameter!r} of the config needs "
-                    f"{expected}"
-                )
+def read_norm(tensors: Tensors, norm: Norm, size: int) -> tuple[Floats | None, Floats | None]:
+    """Return weight, its offset added, and bias of a norm over `size` elements."""
+    weight = None if norm.weight is None else read_floats(tensors, norm.weight, (size,))
+    bias = None if norm.bias is None else read_floats(tensors, norm.bias, (size,))
+    return weight if weight is None else weight + np.float32(norm.offset), bias
 
 
-def _decoder(spec: DecoderSpec, slots: _Slots) -> DecoderWeights:
-    opt = spec.model_type == "opt"
-    root = "model.decoder" if opt else "model"
-    projects = spec.embedding_width != spec.hidden
-    layer = _opt_layer if opt else _llama_layer
-    return DecoderWeights(
-        embedding=slots.needed(f"{root}.embed_tokens.weight"),
-        positions=slots.name(f"{root}.embed_positions.weight"),
-        project_in=slots.matrix(f"{root}.project_in") if projects else None,
-        project_out=slots.matrix(f"{root}.project_out") if projects else None,
-        layers=tuple(layer(spec, slots, f"{root}.layers.{i}") for i in range(spec.layers)),
-        final_norm=slots.norm(_final_norm(spec)) if spec.final_norm else None,
-        head=slots.matrix("lm_head"),
+def check_sizes(record: DecoderRecord) -> None:
+    """Raise CorruptError for sizes no decoder can have, NotLeanError for what none here does."""
+    counts = {
+        "hidden": record.hidden,
+        "embedding_width": record.embedding_width,
+        "head_dim": record.head_dim,
+        "heads · head_dim": record.heads * record.head_dim,
+        "ffn": record.ffn,
+        "layers": len(record.layers),
+    }
+    _check_counts(counts, _MOST_UNITS)
+    _check_counts({"vocabulary": record.vocabulary, "context": record.context}, MOST_PLACES)
+    _check_counts({"position_offset": record.position_offset + 1}, MOST_PLACES)
+    windows = {f"window of layer {i}": a.attention.window for i, a in enumerate(record.layers)}
+    _check_counts({where: 1 if w is None else w for where, w in windows.items()}, 1 << 62)
+    caps = [record.logit_softcap, *(layer.attention.softcap for layer in record.layers)]
+    if any(cap is not None and cap <= 0 for cap in caps):
+        raise CorruptError(f"{FILE_NAME}: a softcap is not positive; the file is corrupt")
+    if record.embedding_width != record.hidden and record.project_in is None:
+        raise CorruptError(f"{FILE_NAME}: project_in is missing; the file is corrupt")
+    turned = [rope for rope in record.ropes if rope.switch is not None]
+    if any(len(r.long_inverse_frequencies) != len(r.inverse_frequencies) for r in turned):
+        raise CorruptError(f"{FILE_NAME}: long and short frequencies differ in number")
+    if len({rope.switch for rope in turned}) > 1:
+        raise NotLeanError("layers turn long texts in another way from different lengths on")
+
+
+def _check_counts(counts: Mapping[str, int], most: int) -> None:
+    for name, count in counts.items():
+        if not 1 <= count <= most:
+            raise CorruptError(f"{FILE_NAME}: {name} is {count}, allowed 1 to {most}")
+
+
+def _read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Value:
+    try:
+        value = tensors.read(name)
+    except KeyError:
+        raise CorruptError(
+            f"{FILE_NAME} names tensor {name!r:.100}, not in the file; the file is corrupt"
+        ) from None
+    if tuple(value.shape) != shape:
+        raise CorruptError(
+            f"tensor {name!r:.100} has shape {tuple(value.shape)}, {FILE_NAME} needs {shape}; "
+            "the file is corrupt"
+        )
+    return value
+
+
+def _order(product: Product) -> npt.NDArray[np.int64]:
+    """Return the stored row (N,) of each output."""
+    parts = []
+    for rows, count in product.rows:
+        chosen = rows or Rows(0, count, 0)
+        if chosen.run < 1 or count % chosen.run or max(chosen.first, chosen.step) > product.outputs:
+            raise _wrong_rows(product)
+        runs = np.arange(count // chosen.run)[:, None] * chosen.step
+        parts.append((chosen.first + runs + np.arange(chosen.run)).reshape(-1))
+    order = np.concatenate(parts)
+    if not np.array_equal(np.sort(order), np.arange(product.outputs)):
+        raise _wrong_rows(product)
+    return order
+
+
+def _wrong_rows(product: Product) -> CorruptError:
+    return CorruptError(
+        f"{FILE_NAME}: the parts of {product.weight!r:.100} are not each of its "
+        f"{product.outputs} rows once; the file is corrupt"
     )
 
 
-def _llama_layer(spec: DecoderSpec, slots: _Slots, root: str) -> LayerWeights:
-    sandwich = spec.norm_placement == "sandwich"
-    attention = f"{root}.self_attn"
-    after = slots.norm(f"{root}.post_attention_layernorm")
-    return LayerWeights(
-        q=slots.matrix(f"{attention}.q_proj"),
-        k=slots.matrix(f"{attention}.k_proj"),
-        v=slots.matrix(f"{attention}.v_proj"),
-        o=slots.matrix(f"{attention}.o_proj"),
-        gate=slots.matrix(f"{root}.mlp.gate_proj"),
-        up=slots.matrix(f"{root}.mlp.up_proj"),
-        down=slots.matrix(f"{root}.mlp.down_proj"),
-        q_norm=slots.norm(f"{attention}.q_norm") if spec.qk_norm else None,
-        k_norm=slots.norm(f"{attention}.k_norm") if spec.qk_norm else None,
-        before_attention=slots.norm(f"{root}.input_layernorm"),
-        # Llama's "post-attention" norm is the one before the feed-forward block.
-        after_attention=after if sandwich else None,
-        before_ffn=slots.norm(f"{root}.pre_feedforward_layernorm") if sandwich else after,
-        after_ffn=slots.norm(f"{root}.post_feedforward_layernorm") if sandwich else None,
+def _reordered(value: Value, order: npt.NDArray[np.int64]) -> Value:
+    """Return a matrix (N, K) whose output i is output order[i] of `value`."""
+    if isinstance(value, RawTensor):
+        return replace(value, data=value.data.reshape(value.shape)[order])
+    if value.transposed:
+        return _reordered_columns(value, order)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    codes = value.row_scale_codes
+    return replace(
+        value,
+        permutation=place[value.stored_to_source()][None],
+        cluster_map=False,
+        row_scale_codes=None if codes is None else codes[:, order],
     )
 
 
-def _opt_layer(spec: DecoderSpec, slots: _Slots, root: str) -> LayerWeights:
-    before = spec.norm_placement == "pre"
-    attention = slots.norm(f"{root}.self_attn_layer_norm")
-    ffn = slots.norm(f"{root}.final_layer_norm")
-    return LayerWeights(
-        q=slots.matrix(f"{root}.self_attn.q_proj"),
-        k=slots.matrix(f"{root}.self_attn.k_proj"),
-        v=slots.matrix(f"{root}.self_attn.v_proj"),
-        o=slots.matrix(f"{root}.self_attn.out_proj"),
-        gate=None,
-        up=slots.matrix(f"{root}.fc1"),
-        down=slots.matrix(f"{root}.fc2"),
-        q_norm=None,
-        k_norm=None,
-        before_attention=attention if before else None,
-        after_attention=None if before else attention,
-        before_ffn=ffn if before else None,
-        after_ffn=None if before else ffn,
+def _reordered_columns(value: CompandedTensor, order: npt.NDArray[np.int64]) -> CompandedTensor:
+    """Likewise for a stored transpose, whose outputs are columns, each with bytes of its own."""
+    planes = (value.cluster_rows() + 7) // 8
+    sizes = value.depths[0].astype(np.int64) * planes[:, None]
+    starts = np.cumsum(sizes).reshape(sizes.shape) - sizes
+    sizes, starts = sizes[:, order].reshape(-1), starts[:, order].reshape(-1)
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    means = value.mean_codes
+    return replace(
+        value,
+        depths=value.depths[:, :, order],
+        scale_codes=value.scale_codes[:, :, order],
+        packed_codes=value.packed_codes[np.repeat(starts, sizes) + within],
+        mean_codes=None if means is None else means[:, :, order],
+        column_terms=None,
+        cluster_terms=None,
     )
-
-
-def _final_norm(spec: DecoderSpec) -> str:
-    return "model.decoder.final_layer_norm" if spec.model_type == "opt" else "model.norm"
-
-
-def _parameters(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the architecture, by transformers' name, with its shape."""
-    opt = spec.model_type == "opt"
-    root = "model.decoder" if opt else "model"
-    hidden, width = spec.hidden, spec.embedding_width
-    shapes: dict[str, tuple[int, ...]] = {f"{root}.embed_tokens.weight": (spec.vocab, width)}
-
-    def matrix(module: str, outputs: int, inputs: int, bias: bool) -> None:
-        shapes[f"{module}.weight"] = (outputs, inputs)
-        if bias:
-            shapes[f"{module}.bias"] = (outputs,)
-
-    def norms(modules: Collection[str], size: int, bias: bool) -> None:
-        for module in modules:
-            if spec.norm_affine:
-                shapes[f"{module}.weight"] = (size,)
-            if bias:
-                shapes[f"{module}.bias"] = (size,)
-
-    if spec.position_offset is not None:
-        shapes[f"{root}.embed_positions.weight"] = (spec.context + spec.position_offset, hidden)
-    if width != hidden:
-        matrix(f"{root}.project_in", hidden, width, False)
-        matrix(f"{root}.project_out", width, hidden, False)
-    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    for index in range(spec.layers):
-        layer = f"{root}.layers.{index}"
-        for letter, outputs in (("q", queries), ("k", keys), ("v", keys)):
-            matrix(f"{layer}.self_attn.{letter}_proj", outputs, hidden, spec.qkv_bias)
-        matrix(f"{layer}.self_attn.{'out' if opt else 'o'}_proj", hidden, queries, spec.o_bias)
-        if spec.gated:
-            matrix(f"{layer}.mlp.gate_proj", spec.ffn, hidden, spec.mlp_bias)
-        up, down = ("fc1", "fc2") if opt else ("mlp.up_proj", "mlp.down_proj")
-        matrix(f"{layer}.{up}", spec.ffn, hidden, spec.mlp_bias)
-        matrix(f"{layer}.{down}", hidden, spec.ffn, spec.mlp_bias)
-        names = ["self_attn_layer_norm", "final_layer_norm"]
-        if not opt:
-            names = ["input_layernorm", "post_attention_layernorm"]
-        if spec.norm_placement == "sandwich":
-            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-        norms([f"{layer}.{name}" for name in names], hidden, spec.norm_bias)
-        if spec.qk_norm:
-            attention = f"{layer}.self_attn"
-            norms([f"{attention}.q_norm", f"{attention}.k_norm"], spec.head_dim, False)
-    if spec.final_norm:
-        norms([_final_norm(spec)], hidden, spec.norm_bias)
-    matrix("lm_head", spec.vocab, width, False)
-    return shapes
