@@ -13,6 +13,10 @@ class RateError(ConversionError):
     """No allocation meets the rate or size that was asked for."""
 
 
+class NotDescribedError(Exception):
+    """A decoder's record cannot say what this network computes; the message is why, in one line."""
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Return the first non-empty line of an error's text, or the error's type name."""
     for line in str(error).splitlines():
