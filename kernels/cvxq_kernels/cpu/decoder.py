@@ -35,21 +35,37 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
+class Rope:
+    """Angles of the pairs of elements that are rotated; long texts have their own.
+
+    frequencies: (pairs,) float32, radians per position; scale: on cosines and sines.
+    """
+
+    frequencies: Floats
+    scale: float = 1.0
+    long_frequencies: Floats | None = None
+    long_scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """One layer's matrices and norms.
 
-    gate None: down(act(up(x))), else down(act(gate(x)) · up(x)).  `*_in` norms make the input of
-    a branch, `*_out` ones follow it, `*_sum` ones follow its sum with the stream; q_norm and
-    k_norm are over each head, before rotation.  window: keys that a query sees, 0 all of them.
+    k and v None: q gives queries, keys and values side by side.  gate None: down(act(up(x))), else
+    down(act(gate(x)) · up(x)); up None: gate gives both.  `*_in` norms make the input of a branch,
+    `*_out` ones follow it, `*_sum` ones follow its sum with the stream; q_norm and k_norm, before
+    rotation, are over each head, or all at once with wide_norms.  scale, cap: of scores, 0 for no
+    cap.  window: keys that a query sees, 0 all of them.  rope: index of one, None for none.
     """
 
     q: Matrix
-    k: Matrix
-    v: Matrix
+    k: Matrix | None
+    v: Matrix | None
     o: Matrix
     gate: Matrix | None
-    up: Matrix
+    up: Matrix | None
     down: Matrix
+    scale: float
     q_norm: Norm = Norm()
     k_norm: Norm = Norm()
     attention_in: Norm = Norm()
@@ -58,16 +74,19 @@ class Layer:
     ffn_in: Norm = Norm()
     ffn_out: Norm = Norm()
     ffn_sum: Norm = Norm()
+    cap: float = 0.0
     window: int = 0
-    rotated: bool = True
+    rope: int | None = None
+    wide_norms: bool = False
+    is_parallel: bool = False
+    activation: str = "silu"
 
 
 @dataclass(frozen=True, eq=False)
 class Shape:
     """Sizes and constants of a decoder, and what does not belong to a layer; see `decoder.h`.
 
-    capacity: most tokens of a text; chunk: most tokens of a call; frequencies: (pairs,) float32,
-    radians per position, of the pairs of elements that are rotated; caps: 0 for none.
+    capacity: most tokens of a text; chunk: most tokens of a call; logit_cap: 0 for none.
     """
 
     hidden: int
@@ -79,12 +98,10 @@ class Shape:
     vocabulary: int
     capacity: int
     chunk: int
-    activation: str
-    frequencies: Floats
     embed: Matrix
     head: Matrix
     final: Norm
-    attention_scale: float
+    ropes: tuple[Rope, ...] = ()
     positions: Matrix | None = None
     project_in: Matrix | None = None
     project_out: Matrix | None = None
@@ -92,9 +109,7 @@ class Shape:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
-    attention_cap: float = 0.0
     logit_cap: float = 0.0
-    rotary_scale: float = 1.0
 
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
@@ -129,13 +144,28 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _LAYER_MATRICES),
         *((name, _Norm) for name in _LAYER_NORMS),
+        ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
         ("window", ctypes.c_int32),
-        ("rotated", ctypes.c_int32),
+        ("rope", ctypes.c_int32),
+        ("wide_norms", ctypes.c_int32),
+        ("is_parallel", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+    )
+
+
+class _Rope(ctypes.Structure):
+    _fields_ = (
+        ("frequencies", _FLOATS),
+        ("long_frequencies", _FLOATS),
+        ("scale", ctypes.c_float),
+        ("long_scale", ctypes.c_float),
+        ("pairs", ctypes.c_int32),
     )
 
 
 _SIZES = ("hidden", "embedding", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")
-_FACTORS = ("embedding_scale", "residual_scale", "attention_scale", "logit_scale")
+_FACTORS = ("embedding_scale", "residual_scale", "logit_scale", "logit_cap")
 _SHAPE_MATRICES = ("embed", "head", "positions", "project_in", "project_out")
 
 
@@ -145,14 +175,10 @@ class _Shape(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _SIZES),
         ("capacity", ctypes.c_int32),
         ("chunk", ctypes.c_int32),
-        ("rotary_pairs", ctypes.c_int32),
+        ("ropes", ctypes.c_int32),
         ("position_offset", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
         *((name, ctypes.c_float) for name in _FACTORS),
-        ("attention_cap", ctypes.c_float),
-        ("logit_cap", ctypes.c_float),
-        ("rotary_scale", ctypes.c_float),
-        ("frequencies", _FLOATS),
+        ("rope", ctypes.POINTER(_Rope)),
         *((name, ctypes.c_void_p) for name in _SHAPE_MATRICES),
         ("final", _Norm),
     )
@@ -215,6 +241,10 @@ class Decoder:
                 f"below {self.shape.capacity}"
             )
 
+    def turn(self, is_long: bool) -> None:
+        """Turn texts read from now on, from their start, as long ones or as short ones."""
+        self._library.cvxq_decoder_turn(self._handle, is_long)
+
     def clock(self) -> tuple[float, float, float]:
         """Seconds spent so far with matrices, in attention, and altogether."""
         products, attention, total = ctypes.c_int64(), ctypes.c_int64(), ctypes.c_int64()
@@ -233,8 +263,13 @@ class Decoder:
         return _Layer(
             *(_handle(getattr(layer, name)) for name in _LAYER_MATRICES),
             *(self._norm(getattr(layer, name)) for name in _LAYER_NORMS),
+            layer.scale,
+            layer.cap,
             layer.window,
-            layer.rotated,
+            -1 if layer.rope is None else layer.rope,
+            layer.wide_norms,
+            layer.is_parallel,
+            ACTIVATIONS[layer.activation],
         )
 
     def _shape(self, shape: Shape, layers: int) -> _Shape:
@@ -243,16 +278,22 @@ class Decoder:
             *(getattr(shape, name) for name in _SIZES),
             shape.capacity,
             shape.chunk,
-            len(shape.frequencies),
+            len(shape.ropes),
             shape.position_offset,
-            ACTIVATIONS[shape.activation],
             *(getattr(shape, name) for name in _FACTORS),
-            shape.attention_cap,
-            shape.logit_cap,
-            shape.rotary_scale,
-            self._floats(shape.frequencies),
+            (_Rope * len(shape.ropes))(*(self._rope(rope) for rope in shape.ropes)),
             *(_handle(getattr(shape, name)) for name in _SHAPE_MATRICES),
             self._norm(shape.final),
+        )
+
+    def _rope(self, rope: Rope) -> _Rope:
+        long = rope.frequencies if rope.long_frequencies is None else rope.long_frequencies
+        return _Rope(
+            self._floats(rope.frequencies),
+            self._floats(long),
+            rope.scale,
+            rope.scale if rope.long_frequencies is None else rope.long_scale,
+            len(rope.frequencies),
         )
 
     def _norm(self, norm: Norm) -> _Norm:
@@ -279,6 +320,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         *(pointer, pointer, integer, int64),
         *(integer, integer, pointer),
     ]
+    library.cvxq_decoder_turn.restype = None
+    library.cvxq_decoder_turn.argtypes = [pointer, integer]
     clock = ctypes.POINTER(int64)
     library.cvxq_decoder_clock.restype = None
     library.cvxq_decoder_clock.argtypes = [pointer, clock, clock, clock]

@@ -9,7 +9,7 @@ from cvxq_format.decoder_record import FILE_NAME, DecoderRecord, read_record
 
 from cvxq.lean.decoder import Decoder
 from cvxq.lean.errors import NotLeanError
-from cvxq.lean.weights import Tensors, check_sizes
+from cvxq.lean.products import Tensors
 from cvxq.parts import json_part
 
 if TYPE_CHECKING:

@@ -1,23 +1,25 @@
-"""A lean decoder on the CPU: the forward pass of `cvxq_kernels.cpu` over a file's weights."""
+"""A lean decoder on the CPU: a record, executed by the forward pass of `cvxq_kernels.cpu`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import ReferenceType
 
 import numpy as np
 import numpy.typing as npt
-from cvxq_format import CompandedTensor, RawTensor, Reader
+from cvxq_format import CompandedTensor, RawTensor
+from cvxq_format import decoder_record as described
+from cvxq_format.decoder_record import DecoderRecord
 from cvxq_kernels import cpu
-from cvxq_kernels.cpu.decoder import Decoder, Layer, Norm, Shape
+from cvxq_kernels.cpu.decoder import Decoder, Layer, Norm, Rope, Shape
 
-from cvxq.lean import weights as names
 from cvxq.lean.errors import NotLeanError
-from cvxq.lean.spec import DecoderSpec
-from cvxq.lean.weights import DecoderWeights, LayerWeights, read_floats
+from cvxq.lean.products import DecoderProducts, Product, Tensors, find_products
+from cvxq.lean.rope import Turning
+from cvxq.lean.weights import read_norm, read_product
 
 BYTES_PER_THREAD = 4 << 20  # of a file: what a core reads in less time than threads take to meet
 CHUNK_TOKENS = 256  # read per call of a prompt; Ctrl-C is felt between two calls
@@ -26,42 +28,47 @@ Floats = npt.NDArray[np.float32]
 
 
 class NativeDecoder:
-    """The decoder of `spec`; see `cvxq.lean.decoder.Decoder`."""
+    """The decoder of a record; see `cvxq.lean.decoder.Decoder`."""
 
     def __init__(
         self,
-        spec: DecoderSpec,
-        weights: DecoderWeights,
-        reader: Reader,
-        threads: int | None = None,
+        record: DecoderRecord,
+        tensors: Tensors,
+        threads: int,
         *,
         chunk: int = CHUNK_TOKENS,
         exact: bool = False,
     ) -> None:
-        """Repack the weights of the open file.
+        """Check and repack the tensors that the record names.
 
-        threads: as many as help if None; chunk: tokens per call of a prompt; exact: products in
-        float32 throughout, which is slow.  Raises NotLeanError without the native library.
+        chunk: tokens per call of a prompt; exact: products in float32 throughout, which is slow.
+        Raises NotLeanError without the native library or for what it does not do, CorruptError
+        where record and tensors contradict each other.
         """
         if not cpu.is_available():
             raise NotLeanError(f"the native library is missing: {cpu.why_not()}")
-        self.capacity = spec.context
-        self.vocabulary = spec.vocab
+        found = find_products(record, tensors)
+        self.capacity = record.context
+        self.vocabulary = record.vocabulary
+        self.end_tokens = frozenset(record.end_tokens)
         self.length = 0
         self.holder: ReferenceType[object] | None = None
-        self.layers = spec.layers
-        self.threads = threads or useful_threads(reader.path.stat().st_size)
-        self.chunk = min(chunk, spec.context)
+        self.layers = len(record.layers)
+        self.threads = threads
+        self.chunk = min(chunk, record.context)
         self.exact = exact
-        pool = cpu.Pool(self.threads)
-        parts = _Parts(spec, weights, reader, self.threads)
-        layers = [parts.layer(layer, index) for index, layer in enumerate(weights.layers)]
-        shape = parts.shape(weights, self.chunk)
-        self._native = Decoder(pool, shape, layers)
+        self._turning = Turning(record.ropes)
+        parts = _Parts(record, found, tensors, threads)
+        shape = parts.shape(self.chunk)
+        layers = [parts.layer(index) for index in range(self.layers)]
+        self._native = Decoder(cpu.Pool(threads), shape, layers)
         self.bytes_per_token = parts.bytes_per_token(shape)
 
     def feed(self, ids: Sequence[int]) -> Floats:
         """Read `ids` (at least one) after the text; return logits (V,) float32 after the last."""
+        if self._turning.crosses(self.length + len(ids)):
+            ids = self._cross(ids)
+        self._turning.extend(self.length, ids)
         if len(ids) == 1:  # the usual case, and small models feel every microsecond here
             following = self._native.step(ids[0], self.length, self.exact)
             self.length += 1
@@ -74,9 +81,19 @@ class NativeDecoder:
             self.length += len(piece)
         return logits[0]
 
+    def _cross(self, ids: Sequence[int]) -> list[int]:
+        """Forget the text, which is turned by other tables from now on; return what to read."""
+        text = self._turning.cross(self.length, ids)
+        self._native.turn(self._turning.is_long)
+        self.length = 0
+        return text
+
     def logits(self, ids: Sequence[int]) -> Floats:
         """Read `ids` as a text of its own; return the logits (L, V) float32 after each of them."""
         self.rewind(0)
+        if self._turning.crosses(len(ids)):
+            self._cross(ids)
+        self._turning.extend(0, ids)
         array = np.array(ids, np.int64)
         result = np.empty((len(array), self.vocabulary), np.float32)
         for start in range(0, len(array), self.chunk):
@@ -93,8 +110,8 @@ class NativeDecoder:
 
     def overhead_seconds(self) -> float:
         """Seconds spent so far in the forward pass outside of matrix products and attention."""
-        products, attention, total = self._native.clock()
-        return total - products - attention
+        matrices, attention, total = self._native.clock()
+        return total - matrices - attention
 
 
 def _dense(value: RawTensor) -> npt.NDArray[Any]:
@@ -113,126 +130,103 @@ def useful_threads(file_bytes: int) -> int:
     return min(cores or 1, 1 + file_bytes // BYTES_PER_THREAD)
 
 
-def _places(weights: DecoderWeights) -> Iterator[tuple[str, str | None]]:
-    """Yield the names of every matrix and its bias, tied ones more than once."""
-    parts = [weights.head, weights.project_in, weights.project_out]
-    for layer in weights.layers:
-        parts += [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down]
-    yield from ((part.weight, part.bias) for part in parts if part is not None)
-    if weights.embedding != weights.head.weight:
-        yield weights.embedding, None
-    if weights.positions is not None:
-        yield weights.positions, None
-
-
 def _load_matrices(
-    weights: DecoderWeights, reader: Reader, threads: int
-) -> dict[tuple[str, str | None], cpu.Matrix]:
+    found: DecoderProducts, tensors: Tensors, threads: int
+) -> dict[Product, cpu.Matrix]:
     """Check and repack all matrices, one per thread at a time, the largest first."""
-    places = sorted(dict.fromkeys(_places(weights)), key=lambda place: -reader.entry(place[0]).size)
+    places = sorted(dict.fromkeys(found), key=lambda product: -product.outputs * product.inputs)
     with ThreadPoolExecutor(threads) as workers:
-        made = workers.map(lambda place: _load_matrix(reader, *place), places)
+        made = workers.map(lambda product: _load_matrix(tensors, product), places)
         return dict(zip(places, made, strict=True))
 
 
-def _load_matrix(reader: Reader, weight: str, bias: str | None) -> cpu.Matrix:
-    value = reader.read(weight)
-    added = None if bias is None else read_floats(reader, bias)
+def _load_matrix(tensors: Tensors, product: Product) -> cpu.Matrix:
+    value, bias = read_product(tensors, product)
     pool = cpu.Pool(1)
     if isinstance(value, CompandedTensor):
-        return cpu.Matrix.from_tensor(value, reader.codebook(value.codebook), added, pool)
-    return cpu.Matrix.from_dense(_dense(value), added, pool)
+        return cpu.Matrix.from_tensor(value, tensors.codebook(value.codebook), bias, pool)
+    return cpu.Matrix.from_dense(_dense(value), bias, pool)
 
 
 class _Parts:
-    """Builds native matrices and norms from a file's tensors; tied ones are made once."""
+    """Builds the native parts of a record; a matrix that several places share is made once."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: DecoderWeights, reader: Reader, threads: int
+        self, record: DecoderRecord, found: DecoderProducts, tensors: Tensors, threads: int
     ) -> None:
-        self._spec = spec
-        self._reader = reader
-        self._matrices = _load_matrices(weights, reader, threads)
+        """Check and repack all matrices."""
+        self._record = record
+        self._found = found
+        self._tensors = tensors
+        self._matrices = _load_matrices(found, tensors, threads)
 
-    def matrix(self, place: names.Matrix | None) -> cpu.Matrix:
-        if place is None:
-            raise AssertionError("a matrix that this architecture has is missing")
-        return self._matrices[place.weight, place.bias]
+    def _optional(self, product: Product | None) -> cpu.Matrix | None:
+        return None if product is None else self._matrices[product]
 
-    def optional(self, place: names.Matrix | None) -> cpu.Matrix | None:
-        return None if place is None else self.matrix(place)
+    def _norm(self, norm: described.Norm | None, size: int) -> Norm:
+        if norm is None:
+            return Norm()
+        return Norm(norm.kind, *read_norm(self._tensors, norm, size), norm.epsilon)
 
-    def norm(self, place: names.Norm | None) -> Norm:
-        """The norm at `place`, over rows of the stream."""
-        return Norm() if place is None else self._norm(place, self._spec.norm)
-
-    def _norm(self, place: names.Norm, kind: str) -> Norm:
-        weight = None if place.weight is None else read_floats(self._reader, place.weight)
-        if weight is not None and self._spec.norm_offset:
-            weight = weight + np.float32(self._spec.norm_offset)
-        bias = None if place.bias is None else read_floats(self._reader, place.bias)
-        return Norm(kind, weight, bias, self._spec.norm_eps)
-
-    def head_norm(self, place: names.Norm | None) -> Norm:
-        """The norm at `place`, over each head."""
-        return Norm() if place is None else self._norm(place, "rms")
-
-    def layer(self, layer: LayerWeights, index: int) -> Layer:
-        spec = self._spec
-        follows_sum = spec.norm_placement == "post"
-        attention, ffn = self.norm(layer.after_attention), self.norm(layer.after_ffn)
+    def layer(self, index: int) -> Layer:
+        """Layer `index`."""
+        record, layer, found = self._record, self._record.layers[index], self._found.layers[index]
+        attention, block, hidden = layer.attention, layer.feed_forward, self._record.hidden
+        q, k, v = (*(self._matrices[product] for product in found.qkv), None, None)[:3]
+        up = [self._matrices[product] for product in found.up]
+        widths = [record.head_dim] * 2
+        if not attention.norms_over_heads:
+            widths = [record.heads * record.head_dim, record.kv_heads * record.head_dim]
         return Layer(
-            q=self.matrix(layer.q),
-            k=self.matrix(layer.k),
-            v=self.matrix(layer.v),
-            o=self.matrix(layer.o),
-            gate=self.optional(layer.gate),
-            up=self.matrix(layer.up),
-            down=self.matrix(layer.down),
-            q_norm=self.head_norm(layer.q_norm),
-            k_norm=self.head_norm(layer.k_norm),
-            attention_in=self.norm(layer.before_attention),
-            attention_out=Norm() if follows_sum else attention,
-            attention_sum=attention if follows_sum else Norm(),
-            ffn_in=self.norm(layer.before_ffn),
-            ffn_out=Norm() if follows_sum else ffn,
-            ffn_sum=ffn if follows_sum else Norm(),
-            window=spec.windows[index] or 0,
-            rotated=spec.rope_layers[index],
+            q=q,
+            k=k,
+            v=v,
+            o=self._matrices[found.o],
+            gate=None if block.gate is None else up[0],
+            up=None if block.gate is not None and len(up) == 1 else up[-1],
+            down=self._matrices[found.down],
+            scale=attention.scale,
+            q_norm=self._norm(attention.q_norm, widths[0]),
+            k_norm=self._norm(attention.k_norm, widths[1]),
+            attention_in=self._norm(layer.attention_in, hidden),
+            attention_out=self._norm(layer.attention_out, hidden),
+            attention_sum=self._norm(layer.attention_sum, hidden),
+            ffn_in=self._norm(layer.ffn_in, hidden),
+            ffn_out=self._norm(layer.ffn_out, hidden),
+            ffn_sum=self._norm(layer.ffn_sum, hidden),
+            cap=attention.softcap or 0.0,
+            window=min(attention.window or 0, record.context),
+            rope=attention.rope,
+            wide_norms=not attention.norms_over_heads,
+            is_parallel=layer.parallel,
+            activation=block.activation,
         )
 
-    def shape(self, weights: DecoderWeights, chunk: int) -> Shape:
-        spec = self._spec
-        none = np.empty(0, np.float32)
-        head, tied = self.matrix(weights.head), weights.head.weight == weights.embedding
-        embed = head if tied else self._matrices[weights.embedding, None]
-        positions = self._matrices[weights.positions, None] if weights.positions else None
+    def shape(self, chunk: int) -> Shape:
+        """All but the layers."""
+        record, found = self._record, self._found
         return Shape(
-            hidden=spec.hidden,
-            embedding=spec.embedding_width,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            ffn=spec.ffn,
-            vocabulary=spec.vocab,
-            capacity=spec.context,
+            hidden=record.hidden,
+            embedding=record.embedding_width,
+            heads=record.heads,
+            kv_heads=record.kv_heads,
+            head_dim=record.head_dim,
+            ffn=record.ffn,
+            vocabulary=record.vocabulary,
+            capacity=record.context,
             chunk=chunk,
-            activation=spec.activation,
-            frequencies=none if spec.rope is None else spec.rope.inverse_frequencies,
-            rotary_scale=1.0 if spec.rope is None else spec.rope.attention_factor,
-            embed=embed,
-            head=head,
-            final=self.norm(weights.final_norm),
-            positions=positions,
-            project_in=self.optional(weights.project_in),
-            project_out=self.optional(weights.project_out),
-            position_offset=spec.position_offset or 0,
-            attention_scale=spec.attention_scale,
-            attention_cap=spec.attention_softcap or 0.0,
-            logit_cap=spec.logit_softcap or 0.0,
-            embedding_scale=spec.embedding_scale,
-            residual_scale=spec.residual_scale,
-            logit_scale=spec.logit_scale,
+            embed=self._matrices[found.embedding],
+            head=self._matrices[found.head],
+            final=self._norm(record.final_norm, record.hidden),
+            ropes=tuple(_rope(rope) for rope in record.ropes),
+            positions=self._optional(found.positions),
+            project_in=self._optional(found.project_in),
+            project_out=self._optional(found.project_out),
+            position_offset=record.position_offset,
+            logit_cap=record.logit_softcap or 0.0,
+            embedding_scale=record.embedding_scale,
+            residual_scale=record.residual_scale,
+            logit_scale=record.logit_scale,
         )
 
     def bytes_per_token(self, shape: Shape) -> int:
@@ -241,3 +235,9 @@ class _Parts:
         if shape.positions is not None:
             rows[id(shape.positions)] = shape.capacity + shape.position_offset
         return sum(matrix.nbytes // rows.get(id(matrix), 1) for matrix in self._matrices.values())
+
+
+def _rope(rope: described.Rope) -> Rope:
+    frequencies = np.array(rope.inverse_frequencies, np.float32)
+    long = None if rope.switch is None else np.array(rope.long_inverse_frequencies, np.float32)
+    return Rope(frequencies, rope.factor, long, rope.long_factor)

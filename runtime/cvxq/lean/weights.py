@@ -1,83 +1,20 @@
-"""A decoder's tensors, as its record uses them, checked: of an open file, or held in memory.
+"""Tensors as a decoder's record uses them, checked: of an open file, or held in memory.
 
-What the record says is compared with the tensors before anything computes: names, shapes, rows and
-sizes. CorruptError, one line, for whatever does not fit; the kernels trust these checks.
+Names, shapes and rows that do not fit are a CorruptError, one line; the kernels trust this check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-from cvxq_format import Codebook, CompandedTensor, CorruptError, RawTensor, dequantize
-from cvxq_format.decoder_record import FILE_NAME, DecoderRecord, Norm, Part, Rows
+from cvxq_format import CompandedTensor, CorruptError, RawTensor, dequantize
+from cvxq_format.decoder_record import FILE_NAME, Norm, Rows
 
-from cvxq.lean.errors import NotLeanError
+from cvxq.lean.products import Product, Tensors, Value
 
 Floats = npt.NDArray[np.float32]
-Value = RawTensor | CompandedTensor
-
-MOST_PLACES = 1 << 24  # of a text, and tokens of a vocabulary
-_MOST_UNITS = 1 << 20  # of everything else that is counted: the kernels count products in 32 bits
-
-
-class Tensors(Protocol):
-    """What holds a decoder's tensors; an open `cvxq_format.Reader` does."""
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """Further names of tensors."""
-
-    def read(self, name: str) -> Value:
-        """Return the tensor of this name or alias; raises KeyError if there is none."""
-
-    def codebook(self, index: int) -> Codebook:
-        """Return a codebook that a companded tensor names."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """A matrix (N, K) whose outputs are one part of the record, or several side by side.
-
-    rows: of each part, which rows of the stored matrix (None: all), and how many outputs.
-    """
-
-    weight: str
-    bias: str | None
-    rows: tuple[tuple[Rows | None, int], ...]
-    inputs: int
-
-    @property
-    def outputs(self) -> int:
-        """N, of all parts together."""
-        return sum(count for _, count in self.rows)
-
-
-def products(
-    parts: Sequence[tuple[Part, int]], inputs: int, tensors: Tensors
-) -> tuple[Product, ...]:
-    """Return what computes `parts` (each with its outputs), which share their K inputs.
-
-    One product where all are rows of one matrix, else one for each.
-    Raises NotLeanError where only some of them share a matrix.
-    """
-    made = [
-        Product(
-            tensors.aliases.get(part.weight, part.weight),
-            None if part.bias is None else tensors.aliases.get(part.bias, part.bias),
-            ((part.rows, count),),
-            inputs,
-        )
-        for part, count in parts
-    ]
-    if len({(product.weight, product.bias) for product in made}) == 1:
-        return (replace(made[0], rows=tuple(rows for product in made for rows in product.rows)),)
-    if len({product.weight for product in made}) < len(made):
-        raise NotLeanError(f"only some of the parts that read one input share {made[0].weight!r}")
-    return tuple(made)
 
 
 def read_product(tensors: Tensors, product: Product) -> tuple[Value, Floats | None]:
@@ -109,39 +46,6 @@ def read_norm(tensors: Tensors, norm: Norm, size: int) -> tuple[Floats | None, F
     weight = None if norm.weight is None else read_floats(tensors, norm.weight, (size,))
     bias = None if norm.bias is None else read_floats(tensors, norm.bias, (size,))
     return weight if weight is None else weight + np.float32(norm.offset), bias
-
-
-def check_sizes(record: DecoderRecord) -> None:
-    """Raise CorruptError for sizes no decoder can have, NotLeanError for what none here does."""
-    counts = {
-        "hidden": record.hidden,
-        "embedding_width": record.embedding_width,
-        "head_dim": record.head_dim,
-        "heads · head_dim": record.heads * record.head_dim,
-        "ffn": record.ffn,
-        "layers": len(record.layers),
-    }
-    _check_counts(counts, _MOST_UNITS)
-    _check_counts({"vocabulary": record.vocabulary, "context": record.context}, MOST_PLACES)
-    _check_counts({"position_offset": record.position_offset + 1}, MOST_PLACES)
-    windows = {f"window of layer {i}": a.attention.window for i, a in enumerate(record.layers)}
-    _check_counts({where: 1 if w is None else w for where, w in windows.items()}, 1 << 62)
-    caps = [record.logit_softcap, *(layer.attention.softcap for layer in record.layers)]
-    if any(cap is not None and cap <= 0 for cap in caps):
-        raise CorruptError(f"{FILE_NAME}: a softcap is not positive; the file is corrupt")
-    if record.embedding_width != record.hidden and record.project_in is None:
-        raise CorruptError(f"{FILE_NAME}: project_in is missing; the file is corrupt")
-    turned = [rope for rope in record.ropes if rope.switch is not None]
-    if any(len(r.long_inverse_frequencies) != len(r.inverse_frequencies) for r in turned):
-        raise CorruptError(f"{FILE_NAME}: long and short frequencies differ in number")
-    if len({rope.switch for rope in turned}) > 1:
-        raise NotLeanError("layers turn long texts in another way from different lengths on")
-
-
-def _check_counts(counts: Mapping[str, int], most: int) -> None:
-    for name, count in counts.items():
-        if not 1 <= count <= most:
-            raise CorruptError(f"{FILE_NAME}: {name} is {count}, allowed 1 to {most}")
 
 
 def _read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Value:

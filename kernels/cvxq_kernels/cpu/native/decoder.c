@@ -56,25 +56,58 @@ static void settle_rows(void *context, int part, int parts) {
             decoder->math->add(stream, branch, decoder->shape.residual_scale, hidden);
             normalize(decoder, decoder->norms[1], stream, stream);
         }
-        normalize(decoder, decoder->norms[2], stream, decoder->input + (int64_t)row * hidden);
+        if (decoder->norms[2] != NULL)
+            normalize(decoder, decoder->norms[2], stream, decoder->input + (int64_t)row * hidden);
+        if (decoder->norms[3] != NULL)
+            normalize(decoder, decoder->norms[3], stream, decoder->beside + (int64_t)row * hidden);
     }
 }
 
+/* out NULL: there is no branch yet. in, beside NULL: nothing reads this input. */
 static void settle(cvxq_decoder *decoder, const cvxq_norm *out, const cvxq_norm *sum,
-                   const cvxq_norm *in) {
+                   const cvxq_norm *in, const cvxq_norm *beside) {
     decoder->norms[0] = out;
     decoder->norms[1] = sum;
     decoder->norms[2] = in;
+    decoder->norms[3] = beside;
     run(decoder, settle_rows, decoder->count == 1);
+}
+
+/* Take the results for queries, keys and values apart, and normalize over all heads at once. */
+static void part_rows(void *context, int part, int parts) {
+    cvxq_decoder *decoder = context;
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    const int64_t wide = (int64_t)s->heads * s->head_dim,
+                  narrow = (int64_t)s->kv_heads * s->head_dim;
+    const int end = first_of(decoder->count, part + 1, parts);
+    for (int row = first_of(decoder->count, part, parts); row < end; row++) {
+        float *query = decoder->query + row * wide, *key = decoder->key + row * narrow;
+        if (layer->k == NULL) {
+            const float *from = decoder->together + row * (wide + 2 * narrow);
+            memcpy(query, from, (size_t)wide * sizeof *from);
+            memcpy(key, from + wide, (size_t)narrow * sizeof *from);
+            memcpy(decoder->value + row * narrow, from + wide + narrow,
+                   (size_t)narrow * sizeof *from);
+        }
+        if (!layer->wide_norms) continue;
+        if (layer->q_norm.kind != CVXQ_NO_NORM)
+            decoder->math->normalize(&layer->q_norm, query, (int)wide, query);
+        if (layer->k_norm.kind != CVXQ_NO_NORM)
+            decoder->math->normalize(&layer->k_norm, key, (int)narrow, key);
+    }
 }
 
 static void prepare_head(cvxq_decoder *decoder, const cvxq_norm *norm, float *x, int row) {
     const cvxq_decoder_shape *s = &decoder->shape;
-    const int pairs = decoder->layers[decoder->layer].rotated ? s->rotary_pairs : 0;
-    if (norm->kind != CVXQ_NO_NORM) decoder->math->normalize(norm, x, s->head_dim, x);
-    if (pairs)
-        decoder->math->rotate(x, decoder->cosine + (int64_t)row * pairs,
-                              decoder->sine + (int64_t)row * pairs, pairs);
+    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    if (norm->kind != CVXQ_NO_NORM && !layer->wide_norms)
+        decoder->math->normalize(norm, x, s->head_dim, x);
+    if (layer->rope < 0) return;
+    const int pairs = s->rope[layer->rope].pairs;
+    int64_t at = (int64_t)row * pairs;
+    for (int i = 0; i < layer->rope; i++) at += (int64_t)decoder->count * s->rope[i].pairs;
+    if (pairs) decoder->math->rotate(x, decoder->cosine + at, decoder->sine + at, pairs);
 }
 
 /* Norms and rotation of one key and its queries; keys (width, 64), values (64, width) to the
@@ -92,7 +125,7 @@ static void prepare_group(cvxq_decoder *decoder, int row, int head) {
     for (int member = 0; member < group; member++) {
         float *query = decoder->query + at * group + member * width;
         prepare_head(decoder, &layer->q_norm, query, row);
-        decoder->math->scale(query, s->attention_scale, width);
+        decoder->math->scale(query, layer->scale, width);
     }
     prepare_head(decoder, &layer->k_norm, key, row);
     for (int i = 0; i < width; i++) keys[i * CVXQ_BLOCK + place] = key[i];
@@ -128,7 +161,8 @@ static void attend_rows(void *context, int part, int parts) {
     const int group = s->heads / s->kv_heads, width = s->head_dim;
     const int rows_per_head = decoder->count * group, step = attention_rows(decoder, parts);
     const int steps = attention_steps(decoder, parts);
-    const int64_t window = decoder->layers[decoder->layer].window;
+    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    const int64_t window = layer->window;
     float *tile = decoder->parts + part * decoder->part_floats;
     float *scratch = tile + span(ROWS, width);
     float *out[ROWS];
@@ -151,7 +185,7 @@ static void attend_rows(void *context, int part, int parts) {
         }
         const int64_t index = ((int64_t)decoder->layer * s->kv_heads + head) * decoder->blocks;
         decoder->math->attend(tile, rows, width, decoder->keys + index, decoder->values + index,
-                              first, last, s->attention_cap, out, scratch);
+                              first, last, layer->cap, out, scratch);
     }
 }
 
@@ -159,8 +193,11 @@ static void attention(cvxq_decoder *decoder) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const cvxq_layer *layer = decoder->layers + decoder->layer;
     const cvxq_matrix *const weights[] = {layer->q, layer->k, layer->v};
-    float *const results[] = {decoder->query, decoder->key, decoder->value};
-    multiply(decoder, weights, 3, decoder->input, decoder->count, results);
+    const int is_one = layer->k == NULL;
+    float *const results[] = {is_one ? decoder->together : decoder->query, decoder->key,
+                              decoder->value};
+    multiply(decoder, weights, is_one ? 1 : 3, decoder->input, decoder->count, results);
+    if (is_one || layer->wide_norms) run(decoder, part_rows, decoder->count == 1);
     const int64_t seen = decoder->start + decoder->count;
     const int64_t work = seen * decoder->count * s->heads * s->head_dim * 2;
     const int alone = work < SERIAL_PRODUCTS;
@@ -180,20 +217,42 @@ static void activate_part(void *context, int part, int parts) {
     const int64_t all = (int64_t)decoder->count * decoder->shape.ffn;
     const int64_t begin = lines * part / parts * 16, limit = lines * (part + 1) / parts * 16;
     const int64_t end = limit < all ? limit : all;
-    const int gated = decoder->layers[decoder->layer].gate != NULL;
+    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    const int gated = layer->gate != NULL;
     float *x = gated ? decoder->gate : decoder->up;
     if (end > begin)
-        decoder->math->activate(x + begin, gated ? decoder->up + begin : NULL,
-                                decoder->shape.activation, (int)(end - begin));
+        decoder->math->activate(x + begin, gated ? decoder->up + begin : NULL, layer->activation,
+                                (int)(end - begin));
+}
+
+/* Likewise of rows (count, 2, ffn) of gate and up, which it takes apart. */
+static void activate_rows(void *context, int part, int parts) {
+    cvxq_decoder *decoder = context;
+    const int64_t ffn = decoder->shape.ffn;
+    const int activation = decoder->layers[decoder->layer].activation;
+    const int end = first_of(decoder->count, part + 1, parts);
+    for (int row = first_of(decoder->count, part, parts); row < end; row++) {
+        float *gate = decoder->gate + row * ffn;
+        const float *from = decoder->together + row * 2 * ffn;
+        memcpy(gate, from, (size_t)ffn * sizeof *gate);
+        decoder->math->activate(gate, from + ffn, activation, (int)ffn);
+    }
 }
 
 static void feed_forward(cvxq_decoder *decoder) {
     const cvxq_layer *layer = decoder->layers + decoder->layer;
-    const cvxq_matrix *const weights[] = {layer->up, layer->gate};
-    float *const results[] = {decoder->up, decoder->gate};
+    const float *input = layer->is_parallel ? decoder->beside : decoder->input;
     const int gated = layer->gate != NULL;
-    multiply(decoder, weights, 1 + gated, decoder->input, decoder->count, results);
-    run(decoder, activate_part, (int64_t)decoder->count * decoder->shape.ffn < SERIAL_ELEMENTS);
+    const int alone = (int64_t)decoder->count * decoder->shape.ffn < SERIAL_ELEMENTS;
+    if (gated && layer->up == NULL) {
+        multiply(decoder, &layer->gate, 1, input, decoder->count, &decoder->together);
+        run(decoder, activate_rows, alone || decoder->count == 1);
+    } else {
+        const cvxq_matrix *const weights[] = {layer->up, layer->gate};
+        float *const results[] = {decoder->up, decoder->gate};
+        multiply(decoder, weights, 1 + gated, input, decoder->count, results);
+        run(decoder, activate_part, alone);
+    }
     multiply(decoder, &layer->down, 1, gated ? decoder->gate : decoder->up, decoder->count,
              &decoder->branch);
 }
@@ -201,13 +260,24 @@ static void feed_forward(cvxq_decoder *decoder) {
 /* Angles in float32, position times frequency, as transformers computes them. */
 static void turn(cvxq_decoder *decoder) {
     const cvxq_decoder_shape *s = &decoder->shape;
-    for (int row = 0; row < decoder->count; row++) {
-        for (int i = 0; i < s->rotary_pairs; i++) {
-            const float angle = (float)(decoder->start + row) * s->frequencies[i];
-            decoder->cosine[(int64_t)row * s->rotary_pairs + i] = cosf(angle) * s->rotary_scale;
-            decoder->sine[(int64_t)row * s->rotary_pairs + i] = sinf(angle) * s->rotary_scale;
-        }
+    float *cosine = decoder->cosine, *sine = decoder->sine;
+    for (const cvxq_rope *rope = s->rope; rope < s->rope + s->ropes; rope++) {
+        const float *frequencies = decoder->is_long ? rope->long_frequencies : rope->frequencies;
+        const float scale = decoder->is_long ? rope->long_scale : rope->scale;
+        for (int row = 0; row < decoder->count; row++)
+            for (int i = 0; i < rope->pairs; i++) {
+                const float angle = (float)(decoder->start + row) * frequencies[i];
+                *cosine++ = cosf(angle) * scale;
+                *sine++ = sinf(angle) * scale;
+            }
     }
+}
+
+void cvxq_decoder_turn(cvxq_decoder *decoder, int is_long) { decoder->is_long = is_long; }
+
+/* The norm of what a layer's feed-forward block reads beside its attention, if it does. */
+static const cvxq_norm *beside(const cvxq_layer *layer) {
+    return layer->is_parallel ? &layer->ffn_in : NULL;
 }
 
 static void embed(cvxq_decoder *decoder, const int64_t *ids) {
@@ -273,15 +343,19 @@ int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int6
     cvxq_pool_begin(decoder->pool);
     turn(decoder);
     embed(decoder, ids);
-    settle(decoder, NULL, NULL, &decoder->layers[0].attention_in);
+    settle(decoder, NULL, NULL, &decoder->layers[0].attention_in, beside(decoder->layers));
     for (int i = 0; i < layers; i++) {
         const cvxq_layer *layer = decoder->layers + i;
         decoder->layer = i;
         attention(decoder);
-        settle(decoder, &layer->attention_out, &layer->attention_sum, &layer->ffn_in);
+        settle(decoder, &layer->attention_out, &layer->attention_sum,
+               layer->is_parallel ? NULL : &layer->ffn_in, NULL);
         feed_forward(decoder);
-        settle(decoder, &layer->ffn_out, &layer->ffn_sum,
-               i + 1 < layers ? &decoder->layers[i + 1].attention_in : &decoder->shape.final);
+        if (i + 1 < layers)
+            settle(decoder, &layer->ffn_out, &layer->ffn_sum, &layer[1].attention_in,
+                   beside(layer + 1));
+        else
+            settle(decoder, &layer->ffn_out, &layer->ffn_sum, &decoder->shape.final, NULL);
     }
     if (wanted) predict(decoder, wanted, logits);
     cvxq_pool_end(decoder->pool);

@@ -1,8 +1,9 @@
 /* The forward pass of a decoder-only transformer, one call per chunk of tokens.
  *
- * Llama's family and OPT: norms before, after or around the branches, fused q/k/v and gate/up,
- * rotary or learned positions, grouped queries, sliding windows, soft caps. Everything is float32;
- * rows are tokens. The caller owns matrices, norms and the pool, and keeps them alive.
+ * Norms before, after or around the branches, which may read the same input; q/k/v and gate/up in
+ * matrices of their own or together; rotary or learned positions, grouped queries, sliding windows,
+ * soft caps. Everything is float32; rows are tokens. The caller owns matrices, norms, frequencies
+ * and the pool, and keeps them alive.
  */
 #ifndef CVXQ_DECODER_H
 #define CVXQ_DECODER_H
@@ -27,27 +28,38 @@ typedef struct {
     float epsilon;
 } cvxq_norm;
 
-/* gate NULL: down(act(up(x))), else down(act(gate(x)) * up(x)). window 0: no limit; else a token
- * sees itself and the window − 1 tokens before it. rotated 0: this layer rotates nothing. */
+/* Elements i and i + pairs of a head turn together, i < pairs, by place · frequencies[i] radians;
+ * in a long text (cvxq_decoder_turn) by the long ones. scale: on cosines and sines. */
+typedef struct {
+    const float *frequencies, *long_frequencies; /* (pairs) */
+    float scale, long_scale;
+    int32_t pairs;
+} cvxq_rope;
+
+/* k and v NULL: q gives queries, keys and values side by side. gate NULL: down(act(up(x))), else
+ * down(act(gate(x)) * up(x)); up NULL: gate gives both, gate first. */
 typedef struct {
     const cvxq_matrix *q, *k, *v, *o, *gate, *up, *down;
-    cvxq_norm q_norm, k_norm;                           /* of each head, before rotation */
+    cvxq_norm q_norm, k_norm;                             /* before rotation */
     cvxq_norm attention_in, attention_out, attention_sum; /* of input, branch, branch + stream */
     cvxq_norm ffn_in, ffn_out, ffn_sum;
-    int32_t window, rotated;
+    float scale, cap;    /* of scores; cap: c tanh(x / c), 0: none */
+    int32_t window;      /* 0: no limit; else a token sees itself and the window − 1 before it */
+    int32_t rope;        /* index of one, −1: nothing is rotated */
+    int32_t wide_norms;  /* q_norm and k_norm are over all heads at once, else over each */
+    int32_t is_parallel; /* the feed-forward block reads the layer's own input */
+    int32_t activation;
 } cvxq_layer;
 
 typedef struct {
     int32_t layers, hidden, embedding, heads, kv_heads, head_dim, ffn, vocabulary;
     int32_t capacity;        /* most tokens of a text */
     int32_t chunk;           /* most tokens of a call */
-    int32_t rotary_pairs;    /* elements i and i + rotary_pairs turn together, i < rotary_pairs */
+    int32_t ropes;
     int32_t position_offset; /* row of `positions` for token 0 */
-    int32_t activation;
-    float embedding_scale, residual_scale, attention_scale, logit_scale;
-    float attention_cap, logit_cap; /* c tanh(x / c); 0: none */
-    float rotary_scale;             /* on cosines and sines */
-    const float *frequencies;       /* (rotary_pairs) radians per token */
+    float embedding_scale, residual_scale, logit_scale;
+    float logit_cap; /* c tanh(x / c); 0: none */
+    const cvxq_rope *rope; /* (ropes) */
     const cvxq_matrix *embed, *head;
     const cvxq_matrix *positions, *project_in, *project_out; /* NULL: none */
     cvxq_norm final;
@@ -55,7 +67,7 @@ typedef struct {
 
 typedef struct cvxq_decoder cvxq_decoder;
 
-/* Copies `shape` and its `layers` layers; NULL when memory is short. */
+/* Copies `shape`, its ropes and its `layers` layers; NULL when memory is short. */
 CVXQ_API cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
                                         const cvxq_layer *layers);
 CVXQ_API void cvxq_decoder_free(cvxq_decoder *decoder);
@@ -66,6 +78,9 @@ CVXQ_API void cvxq_decoder_free(cvxq_decoder *decoder);
  * Returns 0; 1 when memory is short; 2 for tokens, positions or counts out of their range. */
 CVXQ_API int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
                                int wanted, int exact, float *logits);
+
+/* From the next call on, texts are long (1) or not (0); what was read is to be read anew. */
+CVXQ_API void cvxq_decoder_turn(cvxq_decoder *decoder, int is_long);
 
 /* Nanoseconds spent so far: with matrices, in attention (scores to sums of values), altogether. */
 CVXQ_API void cvxq_decoder_clock(const cvxq_decoder *decoder, int64_t *products, int64_t *attention,

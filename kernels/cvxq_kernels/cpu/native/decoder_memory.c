@@ -16,6 +16,15 @@ static int reserve_scratch(cvxq_decoder *decoder) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const int64_t chunk = s->chunk;
     const int wide = s->hidden > s->embedding ? s->hidden : s->embedding;
+    int64_t beside = 0, together = 0, pairs = 0;
+    for (int i = 0; i < s->layers; i++) {
+        const cvxq_layer *layer = decoder->layers + i;
+        const int64_t projected = ((int64_t)s->heads + 2 * s->kv_heads) * s->head_dim;
+        if (layer->is_parallel) beside = s->hidden;
+        if (layer->k == NULL && projected > together) together = projected;
+        if (layer->up == NULL && 2 * (int64_t)s->ffn > together) together = 2 * (int64_t)s->ffn;
+    }
+    for (int i = 0; i < s->ropes; i++) pairs += s->rope[i].pairs;
     decoder->part_floats = span(ROWS, s->head_dim) +
                            span(ROWS, CVXQ_BLOCK + padded(s->head_dim) + 2);
     struct {
@@ -30,8 +39,10 @@ static int reserve_scratch(cvxq_decoder *decoder) {
         {&decoder->branch, span(chunk, wide)},
         {&decoder->gate, span(chunk, s->ffn)},
         {&decoder->up, span(chunk, s->ffn)},
-        {&decoder->cosine, span(chunk, s->rotary_pairs)},
-        {&decoder->sine, span(chunk, s->rotary_pairs)},
+        {&decoder->beside, span(chunk, beside)},
+        {&decoder->together, span(chunk, together)},
+        {&decoder->cosine, span(chunk, pairs)},
+        {&decoder->sine, span(chunk, pairs)},
         {&decoder->parts, decoder->threads * decoder->part_floats},
     };
     const int places = (int)(sizeof plan / sizeof *plan);
@@ -64,16 +75,20 @@ cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
     decoder->blocks = (shape->capacity + CVXQ_BLOCK - 1) / CVXQ_BLOCK;
     const size_t pointers = (size_t)shape->layers * shape->kv_heads * decoder->blocks;
     decoder->layers = malloc((size_t)shape->layers * sizeof *layers);
+    decoder->ropes = malloc((size_t)(shape->ropes + 1) * sizeof *decoder->ropes);
     decoder->memory = calloc(decoder->blocks, sizeof *decoder->memory);
     decoder->keys = calloc(pointers, sizeof *decoder->keys);
     decoder->values = calloc(pointers, sizeof *decoder->values);
-    if (decoder->layers == NULL || decoder->memory == NULL || decoder->keys == NULL ||
-        decoder->values == NULL || reserve_scratch(decoder)) {
-        cvxq_decoder_free(decoder);
-        return NULL;
+    if (decoder->layers != NULL && decoder->ropes != NULL && decoder->memory != NULL &&
+        decoder->keys != NULL && decoder->values != NULL) {
+        memcpy(decoder->layers, layers, (size_t)shape->layers * sizeof *layers);
+        if (shape->ropes)
+            memcpy(decoder->ropes, shape->rope, (size_t)shape->ropes * sizeof *shape->rope);
+        decoder->shape.rope = decoder->ropes;
+        if (!reserve_scratch(decoder)) return decoder;
     }
-    memcpy(decoder->layers, layers, (size_t)shape->layers * sizeof *layers);
-    return decoder;
+    cvxq_decoder_free(decoder);
+    return NULL;
 }
 
 void cvxq_decoder_free(cvxq_decoder *decoder) {
@@ -84,6 +99,7 @@ void cvxq_decoder_free(cvxq_decoder *decoder) {
     free(decoder->keys);
     free(decoder->values);
     free(decoder->layers);
+    free(decoder->ropes);
     if (decoder->scratch != NULL)
         cvxq_arena_free(decoder->scratch, (size_t)decoder->scratch_floats * sizeof(float));
     free(decoder);

@@ -11,6 +11,7 @@
 struct cvxq_decoder {
     cvxq_decoder_shape shape;
     cvxq_layer *layers;
+    cvxq_rope *ropes;
     cvxq_pool *pool;
     const cvxq_decoder_math *math;
     int threads, blocks, held;
@@ -18,12 +19,16 @@ struct cvxq_decoder {
     const float **keys, **values;  /* (layers, kv_heads, blocks) */
     float *scratch;
     int64_t scratch_floats, part_floats;
-    float *stream, *input, *query, *key, *value, *branch, *gate, *up, *cosine, *sine, *parts;
+    float *stream, *input, *query, *key, *value, *branch, *gate, *up, *parts;
+    float *cosine, *sine; /* of each rope (chunk, pairs), one after the other */
+    float *beside;        /* (chunk, hidden): what a parallel feed-forward block reads */
+    float *together;      /* (chunk, …): results of one matrix for several parts */
+    int is_long;
     int64_t products, attended, total;
     /* what the tasks of this call work on */
     int count, layer, exact, prepares;
     int64_t start;
-    const cvxq_norm *norms[3]; /* of the branch, of branch + stream, of the next input */
+    const cvxq_norm *norms[4]; /* of branch, branch + stream, the next input, the one beside it */
     float *cut;                /* logits that are capped */
     int64_t cut_count;
 };

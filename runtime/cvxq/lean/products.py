@@ -1,0 +1,176 @@
+"""Which matrices a decoder is made of: a record's parts, fused where one matrix holds several.
+
+The sizes that the record states are checked here, so that nothing is allocated, let alone
+computed, by sizes that no tensor has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from cvxq_format import Codebook, CompandedTensor, CorruptError, RawTensor
+from cvxq_format.decoder_record import FILE_NAME, DecoderRecord, Layer, Part, Rows
+
+from cvxq.lean.errors import NotLeanError
+
+Value = RawTensor | CompandedTensor
+
+_MOST_PLACES = 1 << 24  # of a text, and tokens of a vocabulary
+_MOST_UNITS = 1 << 20  # of everything else that is counted: the kernels count products in 32 bits
+
+
+class Tensors(Protocol):
+    """What holds a decoder's tensors; an open `cvxq_format.Reader` does."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names of tensors."""
+
+    def read(self, name: str) -> Value:
+        """Return the tensor of this name or alias; raises KeyError if there is none."""
+
+    def codebook(self, index: int) -> Codebook:
+        """Return a codebook that a companded tensor names."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix (N, K) whose outputs are one part of the record, or several side by side.
+
+    rows: of each part, which rows of the stored matrix (None: all), and how many outputs.
+    """
+
+    weight: str
+    bias: str | None
+    rows: tuple[tuple[Rows | None, int], ...]
+    inputs: int
+
+    @property
+    def outputs(self) -> int:
+        """N, of all parts together."""
+        return sum(count for _, count in self.rows)
+
+
+@dataclass(frozen=True)
+class LayerProducts:
+    """The matrices of a layer: qkv and up (after gate, if there is one) are one matrix or several."""
+
+    qkv: tuple[Product, ...]
+    o: Product
+    up: tuple[Product, ...]
+    down: Product
+
+
+@dataclass(frozen=True)
+class DecoderProducts:
+    """All matrices of a decoder; a tied embedding is the head's."""
+
+    embedding: Product
+    positions: Product | None
+    project_in: Product | None
+    project_out: Product | None
+    layers: tuple[LayerProducts, ...]
+    head: Product
+
+    def __iter__(self) -> Iterator[Product]:
+        """Yield every matrix, tied ones more than once."""
+        whole = (self.embedding, self.head, self.positions, self.project_in, self.project_out)
+        yield from (product for product in whole if product is not None)
+        for layer in self.layers:
+            yield from (*layer.qkv, layer.o, *layer.up, layer.down)
+
+
+def find_products(record: DecoderRecord, tensors: Tensors) -> DecoderProducts:
+    """Return the matrices of `record`.
+
+    Raises CorruptError for sizes that no decoder has, NotLeanError for what none here does.
+    """
+    _check_sizes(record)
+    hidden, width, r = record.hidden, record.embedding_width, record
+
+    def one(part: Part | None, outputs: int, inputs: int) -> Product | None:
+        return next(iter(_products(tensors, inputs, (part, outputs))), None)
+
+    (head,) = _products(tensors, hidden if r.project_out is None else width, (r.head, r.vocabulary))
+    (embedding,) = _products(tensors, width, (Part(r.embedding), r.vocabulary))
+    positions = None if r.positions is None else Part(r.positions)
+    return DecoderProducts(
+        embedding=head if replace(head, bias=None) == embedding else embedding,
+        positions=one(positions, r.context + r.position_offset, hidden),
+        project_in=one(r.project_in, hidden, width),
+        project_out=one(r.project_out, width, hidden),
+        layers=tuple(_layer(record, layer, tensors) for layer in r.layers),
+        head=head,
+    )
+
+
+def _layer(record: DecoderRecord, layer: Layer, tensors: Tensors) -> LayerProducts:
+    queries, keys = record.heads * record.head_dim, record.kv_heads * record.head_dim
+    attention, block = layer.attention, layer.feed_forward
+    qkv = ((attention.q, queries), (attention.k, keys), (attention.v, keys))
+    up = ((block.gate, record.ffn), (block.up, record.ffn))
+    (o,) = _products(tensors, queries, (attention.o, record.hidden))
+    (down,) = _products(tensors, record.ffn, (block.down, record.hidden))
+    return LayerProducts(
+        _products(tensors, record.hidden, *qkv), o, _products(tensors, record.hidden, *up), down
+    )
+
+
+def _products(
+    tensors: Tensors, inputs: int, *places: tuple[Part | None, int]
+) -> tuple[Product, ...]:
+    """Return what computes parts (those there are, with their outputs) of the same K inputs.
+
+    One product where all are rows of one matrix, else one for each.
+    Raises NotLeanError where only some of them share a matrix.
+    """
+    made = [
+        Product(
+            tensors.aliases.get(part.weight, part.weight),
+            None if part.bias is None else tensors.aliases.get(part.bias, part.bias),
+            ((part.rows, count),),
+            inputs,
+        )
+        for part, count in places
+        if part is not None
+    ]
+    if len(made) > 1 and len({(product.weight, product.bias) for product in made}) == 1:
+        return (replace(made[0], rows=tuple(rows for product in made for rows in product.rows)),)
+    if len({product.weight for product in made}) < len(made):
+        raise NotLeanError(f"only some of what reads one input lies in {made[0].weight!r:.100}")
+    return tuple(made)
+
+
+def _check_sizes(record: DecoderRecord) -> None:
+    """Raise CorruptError for sizes no decoder can have, NotLeanError for what none here does."""
+    counts = {
+        "hidden": record.hidden,
+        "embedding_width": record.embedding_width,
+        "head_dim": record.head_dim,
+        "heads · head_dim": record.heads * record.head_dim,
+        "ffn": record.ffn,
+        "layers": len(record.layers),
+    }
+    _check_counts(counts, _MOST_UNITS)
+    _check_counts({"vocabulary": record.vocabulary, "context": record.context}, _MOST_PLACES)
+    _check_counts({"position_offset": record.position_offset + 1}, _MOST_PLACES)
+    windows = {f"window of layer {i}": a.attention.window for i, a in enumerate(record.layers)}
+    _check_counts({where: 1 if w is None else w for where, w in windows.items()}, 1 << 62)
+    caps = [record.logit_softcap, *(layer.attention.softcap for layer in record.layers)]
+    if any(cap is not None and cap <= 0 for cap in caps):
+        raise CorruptError(f"{FILE_NAME}: a softcap is not positive; the file is corrupt")
+    if record.embedding_width != record.hidden and record.project_in is None:
+        raise CorruptError(f"{FILE_NAME}: project_in is missing; the file is corrupt")
+    turned = [rope for rope in record.ropes if rope.switch is not None]
+    if any(len(r.long_inverse_frequencies) != len(r.inverse_frequencies) for r in turned):
+        raise CorruptError(f"{FILE_NAME}: long and short frequencies differ in number")
+    if len({rope.switch for rope in turned}) > 1:
+        raise NotLeanError("layers turn long texts in another way from different lengths on")
+
+
+def _check_counts(counts: Mapping[str, int], most: int) -> None:
+    for name, count in counts.items():
+        if not 1 <= count <= most:
+            raise CorruptError(f"{FILE_NAME}: {name} is {count}, allowed 1 to {most}")
