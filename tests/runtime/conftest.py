@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cvxq_format import Codebook, CompandedTensor, Writer, dequantize
+from cvxq_converter.source.decoding import NotDescribedError, describe
+from cvxq_format import Codebook, CompandedTensor, Writer, decoder_record, dequantize
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -67,6 +70,27 @@ def tiny_config(kind: str) -> Any:
         "qwen2": lambda: t.Qwen2Config(**like, tie_word_embeddings=True),
         "qwen3": lambda: t.Qwen3Config(**like, head_dim=12, tie_word_embeddings=False),
         "gemma": lambda: t.GemmaConfig(**like, head_dim=16, tie_word_embeddings=True),
+        "gemma3": lambda: t.Gemma3TextConfig(
+            **like,
+            head_dim=16,
+            query_pre_attn_scalar=12,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_local_base_freq=50.0,
+        ),
+        "phi3": lambda: t.Phi3Config(**like, sliding_window=None, tie_word_embeddings=False),
+        "phi3-longrope": lambda: t.Phi3Config(
+            **like,
+            sliding_window=12,
+            original_max_position_embeddings=32,
+            rope_scaling=_rope(
+                "longrope",
+                short_factor=[1.0, 1.1, 1.2, 1.3],
+                long_factor=[2.0, 3.0, 4.0, 5.0],
+            ),
+        ),
+        "olmo2": lambda: t.Olmo2Config(**like, tie_word_embeddings=False),
+        "starcoder2": lambda: t.Starcoder2Config(**like, sliding_window=8, use_bias=True),
         "phi": lambda: t.PhiConfig(**plain, partial_rotary_factor=0.5, tie_word_embeddings=False),
         "gpt-neox": lambda: t.GPTNeoXConfig(**plain, rotary_pct=0.5, rotary_emb_base=300),
         "gpt2": lambda: t.GPT2Config(**gpt2),
@@ -168,12 +192,18 @@ def write_file(
     add_biases: bool = False,
     rename: Callable[[str], str] = lambda name: name,
     leave_out: tuple[str, ...] = (),
+    with_record: bool = True,
 ) -> MadeFile:
-    """Write `network` with random matrices in place of its own, which it takes over."""
+    """Write `network` with random matrices in place of its own, which it takes over.
+
+    with_record: describe its decoder, if that is known how.
+    """
     quantized = matrices(network)
     named = list(network.named_parameters(remove_duplicate=False))
     first = {id(parameter): name for name, parameter in reversed(named)}
-    blobs = {"config.json": network.config.to_json_string().encode(), **(files or {})}
+    names = {name: rename(first[id(p)]) for name, p in named if name not in leave_out}
+    blobs = {"config.json": network.config.to_json_string().encode()}
+    added = []
     with Writer(path, codebooks=[Codebook.default()]) as writer, torch.no_grad():
         for index, (name, parameter) in enumerate(named):
             own = first[id(parameter)]
@@ -198,6 +228,12 @@ def write_file(
                     module.bias = nn.Parameter(torch.randn(module.weight.shape[0]) * 0.1)
                     bias = rename(name.removesuffix("weight") + "bias")
                     writer.add_raw(bias, module.bias.numpy(), added_bias=True)
+                    added.append(bias)
+        if with_record:
+            with contextlib.suppress(NotDescribedError):
+                record = describe(network, names, added)
+                blobs[decoder_record.FILE_NAME] = json.dumps(record.to_json()).encode()
+        blobs |= files or {}
         for blob, data in blobs.items():
             writer.add_file(blob, data)
     return MadeFile(path, network)

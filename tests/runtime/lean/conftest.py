@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-# Kinds of the parent conftest's `make_file`; between them every field of DecoderSpec takes every
+# Kinds of the parent conftest's `make_file`; between them every field of a record takes every
 # kind of value.
 LEAN_KINDS = (
     "llama",
@@ -21,7 +21,16 @@ LEAN_KINDS = (
     "smollm3",
     "granite",
     "stablelm",
+    "gemma",
     "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "phi3-longrope",
+    "olmo2",
+    "gpt2",
+    "gpt-neox",
+    "starcoder2",
     "opt",
     "opt-post-norm",
     "opt-gelu",

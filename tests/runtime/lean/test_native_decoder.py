@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from cvxq.lean import record_of
 from cvxq.lean.native_decoder import NativeDecoder
-from cvxq.lean.spec import read_spec
-from cvxq.lean.weights import find_weights
 from cvxq_format import Reader
 from cvxq_kernels import cpu
 
@@ -39,9 +37,8 @@ def logits_of(network: torch.nn.Module, ids: list[int]) -> Floats:
 @contextmanager
 def decoder_of(path: Any, **options: Any) -> Iterator[NativeDecoder]:
     with Reader(path) as reader:
-        spec = read_spec(json.loads(reader.file("config.json")))
         options = {"threads": 2, "exact": True, **options}
-        yield NativeDecoder(spec, find_weights(spec, reader), reader, **options)
+        yield NativeDecoder(record_of(reader), reader, **options)
 
 
 def test_logits_equal_transformers(lean_kind: str, make_file: MakeFile) -> None:
