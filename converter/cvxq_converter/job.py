@@ -1,6 +1,7 @@
 """The stages of a conversion, in order. The only file that knows them all.
 
-    load → calibrate → reference → [ measure → allocate → quantize → correct ] × iterations → write
+    load → calibrate → reference → [ measure → allocate → quantize → correct ] × iterations
+        → prove → write
 
 Every iteration measures the network as the last one left it, quantized, and quantizes the
 original weights anew. A measurement kept in a file takes the place of calibrating and measuring.
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from cvxq_format.decoder_record import DecoderRecord
 
 from cvxq_converter.allocate.plan import MatrixPlan, make_plans
 from cvxq_converter.allocate.prediction import predict_curve
 from cvxq_converter.allocate.target import LossTarget, TargetResult, search_rate
-from cvxq_converter.errors import ConversionError
+from cvxq_converter.errors import ConversionError, NotDescribedError
 from cvxq_converter.measure.calibration import make_sequences
 from cvxq_converter.measure.curve import Curve, Trial
 from cvxq_converter.measure.hessian import Feedback
@@ -50,12 +52,14 @@ from cvxq_converter.stages import Progress, Stages
 from cvxq_converter.write.assembling import (
     longest_documents,
     make_report,
+    not_proved,
     perplexity_increase,
     surroundings,
     write_result,
 )
 from cvxq_converter.write.details import Details, losses_by_position, weight_distributions
-from cvxq_converter.write.report import ConversionReport
+from cvxq_converter.write.proof import Decoder, StoredTensors, prove
+from cvxq_converter.write.report import ConversionReport, DecoderReport
 
 HELD_BACK = 8  # one sequence in eight is kept from the measurement
 TRIAL_RATES = (2.25, 3.0, 4.0, 5.5)  # at which a measurement checks its prediction
@@ -300,16 +304,29 @@ def finish(
     stages: Stages,
     with_details: bool = False,
 ) -> ConversionReport:
-    """Write the file and report."""
+    """Prove the decoder's record, write the file and report."""
     loaded, result, sequences = prepared.loaded, outcome.result, prepared.sequences
+    with stages.stage("prove"):
+        proof = prove(loaded, result, _open_exactly)
+        decoder = DecoderReport(True) if proof.error is None else not_proved(proof.error)
     with stages.stage("write"):
-        report = make_report(loaded, result, sequences, options, outcome.target)
-        write_result(output, loaded, result, sequences, options, report)
+        report = make_report(loaded, result, sequences, options, decoder, outcome.target)
+        write_result(output, loaded, result, sequences, options, report, proof.record)
     if with_details:
         with stages.stage("details"):
             details = _details(prepared, outcome, report, options)
         report = replace(report, details=details)
     return report.with_file(output.stat().st_size, dict(stages.seconds))
+
+
+def _open_exactly(record: DecoderRecord, tensors: StoredTensors) -> Decoder:
+    """Make the runtime's decoder of a record, which computes in float32 throughout."""
+    from cvxq.lean import NotLeanError, open_native
+
+    try:
+        return open_native(record, tensors, torch.get_num_threads(), exact=True)
+    except NotLeanError as error:
+        raise NotDescribedError(str(error)) from error
 
 
 def _details(

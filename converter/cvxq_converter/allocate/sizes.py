@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from cvxq_format import CompandedEntry, Header, depth_histogram
 from cvxq_format.codebook import DEPTHS, codebook_size, depth_mask
+from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 from cvxq_format.entries import CodebookEntry, RawEntry, Section
 from cvxq_format.files import planned_entry
 from cvxq_format.limits import MAX_DEPTH, PREAMBLE_SIZE, align
@@ -28,8 +29,9 @@ from cvxq_converter.allocate.allocation import (
 from cvxq_converter.allocate.bias import BIAS_BITS
 from cvxq_converter.allocate.plan import MatrixPlan
 from cvxq_converter.allocate.scale_width import choose_scale_bits
-from cvxq_converter.errors import RateError
+from cvxq_converter.errors import NotDescribedError, RateError
 from cvxq_converter.options import Method, Target
+from cvxq_converter.source.decoding import record_bytes
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
 
@@ -96,11 +98,18 @@ def make_ledger(
     """List what the file of a model will hold.
 
     gained: the matrices that gain a bias. documents: what the converter adds to the files carried
-    from the source, by name. Where their figures are still unknown, others of equal length will do
-    for a document too short to be deflated.
+    from the source, by name; the decoder's record is added to them where there is one. Where their
+    figures are still unknown, others of equal length will do for a document too short to be
+    deflated.
     """
     scale_bits = choose_scale_bits(plans)
-    added = (planned_entry(name, data) for name, data in documents.items())
+    carried = dict(documents)
+    try:
+        record = loaded.describe([m.bias_name for m in gained if m.bias_name is not None])
+        carried[DECODER_FILE] = record_bytes(record)
+    except NotDescribedError:
+        pass
+    added = (planned_entry(name, data) for name, data in carried.items())
     matrices = [matrix_entry(plan, scale_bits, method) for plan in plans]
     biases = [_bias_entry(matrix) for matrix in gained]
     raw = [raw_entry(name, value) for name, value in loaded.unquantized()]

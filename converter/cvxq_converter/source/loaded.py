@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cvxq_format.decoder_record import DecoderRecord
 
-from cvxq_converter.errors import ConversionError
+from cvxq_converter.errors import ConversionError, NotDescribedError
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.source.checkpoint import (
     Source,
@@ -17,6 +18,7 @@ from cvxq_converter.source.checkpoint import (
     other_tensors,
     source_names,
 )
+from cvxq_converter.source.decoding import describe
 from cvxq_converter.source.matrices import Matrix, find_matrices
 
 
@@ -81,6 +83,18 @@ class LoadedModel:
         for name, value in other_tensors(self.network, self.matrices, self.names):
             if name not in gained:
                 yield name, value
+
+    def describe(self, added_biases: Collection[str]) -> DecoderRecord:
+        """Return the record of the network's decoder, with these gained biases.
+
+        Raises NotDescribedError, also where a matrix that is left unquantized is stored as inputs
+        × outputs, which a record cannot say.
+        """
+        quantized = {id(matrix.parameter) for matrix in self.matrices}
+        for matrix in find_matrices(self.network, self.names):
+            if matrix.kind == "conv1d" and id(matrix.parameter) not in quantized:
+                raise NotDescribedError(f"--keep leaves {matrix.name} as inputs × outputs")
+        return describe(self.network, self.names, added_biases)
 
     def _modules_with_gained_bias(self) -> Iterator[Any]:
         for matrix in self.matrices:

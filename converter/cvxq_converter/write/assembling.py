@@ -8,15 +8,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
+from cvxq_format.decoder_record import DecoderRecord
 
 from cvxq_converter.allocate.bias import BIAS_BITS
 from cvxq_converter.allocate.target import TargetResult
+from cvxq_converter.errors import NotDescribedError, one_line
 from cvxq_converter.measure.measurement import calibration_digest
 from cvxq_converter.measure.quality import Divergence
 from cvxq_converter.options import ConversionOptions, Place
 from cvxq_converter.quantize.result import Quantized
+from cvxq_converter.source.decoding import record_bytes
 from cvxq_converter.source.loaded import LoadedModel
-from cvxq_converter.write.report import ConversionReport, depth_shares, longest_report
+from cvxq_converter.write.report import (
+    MOST_REASON,
+    ConversionReport,
+    DecoderReport,
+    depth_shares,
+    longest_report,
+)
 from cvxq_converter.write.writing import document_bytes, write_container
 
 
@@ -25,6 +35,7 @@ def make_report(
     result: Quantized,
     sequences: torch.Tensor,
     options: ConversionOptions,
+    decoder: DecoderReport,
     target: TargetResult | None = None,
 ) -> ConversionReport:
     """What a conversion did, but for the size of its file. sequences: (S, L), of calibration."""
@@ -51,6 +62,7 @@ def make_report(
         kl_standard_error=quality.standard_error if quality else None,
         perplexity_increase=perplexity_increase(quality, options) if quality else None,
         calibration_tokens=sequences.numel(),
+        decoder=decoder,
         target=target,
     )
 
@@ -73,8 +85,12 @@ def write_result(
     sequences: torch.Tensor,
     options: ConversionOptions,
     report: ConversionReport,
+    record: DecoderRecord | None,
 ) -> None:
     """Write the file of a quantized network, which is the one in memory."""
+    documents = _documents(loaded, sequences, options, report)
+    if record is not None:
+        documents[DECODER_FILE] = record_bytes(record)
     write_container(
         path,
         loaded.source,
@@ -83,7 +99,7 @@ def write_result(
         loaded.unquantized(),
         result.added_biases,
         loaded.aliases,
-        _documents(loaded, sequences, options, report),
+        documents,
     )
 
 
@@ -92,17 +108,28 @@ def longest_documents(
 ) -> dict[str, bytes]:
     """What a file carries beside the source's files, before it is made.
 
-    The figures of its report are the longest that there may be.
+    The figures of its report are the longest that there may be. The decoder's record, whose size
+    depends on the biases that are gained, is not among them.
     """
+    try:
+        loaded.describe(())
+        decoder = DecoderReport(True)
+    except NotDescribedError as error:
+        decoder = not_proved(error)
     longest = longest_report(
         options.method.name,
         loaded.parameters,
         loaded.quantized_weights,
         len(loaded.matrices),
         sequences.numel(),
+        decoder,
     )
-    documents = _documents(loaded, sequences, options, longest)
-    return {name: document_bytes(value) for name, value in documents.items()}
+    return _documents(loaded, sequences, options, longest)
+
+
+def not_proved(error: Exception) -> DecoderReport:
+    """The report of a file without a record, for the reason that `error` gives."""
+    return DecoderReport(False, one_line(error, MOST_REASON))
 
 
 def _documents(
@@ -110,10 +137,10 @@ def _documents(
     sequences: torch.Tensor,
     options: ConversionOptions,
     report: ConversionReport,
-) -> dict[str, Any]:
+) -> dict[str, bytes]:
     return {
-        "provenance.json": provenance(loaded, sequences, options),
-        "report.json": report.for_file(),
+        "provenance.json": document_bytes(provenance(loaded, sequences, options)),
+        "report.json": document_bytes(report.for_file()),
     }
 
 

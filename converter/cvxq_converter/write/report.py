@@ -14,6 +14,23 @@ from cvxq_converter.allocate.target import TargetResult
 from cvxq_converter.write.details import Details
 
 
+MOST_REASON = 160  # characters
+
+
+@dataclass(frozen=True)
+class DecoderReport:
+    """Whether the file's record was proved to compute what the network does; if not, why not."""
+
+    is_proved: bool
+    reason: str | None = None
+
+    def line(self) -> str:
+        """How the file will be run, in one line."""
+        if self.is_proved:
+            return "by its own decoders, proved against transformers"
+        return f"through transformers: {self.reason}"
+
+
 @dataclass(frozen=True)
 class ConversionReport:
     """Rates, sizes and losses of one conversion.
@@ -25,6 +42,7 @@ class ConversionReport:
     kl, kl_standard_error: nats per token to the original, on held-back calibration sequences;
         None without calibration. perplexity_increase: relative, on the same; 0.01 is 1 %.
     target: the loss that was asked for and the one achieved, where the rate was sought.
+    decoder: which path runs the file.
     stage_seconds: wall-clock time per stage. details: on request, for the report's page. Neither
         is ever written into the file.
     """
@@ -44,6 +62,7 @@ class ConversionReport:
     kl_standard_error: float | None
     perplexity_increase: float | None
     calibration_tokens: int
+    decoder: DecoderReport
     target: TargetResult | None = None
     file_bytes: int = 0
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -83,7 +102,12 @@ class ConversionReport:
 
 
 def longest_report(
-    method: str, parameters: int, quantized_weights: int, matrices: int, calibration_tokens: int
+    method: str,
+    parameters: int,
+    quantized_weights: int,
+    matrices: int,
+    calibration_tokens: int,
+    decoder: DecoderReport,
 ) -> ConversionReport:
     """A report of a conversion to a rate or a size whose figures have their most digits."""
     figure = -1.23456e-05
@@ -103,6 +127,7 @@ def longest_report(
         kl_standard_error=figure,
         perplexity_increase=figure,
         calibration_tokens=calibration_tokens,
+        decoder=decoder,
     )
 
 

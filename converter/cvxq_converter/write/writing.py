@@ -14,10 +14,15 @@ from cvxq_converter.allocate.sizes import stored_dtype
 from cvxq_converter.source.checkpoint import Source
 
 
+def as_stored(value: torch.Tensor) -> torch.Tensor:
+    """An unquantized tensor in the type that `stored_dtype` chooses, on the CPU."""
+    value = value.detach().cpu().contiguous()
+    return value.to(stored_dtype(value))
+
+
 def store_raw(writer: Writer, name: str, value: torch.Tensor, *, added_bias: bool = False) -> None:
     """Write one unquantized tensor in the type that `stored_dtype` chooses."""
-    value = value.detach().cpu().contiguous()
-    stored = value.to(stored_dtype(value))
+    stored = as_stored(value)
     if stored.dtype is torch.bfloat16:
         writer.add_raw(name, stored.view(torch.uint16).numpy(), dtype="bf16", added_bias=added_bias)
     else:
@@ -32,18 +37,18 @@ def write_container(
     raw: Iterable[tuple[str, torch.Tensor]],
     added_biases: Mapping[str, torch.Tensor],
     aliases: Mapping[str, str],
-    documents: Mapping[str, Any],
+    documents: Mapping[str, bytes],
 ) -> None:
     """Write the container atomically.
 
     quantized: by tensor name. raw: everything else of the model. aliases: other name → name.
-    documents: JSON-serialisable values stored as files (provenance, quality report).
+    documents: further files (provenance, quality report, the decoder's record).
     """
     with Writer(path, codebooks=[codebook] if quantized else []) as writer:
         for name, file in source.files.items():
             writer.add_file(name, file.read_bytes())
         for name, value in documents.items():
-            writer.add_file(name, document_bytes(value))
+            writer.add_file(name, value)
         for name, tensor in quantized.items():
             writer.add_companded(name, tensor)
         for name, value in raw:

@@ -124,6 +124,7 @@ def closing_rows(report: ConversionReport) -> list[tuple[str, str]]:
             f"in {report.matrices} matrices",
         ),
         ("pruned", f"{report.pruned_share:.2%} of the weights"),
+        ("runs", report.decoder.line()),
     ]
     shares = enumerate(report.depth_histogram)
     rows += [(f"depth {depth}", f"{share:.2%}") for depth, share in shares if share]
