@@ -13,7 +13,6 @@ from cvxq_format.limits import MAX_DEPTH
 from cvxq_converter.allocate.target import TargetResult
 from cvxq_converter.write.details import Details
 
-
 MOST_REASON = 160  # characters
 
 

@@ -47,8 +47,8 @@ def write_container(
     with Writer(path, codebooks=[codebook] if quantized else []) as writer:
         for name, file in source.files.items():
             writer.add_file(name, file.read_bytes())
-        for name, value in documents.items():
-            writer.add_file(name, value)
+        for name, data in documents.items():
+            writer.add_file(name, data)
         for name, tensor in quantized.items():
             writer.add_companded(name, tensor)
         for name, value in raw:

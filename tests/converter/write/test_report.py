@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from cvxq_converter.allocate.target import TargetResult
-from cvxq_converter.write.report import ConversionReport, depth_shares
+from cvxq_converter.write.report import ConversionReport, DecoderReport, depth_shares
 from cvxq_format import CompandedTensor
 
 
@@ -29,6 +29,7 @@ def report() -> ConversionReport:
         kl_standard_error=0.001,
         perplexity_increase=0.0101234567,
         calibration_tokens=64,
+        decoder=DecoderReport(True),
         target=TargetResult("--max-kl", 0.01, 0.0098765432, 3),
     )
 
