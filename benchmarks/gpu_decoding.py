@@ -1,7 +1,7 @@
 """How fast one GPU decodes, beside what its memory allows, in packed form and in half precision.
 
 Converting all of a 7B several times takes longer than a measurement should, and its layers are
-alike anyway: a model of DISTINCT_LAYERS layers is converted, and `Repeated` reads it as one of all
+alike anyway: a model of DISTINCT_LAYERS layers is converted, and its record is opened as one of all
 layers.  Each layer read is a copy of its own in the GPU's memory, so every byte is read from there.
 """
 
@@ -9,67 +9,30 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from cvxq.lean import record_of
 from cvxq.lean.cuda.decoder import TorchDecoder
 from cvxq.lean.cuda.opening import open_torch_decoder
-from cvxq.lean.spec import read_spec
-from cvxq.lean.weights import find_weights
 from cvxq.sample import SamplingSettings
-from cvxq_format import CompandedTensor, RawTensor, Reader
+from cvxq_format import Reader
 
 DISTINCT_LAYERS = 2
-_LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..*)")
-
-
-class Repeated(Reader):
-    """A `.cvxq` file whose layers are read again and again, up to `layers` of them."""
-
-    def __init__(self, path: Path, layers: int) -> None:
-        super().__init__(path)
-        self._layers = layers
-        self._own = 1 + max(int(m[2]) for m in map(_LAYER.fullmatch, super().names) if m)
-
-    def _original(self, name: str) -> str:
-        match = _LAYER.fullmatch(name)
-        return name if match is None else f"{match[1]}{int(match[2]) % self._own}{match[3]}"
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors, those of repeated layers included."""
-        found = []
-        for name in super().names:
-            match = _LAYER.fullmatch(name)
-            if match is None:
-                found.append(name)
-            else:
-                layers = range(int(match[2]), self._layers, self._own)
-                found += [f"{match[1]}{layer}{match[3]}" for layer in layers]
-        return found
-
-    def entry(self, name: str) -> Any:
-        """Return the header entry of the tensor that `name` repeats."""
-        return super().entry(self._original(name))
-
-    def read(self, name: str) -> RawTensor | CompandedTensor:
-        """Return the tensor that `name` repeats."""
-        return super().read(self._original(name))
 
 
 def open_repeated(path: Path, layers: int, device: str, keep_packed: bool) -> TorchDecoder:
     """Open the converted file as a model of `layers` layers."""
-    with Repeated(path, layers) as reader:
-        config = json.loads(reader.file("config.json")) | {"num_hidden_layers": layers}
-        spec = read_spec(config)
-        found = find_weights(spec, reader)
-        return open_torch_decoder(spec, found, reader, device, config, keep_packed)
+    with Reader(path) as reader:
+        record, config = record_of(reader), json.loads(reader.file("config.json"))
+        own = record.layers
+        record = replace(record, layers=tuple(own[i % len(own)] for i in range(layers)))
+        return open_torch_decoder(record, reader, device, config, keep_packed)
 
 
 @dataclass(frozen=True)

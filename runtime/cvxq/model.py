@@ -100,13 +100,13 @@ class Model:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end a text: those of the generation config, else of the config.
+        """Tokens that end a text: those of the generation config, else of the record or config.
 
         Raises InconsistentFileError where the file names something else than tokens.
         """
         stated = end_ids(self.reader)
-        if self.decoder is not None and stated is not None:
-            return stated
+        if self.decoder is not None:
+            return self.decoder.end_tokens if stated is None else stated
         for source in (self.generation_config, self.config.get_text_config()):
             ids = getattr(source, "eos_token_id", None)
             if ids is not None:

@@ -39,19 +39,15 @@ def json_object(blob: bytes, what: str) -> dict[str, Any]:
 
 
 def end_ids(reader: Reader) -> frozenset[int] | None:
-    """Tokens that end a text: those of the generation config, else of the config.
+    """Tokens that end a text by the generation config; None where it does not say.
 
-    None when neither says, and the defaults of the architecture hold.
     Raises InconsistentFileError for anything but a token, a list of tokens, or null.
     """
-    for name in ("generation_config.json", "config.json"):
-        ids = json_part(reader, name).get("eos_token_id")
-        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(item) is int for item in listed):
-            raise InconsistentFileError(
-                f"{reader.path}: {name} of the file: eos_token_id is {ids!r}, allowed: a token's "
-                "number, a list of them, or null"
-            )
-        if ids is not None:
-            return frozenset(listed)
-    return frozenset() if "eos_token_id" in json_part(reader, "config.json") else None
+    ids = json_part(reader, "generation_config.json").get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(item) is int for item in listed):
+        raise InconsistentFileError(
+            f"{reader.path}: generation_config.json of the file: eos_token_id is {ids!r}, allowed: "
+            "a token's number, a list of them, or null"
+        )
+    return None if ids is None else frozenset(listed)

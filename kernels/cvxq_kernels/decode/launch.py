@@ -1,7 +1,7 @@
 """Launch the fused kernels; the functions are those of `reference`, argument for argument.
 
-They assume contiguous tensors on one CUDA device, and of `rotate_and_store` that norms are RMS
-norms.  Results do not depend on how programs are scheduled.
+They assume contiguous tensors on one CUDA device.  Results do not depend on how programs are
+scheduled.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from cvxq_kernels.decode import kernel
-from cvxq_kernels.decode.norm import Norm
+from cvxq_kernels.decode import kernel, reference
+from cvxq_kernels.decode.norm import HeadNorms, Norm
 
 _KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _PROGRAMS = 256  # of attention: about two for each multiprocessor of a large GPU
@@ -54,7 +54,7 @@ def rotate_and_store(
     cosine: torch.Tensor | None,
     sine: torch.Tensor | None,
     positions: torch.Tensor,
-    norms: tuple[Norm, Norm] | None,
+    norms: HeadNorms,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
@@ -62,17 +62,25 @@ def rotate_and_store(
     kv_heads, capacity, width = keys.shape
     tokens, heads = len(qkv), qkv.shape[1] // width - 2 * kv_heads
     queries = torch.empty((tokens, heads, width), dtype=keys.dtype, device=keys.device)
-    q_norm, k_norm = norms if norms is not None else (None, None)
+    if norms != (None, None) and not all(map(_is_plain, norms)):
+        qkv = reference.normalize_heads(qkv, norms, kv_heads, width, over_one=True)
+        norms = None, None
+    q_norm, k_norm = norms
     kernel.rotate_kernel[(tokens, heads + 2 * kv_heads)](
         qkv, cosine, sine, positions,
         None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
         queries, keys, values, heads, kv_heads, capacity, width,
         0 if cosine is None else cosine.shape[1],
         0.0 if q_norm is None else q_norm.eps, 0.0 if k_norm is None else k_norm.eps,
-        TURN=cosine is not None, NORM=norms is not None,
+        TURN=cosine is not None, NORM=q_norm is not None,
         BLOCK=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
     return queries
+
+
+def _is_plain(norm: Norm | None) -> bool:
+    """Whether the kernel has this norm: RMS, with a weight and no bias."""
+    return norm is not None and norm.kind == "rms" and norm.weight is not None and norm.bias is None
 
 
 def attend_one(

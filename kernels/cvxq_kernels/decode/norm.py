@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -16,3 +16,6 @@ class Norm:
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     eps: float
+
+
+HeadNorms: TypeAlias = "tuple[Norm | None, Norm | None]"  # of queries and of keys

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from cvxq_kernels.decode.norm import Norm
+from cvxq_kernels.decode.norm import HeadNorms, Norm
 
 
 def normalize(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -19,7 +19,8 @@ def normalize(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     if norm.kind == "layer":
         return functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
-    return scaled if norm.weight is None else scaled * norm.weight
+    scaled = scaled if norm.weight is None else scaled * norm.weight
+    return scaled if norm.bias is None else scaled + norm.bias
 
 
 def add_and_normalize(
@@ -37,28 +38,41 @@ def add_and_normalize(
     return (x if norm is None else normalize(x, norm)).to(dtype)
 
 
+def normalize_heads(
+    qkv: torch.Tensor, norms: HeadNorms, kv_heads: int, width: int, over_one: bool
+) -> torch.Tensor:
+    """Norm queries and keys over each head of `width`, or over all at once; returns float32.
+
+    qkv: (M, (H + 2·KV)·width), queries first.
+    """
+    keys = kv_heads * width
+    parts = qkv.float().split([qkv.shape[1] - 2 * keys, keys, keys], dim=1)
+    normed = []
+    for part, norm in zip(parts, (*norms, None), strict=True):
+        rows = part.unflatten(1, (-1, width)) if over_one else part
+        normed.append((rows if norm is None else normalize(rows, norm)).reshape(part.shape))
+    return torch.cat(normed, dim=1)
+
+
 def rotate_and_store(
     qkv: torch.Tensor,
     cosine: torch.Tensor | None,
     sine: torch.Tensor | None,
     positions: torch.Tensor,
-    norms: tuple[Norm, Norm] | None,
+    norms: HeadNorms,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
     """Norm and turn queries and keys, put keys and values in the cache; return the queries.
 
     qkv: (M, (H + 2·KV)·D), queries first; cosine, sine: (positions, R/2) float32 tables, None in a
-    layer that does not turn; positions: (M,) int64; norms: of queries and keys, per head; keys,
-    values: (KV, capacity, D), written at `positions`.  Returns (M, H, D) in the cache's type.
+    layer that does not turn; positions: (M,) int64; norms: over each head, or None; keys, values:
+    (KV, capacity, D), written at `positions`.  Returns (M, H, D) in the cache's type.
     """
     kv_heads, _, width = keys.shape
     heads = qkv.shape[1] // width - 2 * kv_heads
-    parts = qkv.view(len(qkv), -1, width)
-    q, k, v = parts.split([heads, kv_heads, kv_heads], dim=1)
-    q, k = q.float(), k.float()
-    if norms is not None:
-        q, k = normalize(q, norms[0]), normalize(k, norms[1])
+    qkv = normalize_heads(qkv, norms, kv_heads, width, over_one=True)
+    q, k, v = qkv.view(len(qkv), -1, width).split([heads, kv_heads, kv_heads], dim=1)
     if cosine is not None and sine is not None:
         at = cosine.index_select(0, positions)[:, None], sine.index_select(0, positions)[:, None]
         q, k = _turn(q, *at), _turn(k, *at)

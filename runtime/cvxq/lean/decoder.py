@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 class Decoder(Protocol):
     """A model that holds the keys and values of one text.
 
-    capacity: the most tokens of a text; length: how many it has read; vocabulary: V;
-    bytes_per_token: bytes of weights that predicting one token reads; holder: the session whose
-    text it is, None before the first.
+    capacity: the most tokens of a text; length: how many it has read; vocabulary: V; end_tokens:
+    that end a text; bytes_per_token: bytes of weights that predicting one token reads; holder: the
+    session whose text it is, None before the first.
     """
 
     capacity: int
     length: int
     vocabulary: int
+    end_tokens: frozenset[int]
     bytes_per_token: int
     holder: ReferenceType[object] | None
 

@@ -172,7 +172,8 @@ class _Parts:
         """Layer `index`."""
         record, layer, found = self._record, self._record.layers[index], self._found.layers[index]
         attention, block, hidden = layer.attention, layer.feed_forward, self._record.hidden
-        q, k, v = (*(self._matrices[product] for product in found.qkv), None, None)[:3]
+        q, *kv = [self._matrices[product] for product in found.qkv]
+        k, v = kv or (None, None)
         up = [self._matrices[product] for product in found.up]
         widths = [record.head_dim] * 2
         if not attention.norms_over_heads:

@@ -55,7 +55,7 @@ class Product:
 
 @dataclass(frozen=True)
 class LayerProducts:
-    """The matrices of a layer: qkv and up (after gate, if there is one) are one matrix or several."""
+    """The matrices of a layer; qkv, and up after gate, are one each or one together."""
 
     qkv: tuple[Product, ...]
     o: Product

@@ -1,4 +1,4 @@
-"""Tokenizers without transformers: tokenizer.json, or a Llama's tokenizer.model.
+"""Tokenizers without transformers, from tokenizer.json.
 
 `read_tokenizer` takes a tokenizer only if its files say everything that transformers would add by
 itself: special tokens that are in the vocabulary, one chat template, a beginning and end that agree
@@ -24,7 +24,7 @@ _NAMED = (
     "mask_token",
 )
 _TEMPLATE = "chat_template.jinja"
-# Files besides which a tokenizer.json or tokenizer.model is not the whole truth.
+# Files besides which a tokenizer.json is not the whole truth.
 _STRANGERS = ("tekken.json", "tiktoken.model", "added_tokens.json")
 
 
@@ -101,16 +101,11 @@ def read_tokenizer(reader: Reader) -> LeanTokenizer | None:
         return None
     if any(name in reader.files for name in _STRANGERS):
         return None
-    codec: Codec | None = None
-    if "tokenizer.json" in reader.files:
-        from cvxq.lean.fast_codec import read_fast_codec
+    if "tokenizer.json" not in reader.files:
+        return None
+    from cvxq.lean.fast_codec import read_fast_codec
 
-        codec = read_fast_codec(reader.file("tokenizer.json"), config, named)
-    elif "tokenizer.model" in reader.files:
-        from cvxq.lean.piece_codec import read_piece_codec
-
-        kind = json_part(reader, "config.json").get("model_type")
-        codec = read_piece_codec(reader.file("tokenizer.model"), config, named, kind)
+    codec = read_fast_codec(reader.file("tokenizer.json"), config, named)
     return None if codec is None else LeanTokenizer(codec, named, template)
 
 

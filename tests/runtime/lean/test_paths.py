@@ -14,10 +14,9 @@ import torch
 from cvxq import evaluate
 from cvxq.cache import NetworkSession
 from cvxq.generate import generate_tokens
+from cvxq.lean import open_native, record_of
 from cvxq.lean.native_decoder import NativeDecoder
 from cvxq.lean.session import LeanSession
-from cvxq.lean.spec import read_spec
-from cvxq.lean.weights import find_weights
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader
 from cvxq_kernels import cpu
@@ -31,8 +30,7 @@ PROMPT = [5, 17, 80, 33, 2, 41]
 
 def exact_decoder(path: Path) -> NativeDecoder:
     with Reader(path) as reader:
-        spec = read_spec(json.loads(reader.file("config.json")))
-        return NativeDecoder(spec, find_weights(spec, reader), reader, 2, exact=True)
+        return open_native(record_of(reader), reader, 2, exact=True)
 
 
 def test_both_paths_generate_the_same(lean_kind: str, make_file: MakeFile) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from cvxq.lean.tokenizer import read_tokenizer
 from cvxq_format import Reader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -36,35 +34,6 @@ LETTERS = [
 ]
 
 MakeFile = Callable[..., Any]
-
-
-def piece_files(**changes: Any) -> dict[str, bytes]:
-    """Files of a Llama tokenizer as old checkpoints have it."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES),
-        model_writer=model,
-        vocab_size=changes.pop("size", 420),
-        model_type=changes.pop("model_type", "bpe"),
-        byte_fallback=changes.pop("byte_fallback", True),
-        normalization_rule_name=changes.pop("normalization", "identity"),
-        user_defined_symbols=changes.pop("symbols", []),
-        minloglevel=2,
-    )
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "legacy": False,
-        **changes,
-    }
-    return {
-        "tokenizer.model": model.getvalue(),
-        "tokenizer_config.json": json.dumps(config).encode(),
-    }
 
 
 def byte_files(*, begins: bool = False, **changes: Any) -> dict[str, bytes]:
@@ -96,9 +65,6 @@ def byte_files(*, begins: bool = False, **changes: Any) -> dict[str, bytes]:
 
 
 ACCEPTED: dict[str, Callable[[], dict[str, bytes]]] = {
-    "pieces": piece_files,
-    "pieces with an end": lambda: piece_files(add_bos_token=False, add_eos_token=True),
-    "pieces and symbols": lambda: piece_files(symbols=["\n", "<|im|>"]),
     "bytes": byte_files,
     "bytes with a beginning": lambda: byte_files(begins=True),
     "bytes and flags": lambda: byte_files(begins=True, add_bos_token=True, add_eos_token=False),
@@ -135,12 +101,7 @@ def test_tokens_and_texts_equal_those_of_transformers(
 
 
 LEFT: dict[str, Callable[[], dict[str, bytes]]] = {
-    "unigram pieces": lambda: piece_files(model_type="unigram", size=320),
-    "normalized pieces": lambda: piece_files(normalization="nmt_nfkc"),
-    "pieces without bytes": lambda: piece_files(byte_fallback=False, size=150),
-    "legacy pieces": lambda: piece_files(legacy=True),
-    "another class": lambda: piece_files(tokenizer_class="T5Tokenizer"),
-    "a token beyond the pieces": lambda: piece_files(pad_token="<pad>"),
+    "a sentencepiece model": lambda: {"tokenizer.model": b"pieces"},
     "extra special tokens": lambda: byte_files(additional_special_tokens=["<x>"]),
     "a flag that the file contradicts": lambda: byte_files(add_bos_token=True),
     "a special token that is none": lambda: byte_files(pad_token="the"),

@@ -22,6 +22,7 @@ import torch
 from cvxq.errors import ContextError
 from cvxq.lean.cuda.network import KeyValueCache, TorchNetwork
 from cvxq.lean.cuda.sample import DeviceSampler
+from cvxq.lean.rope import Turning
 from cvxq.sample import SamplingSettings
 
 PREFILL_TOKENS = 512  # read at a time
@@ -46,16 +47,18 @@ class TorchDecoder:
     ) -> None:
         """Start with an empty text; `notify` gets one line when CUDA graphs cannot be used."""
         self.network = network
-        self.capacity = network.spec.context
-        self.vocabulary = network.spec.vocab
+        self.capacity = network.record.context
+        self.vocabulary = network.record.vocabulary
+        self.end_tokens = frozenset(network.record.end_tokens)
         self.bytes_per_token = network.weights.bytes_per_token()
         self.length = 0
         self.holder: ReferenceType[object] | None = None
         self.prefill_tokens = prefill_tokens
         self._notify = notify
+        self._turning = Turning(network.record.ropes)
         device = network.device
         places = _rounded(min(FIRST_PLACES, self.capacity))
-        self.cache = KeyValueCache(network.spec, places, device, network.dtype)
+        self.cache = KeyValueCache(network.record, places, device, network.dtype)
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._logits = torch.zeros(self.vocabulary, device=device)
@@ -70,6 +73,9 @@ class TorchDecoder:
         The next call overwrites them.  Raises ContextError when they do not fit.
         """
         self._make_room(len(ids))
+        if self._turning.crosses(self.length + len(ids)):
+            ids = self._cross(ids)
+        self._turning.extend(self.length, ids)
         if len(ids) == 1:
             self._token.fill_(ids[0])
             self._step()
@@ -83,11 +89,20 @@ class TorchDecoder:
         """Read `ids` as a text of its own; return logits (L, V) float32 in main memory."""
         self.rewind(0)
         self._make_room(len(ids))
+        if self._turning.crosses(len(ids)):
+            self._cross(ids)
         result = torch.empty(len(ids), self.vocabulary)
         for logits in self._prefill(ids, last_only=False):
             result[self.length - len(logits) : self.length] = logits
         self.rewind(0)  # nobody's text
         return result
+
+    def _cross(self, ids: Sequence[int]) -> list[int]:
+        """Forget the text, which is turned by other tables from now on; return what to read."""
+        text = self._turning.cross(self.length, ids)
+        self.cache.turn(self._turning.is_long)
+        self.length = 0
+        return text
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -110,11 +125,16 @@ class TorchDecoder:
             shown.copy_(self._token, non_blocking=True)
             arrived = self._mark()
             is_full = self.length == self.capacity
-            if not is_full:  # the device goes on while the host waits for this token only
+            length = self.length
+            if not is_full:
                 self._make_room(1)
-                self._step()
+                if self._turning.crosses(length + 1):  # once: all is read anew
+                    self.feed([int(self._token)])
+                else:  # the device goes on while the host waits for this token only
+                    self._step()
                 choose()
             arrived()
+            self._turning.extend(length, [int(shown)])
             yield int(shown)
             if is_full:
                 return

@@ -1,4 +1,4 @@
-"""The forward pass of a `DecoderSpec` in torch: ids and positions in, logits out.
+"""The forward pass of a `DecoderRecord` in torch: ids and positions in, logits out.
 
 The residual stream is float32, whatever the matrices compute in: at batch one it costs nothing,
 and it keeps large activations of deep models out of float16's way.  What happens between the
@@ -12,36 +12,44 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+from cvxq_format import decoder_record as described
+from cvxq_format.decoder_record import DecoderRecord, Rope
 from cvxq_kernels.decode import Norm, reference
 
 from cvxq.lean.cuda.weights import Layer, TorchWeights
-from cvxq.lean.spec import DecoderSpec
 
 
 class KeyValueCache:
-    """Keys and values of all layers, each (KV, places, D), and the rotary tables.
+    """Keys and values of all layers, each (KV, places, D), and the tables of the ropes.
 
+    tables: of each rope cosine and sine, (places, R/2) float32, of short texts or of long ones.
     Places beyond the text hold zeros or what a rewound text left: finite, so that a weight of zero
     makes nothing of them.
     """
 
     def __init__(
-        self, spec: DecoderSpec, places: int, device: torch.device, dtype: torch.dtype
+        self, record: DecoderRecord, places: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         """Allocate for `places` tokens."""
-        shape = (spec.kv_heads, places, spec.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
-        self._spec = spec
+        shape = (record.kv_heads, places, record.head_dim)
+        layers = range(len(record.layers))
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self._ropes = record.ropes
+        self._is_long = False
         self._make_tables()
 
     def _make_tables(self) -> None:
-        self.cosine: torch.Tensor | None = None
-        self.sine: torch.Tensor | None = None
-        if self._spec.rope is not None:
-            cosine, sine = self._spec.rope.tables(self.places)
-            self.cosine = torch.from_numpy(cosine).to(self.keys[0].device)
-            self.sine = torch.from_numpy(sine).to(self.keys[0].device)
+        device = self.keys[0].device
+        made = [_tables(rope, self.places, self._is_long) for rope in self._ropes]
+        self.tables = [(cosine.to(device), sine.to(device)) for cosine, sine in made]
+
+    def turn(self, is_long: bool) -> None:
+        """Fill the tables for long texts or for short ones; they stay where they are."""
+        self._is_long = is_long
+        for rope, tables in zip(self._ropes, self.tables, strict=True):
+            for table, values in zip(tables, _tables(rope, self.places, is_long), strict=True):
+                table.copy_(values)
 
     @property
     def places(self) -> int:
@@ -62,14 +70,27 @@ class KeyValueCache:
         self._make_tables()
 
 
+def _tables(rope: Rope, places: int, is_long: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine, each (places, R/2) float32, the rope's factor included."""
+    long = is_long and rope.switch is not None
+    factor = rope.long_factor if long else rope.factor
+    inverse = torch.tensor(rope.long_inverse_frequencies if long else rope.inverse_frequencies)
+    angles = torch.arange(places, dtype=torch.float32)[:, None] * inverse
+    return angles.cos() * factor, angles.sin() * factor
+
+
 class TorchNetwork:
-    """Computes what `spec` describes with `weights`; the matrices compute in `dtype`."""
+    """Computes what `record` describes with `weights`; the matrices compute in `dtype`."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: TorchWeights, device: torch.device, dtype: torch.dtype
+        self,
+        record: DecoderRecord,
+        weights: TorchWeights,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        """Join specification and weights."""
-        self.spec = spec
+        """Join record and weights."""
+        self.record = record
         self.weights = weights
         self.device = device
         self.dtype = dtype
@@ -89,76 +110,91 @@ class TorchNetwork:
         a single token, lets the device find it in `positions`, so that the same launches serve
         every length.  Returns logits (M, V) float32, (1, V) if `last_only`.
         """
-        spec, weights = self.spec, self.weights
+        weights, layers = self.weights, self.record.layers
         masks = {} if length is None else self._masks(positions, length)
         x = self._embed(ids, positions)
-        first = weights.layers[0].before_attention
-        h = (x if first is None else self._ops.normalize(x, first)).to(self.dtype)
-        for index, layer in enumerate(weights.layers):
-            delta = self._attention(index, layer, h, positions, cache, masks)
-            h = self._join(x, delta, layer.after_attention, layer.before_ffn)
-            delta = layer.down(self._ops.activate(layer.up(h), spec.activation, spec.gated))
+        h = self._normed(x, weights.layers[0].attention_in)
+        for index, (told, layer) in enumerate(zip(layers, weights.layers, strict=True)):
+            beside = self._normed(x, layer.ffn_in) if told.parallel else None
+            delta = self._attention(index, told.attention, layer, h, positions, cache, masks)
+            before = None if told.parallel else layer.ffn_in
+            h = self._join(x, delta, layer.attention_out, layer.attention_sum, before)
+            block = told.feed_forward
+            up = layer.up(h if beside is None else beside)
+            delta = layer.down(self._ops.activate(up, block.activation, block.gate is not None))
             following = weights.layers[index + 1 : index + 2]
-            after = following[0].before_attention if following else weights.final_norm
-            h = self._join(x, delta, layer.after_ffn, after)
+            after = following[0].attention_in if following else weights.final_norm
+            h = self._join(x, delta, layer.ffn_out, layer.ffn_sum, after)
         return self._logits(h[-1:] if last_only else h)
+
+    def _normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        return (x if norm is None else self._ops.normalize(x, norm)).to(self.dtype)
 
     def _masks(self, positions: torch.Tensor, length: int) -> dict[int | None, torch.Tensor]:
         """Return for every window what each token sees of the first `length` places."""
         places = torch.arange(length, device=self.device)
-        return {w: reference.visible(places, positions, w) for w in set(self.spec.windows)}
+        windows = {layer.attention.window for layer in self.record.layers}
+        return {w: reference.visible(places, positions, w) for w in windows}
 
     def _embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return the stream's first state, (M, hidden) float32."""
-        x = self.weights.embedding.rows(ids)
+        x = self.weights.embedding.rows(ids).float() * self.record.embedding_scale
         if self.weights.project_in is not None:
-            x = self.weights.project_in(x.to(self.dtype))
-        x = x.float() * self.spec.embedding_scale
-        if self.weights.positions is not None and self.spec.position_offset is not None:
-            x += self.weights.positions.index_select(0, positions + self.spec.position_offset)
+            x = self.weights.project_in(x.to(self.dtype)).float()
+        if self.weights.positions is not None:
+            x += self.weights.positions.index_select(0, positions + self.record.position_offset)
         return x
 
     def _attention(
         self,
         index: int,
+        told: described.Attention,
         layer: Layer,
         h: torch.Tensor,
         positions: torch.Tensor,
         cache: KeyValueCache,
         masks: dict[int | None, torch.Tensor],
     ) -> torch.Tensor:
-        spec, ops = self.spec, self._ops
-        turns = spec.rope_layers[index]
-        keys, values = cache.keys[index], cache.values[index]
-        tables = (cache.cosine, cache.sine) if turns else (None, None)
-        q = ops.rotate_and_store(layer.qkv(h), *tables, positions, layer.qk_norms, keys, values)
-        window, scale, softcap = spec.windows[index], spec.attention_scale, spec.attention_softcap
+        ops, keys, values = self._ops, cache.keys[index], cache.values[index]
+        tables = (None, None) if told.rope is None else cache.tables[told.rope]
+        qkv, norms = layer.qkv(h), (layer.q_norm, layer.k_norm)
+        if not told.norms_over_heads:
+            heads, width = self.record.kv_heads, self.record.head_dim
+            qkv = reference.normalize_heads(qkv, norms, heads, width, over_one=False)
+            norms = None, None
+        q = ops.rotate_and_store(qkv, *tables, positions, norms, keys, values)
         if not masks:
-            y = ops.attend_one(q, keys, values, positions, window, scale, softcap)
+            y = ops.attend_one(q, keys, values, positions, told.window, told.scale, told.softcap)
         else:
-            mask = masks[window]
+            mask = masks[told.window]
             seen = mask.shape[1]
-            y = reference.attend(q, keys[:, :seen], values[:, :seen], mask, scale, softcap)
+            y = reference.attend(
+                q, keys[:, :seen], values[:, :seen], mask, told.scale, told.softcap
+            )
         return layer.o(y)
 
     def _join(
-        self, x: torch.Tensor, delta: torch.Tensor, after: Norm | None, before: Norm | None
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        after: Norm | None,
+        of_sum: Norm | None,
+        before: Norm | None,
     ) -> torch.Tensor:
         """Add a block's output to the stream x in place; return what the next block reads."""
-        scale, ops = self.spec.residual_scale, self._ops
-        if self.spec.norm_placement == "post":
-            h = ops.add_and_normalize(x, delta, scale, after, torch.float32)
-            x.copy_(h)
-            return h.to(self.dtype)
+        scale, ops = self.record.residual_scale, self._ops
         if after is not None:
             delta = ops.normalize(delta, after)
-        return ops.add_and_normalize(x, delta, scale, before, self.dtype)
+        if of_sum is None:
+            return ops.add_and_normalize(x, delta, scale, before, self.dtype)
+        x.copy_(ops.add_and_normalize(x, delta, scale, of_sum, torch.float32))
+        return self._normed(x, before)
 
     def _logits(self, h: torch.Tensor) -> torch.Tensor:
         if self.weights.project_out is not None:
             h = self.weights.project_out(h)
-        logits = self.weights.head(h).float() * self.spec.logit_scale
-        cap = self.spec.logit_softcap
+        logits = self.weights.head(h).float() * self.record.logit_scale
+        cap = self.record.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

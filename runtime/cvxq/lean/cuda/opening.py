@@ -11,35 +11,33 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from cvxq_format import Reader
+from cvxq_format.decoder_record import DecoderRecord
 from cvxq_kernels import PackedWeight
 
 from cvxq.lean.cuda.decoder import TorchDecoder
 from cvxq.lean.cuda.network import TorchNetwork
 from cvxq.lean.cuda.weights import Weight, load_weights
-from cvxq.lean.spec import DecoderSpec
-from cvxq.lean.weights import DecoderWeights
+from cvxq.lean.products import Tensors
 
 WORKING_BYTES = 1 << 29
 
 
 def open_torch_decoder(
-    spec: DecoderSpec,
-    found: DecoderWeights,
-    reader: Reader,
+    record: DecoderRecord,
+    tensors: Tensors,
     device: str,
     config: Mapping[str, Any],
     keep_packed: bool = True,
 ) -> TorchDecoder:
-    """Load the weights `found` of an open file to `device` and make a decoder of them.
+    """Load the tensors that `record` names to `device` and make a decoder of them.
 
     config: the file's config.json, for the type to compute in; keep_packed: False expands all
     matrices, as happens anyway on a device that is not CUDA.
     """
     target = torch.device(device)
     if target.type != "cuda":
-        weights = load_weights(spec, found, reader, target, torch.float32)
-        return TorchDecoder(TorchNetwork(spec, weights, target, torch.float32))
+        weights = load_weights(record, tensors, target, torch.float32)
+        return TorchDecoder(TorchNetwork(record, weights, target, torch.float32))
     torch.cuda.set_device(target)
     dtype = compute_dtype(config)
 
@@ -48,9 +46,9 @@ def open_torch_decoder(
 
         return GpuWeight.fused(weights, target)
 
-    weights = load_weights(spec, found, reader, target, dtype, pack if keep_packed else None)
+    weights = load_weights(record, tensors, target, dtype, pack if keep_packed else None)
     tune_alike(weights.multiplied(), dtype)
-    return TorchDecoder(TorchNetwork(spec, weights, target, dtype))
+    return TorchDecoder(TorchNetwork(record, weights, target, dtype))
 
 
 def tune_alike(weights: Iterable[Weight], dtype: torch.dtype) -> None:

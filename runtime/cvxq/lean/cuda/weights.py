@@ -11,14 +11,17 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
-from cvxq_format import CompandedTensor, RawTensor, Reader
+from cvxq_format import CompandedTensor
+from cvxq_format import decoder_record as described
+from cvxq_format.decoder_record import DecoderRecord
 from cvxq_kernels import PackedWeight
 from cvxq_kernels.decode import Norm
 from torch.nn import functional
 
-from cvxq.lean import weights as names
-from cvxq.lean.spec import DecoderSpec
+from cvxq.lean.products import LayerProducts, Product, Tensors, Value, find_products
+from cvxq.lean.weights import read_norm, read_product
 from cvxq.tensors import raw_to_torch
 
 
@@ -78,17 +81,20 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer; see `weights.LayerWeights` for the norms."""
+    """One layer; its norms are named as the record's."""
 
     qkv: Linear
     o: Linear
     up: Linear  # gate and up where the block is gated
     down: Linear
-    qk_norms: tuple[Norm, Norm] | None
-    before_attention: Norm | None
-    after_attention: Norm | None
-    before_ffn: Norm | None
-    after_ffn: Norm | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+    attention_in: Norm | None
+    attention_out: Norm | None
+    attention_sum: Norm | None
+    ffn_in: Norm | None
+    ffn_out: Norm | None
+    ffn_sum: Norm | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,100 +127,104 @@ class TorchWeights:
 
 
 def load_weights(
-    spec: DecoderSpec,
-    found: names.DecoderWeights,
-    reader: Reader,
+    record: DecoderRecord,
+    tensors: Tensors,
     device: torch.device,
     dtype: torch.dtype,
     pack: Pack | None = None,
 ) -> TorchWeights:
-    """Bring the weights `found` in the file to `device`; expanded ones take `dtype`."""
-    loader = _Loader(spec, reader, device, dtype, pack)
-    layers = tuple(loader.layer(layer) for layer in found.layers)
-    (embedding,) = loader.weights([found.embedding])
-    head = loader.linear(found.head) if found.head.weight != found.embedding else None
-    if head is None:
-        head = Linear((embedding,), loader.bias([found.head]))
+    """Bring the tensors that `record` names to `device`; expanded matrices take `dtype`."""
+    loader = _Loader(record, tensors, device, dtype, pack)
+    found = find_products(record, tensors)
+    layers = tuple(map(loader.layer, record.layers, found.layers))
+    head = loader.linear(found.head)
+    (embedding,) = head.weights
+    if found.embedding != found.head:
+        (embedding,) = loader.linear(found.embedding).weights
+    positions = None if found.positions is None else loader.floats(found.positions)
     return TorchWeights(
         embedding=embedding,
-        positions=None if found.positions is None else loader.floats(found.positions),
+        positions=positions,
         project_in=None if found.project_in is None else loader.linear(found.project_in),
         project_out=None if found.project_out is None else loader.linear(found.project_out),
         layers=layers,
-        final_norm=loader.norm(found.final_norm),
+        final_norm=loader.norm(record.final_norm, record.hidden),
         head=head,
     )
 
 
 @dataclass(frozen=True)
 class _Loader:
-    spec: DecoderSpec
-    reader: Reader
+    record: DecoderRecord
+    tensors: Tensors
     device: torch.device
     dtype: torch.dtype
     pack: Pack | None
 
-    def floats(self, name: str) -> torch.Tensor:
-        """Return a small tensor as float32 on the device."""
-        return torch.tensor(names.read_floats(self.reader, name), device=self.device)
+    def floats(self, product: Product) -> torch.Tensor:
+        """Return a matrix as float32 on the device."""
+        value, _ = read_product(self.tensors, product)
+        return self._dense(value, torch.float32)
 
-    def linear(self, *matrices: names.Matrix) -> Linear:
-        """Return one linear map of all `matrices`, in order."""
-        return Linear(self.weights([matrix.weight for matrix in matrices]), self.bias(matrices))
+    def linear(self, *products: Product) -> Linear:
+        """Return one linear map of all `products`, in order, which share their input.
 
-    def weights(self, tensors: Sequence[str]) -> tuple[Weight, ...]:
-        """Return matrices that share their input, as one if all are packed or none is."""
-        values = [self.reader.read(name) for name in tensors]
+        Its matrices are one if all are packed or none is.
+        """
+        read = [read_product(self.tensors, product) for product in products]
+        weights = self._weights([value for value, _ in read])
+        if all(bias is None for _, bias in read):
+            return Linear(weights, None)
+        parts = [
+            np.zeros(product.outputs, np.float32) if bias is None else bias
+            for product, (_, bias) in zip(products, read, strict=True)
+        ]
+        return Linear(weights, torch.tensor(np.concatenate(parts)).to(self.device, self.dtype))
+
+    def _weights(self, values: Sequence[Value]) -> tuple[Weight, ...]:
         packed = [self._packed(value) for value in values if isinstance(value, CompandedTensor)]
         if self.pack is not None and len(packed) == len(values):
             with contextlib.suppress(ValueError):
                 return (self.pack(packed),)
         if self.pack is not None and packed and len(values) > 1:
-            return tuple(weight for name in tensors for weight in self.weights([name]))
-        return (DenseWeight(torch.cat([self._dense(value) for value in values])),)
+            return tuple(weight for value in values for weight in self._weights([value]))
+        return (DenseWeight(torch.cat([self._dense(value, self.dtype) for value in values])),)
 
-    def bias(self, matrices: Sequence[names.Matrix]) -> torch.Tensor | None:
-        """Return the biases of `matrices` side by side, zeros where one has none."""
-        if all(matrix.bias is None for matrix in matrices):
+    def norm(self, norm: described.Norm | None, size: int) -> Norm | None:
+        """Return a norm over `size` elements."""
+        if norm is None:
             return None
-        parts = [
-            torch.zeros(matrix.shape[0], device=self.device)
-            if matrix.bias is None
-            else self.floats(matrix.bias)
-            for matrix in matrices
-        ]
-        return torch.cat(parts).to(self.dtype)
+        weight, bias = (
+            None if values is None else torch.tensor(values, device=self.device)
+            for values in read_norm(self.tensors, norm, size)
+        )
+        return Norm(norm.kind, weight, bias, norm.epsilon)
 
-    def norm(self, found: names.Norm | None) -> Norm | None:
-        """Return a norm; the offset that some architectures add is added to the weight."""
-        if found is None:
-            return None
-        weight = None if found.weight is None else self.floats(found.weight)
-        if weight is not None and self.spec.norm_offset:
-            weight += self.spec.norm_offset
-        bias = None if found.bias is None else self.floats(found.bias)
-        return Norm(self.spec.norm, weight, bias, self.spec.norm_eps)
-
-    def layer(self, found: names.LayerWeights) -> Layer:
+    def layer(self, layer: described.Layer, found: LayerProducts) -> Layer:
         """Return one layer."""
-        q_norm, k_norm = self.norm(found.q_norm), self.norm(found.k_norm)
-        gate = () if found.gate is None else (found.gate,)
+        record, attention, hidden = self.record, layer.attention, self.record.hidden
+        over_one = attention.norms_over_heads
+        queries = record.head_dim * (1 if over_one else record.heads)
+        keys = record.head_dim * (1 if over_one else record.kv_heads)
         return Layer(
-            qkv=self.linear(found.q, found.k, found.v),
+            qkv=self.linear(*found.qkv),
             o=self.linear(found.o),
-            up=self.linear(*gate, found.up),
+            up=self.linear(*found.up),
             down=self.linear(found.down),
-            qk_norms=None if q_norm is None or k_norm is None else (q_norm, k_norm),
-            before_attention=self.norm(found.before_attention),
-            after_attention=self.norm(found.after_attention),
-            before_ffn=self.norm(found.before_ffn),
-            after_ffn=self.norm(found.after_ffn),
+            q_norm=self.norm(attention.q_norm, queries),
+            k_norm=self.norm(attention.k_norm, keys),
+            attention_in=self.norm(layer.attention_in, hidden),
+            attention_out=self.norm(layer.attention_out, hidden),
+            attention_sum=self.norm(layer.attention_sum, hidden),
+            ffn_in=self.norm(layer.ffn_in, hidden),
+            ffn_out=self.norm(layer.ffn_out, hidden),
+            ffn_sum=self.norm(layer.ffn_sum, hidden),
         )
 
     def _packed(self, value: CompandedTensor) -> PackedWeight:
-        return PackedWeight.from_tensor(value, self.reader.codebook(value.codebook))
+        return PackedWeight.from_tensor(value, self.tensors.codebook(value.codebook))
 
-    def _dense(self, value: CompandedTensor | RawTensor) -> torch.Tensor:
+    def _dense(self, value: Value, dtype: torch.dtype) -> torch.Tensor:
         if isinstance(value, CompandedTensor):
-            return self._packed(value).to(self.device).dense(self.dtype)
-        return raw_to_torch(value).to(self.device, self.dtype)
+            return self._packed(value).to(self.device).dense(dtype)
+        return raw_to_torch(value).to(self.device, dtype)

@@ -8,16 +8,14 @@ interpreter takes minutes for more.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from cvxq.lean import record_of
 from cvxq.lean.cuda.network import KeyValueCache, TorchNetwork
 from cvxq.lean.cuda.weights import DenseWeight, Weight, load_weights
-from cvxq.lean.spec import read_spec
-from cvxq.lean.weights import find_weights
 from cvxq_format import Reader
 from cvxq_kernels import PackedWeight
 from cvxq_kernels.decode import launch
@@ -38,9 +36,8 @@ def test_logits_equal_transformers(make_file: Callable[..., Any]) -> None:
         return GpuWeight.fused(weights, CPU)
 
     with Reader(made.path) as reader:
-        spec = read_spec(json.loads(reader.file("config.json")))
-        found = find_weights(spec, reader)
-        weights = load_weights(spec, found, reader, CPU, torch.float32, pack)
+        record = record_of(reader)
+        weights = load_weights(record, reader, CPU, torch.float32, pack)
     assert isinstance(weights.embedding, GpuWeight | DenseWeight)
     assert any(
         isinstance(part, GpuWeight)
@@ -49,9 +46,10 @@ def test_logits_equal_transformers(make_file: Callable[..., Any]) -> None:
         for part in linear.weights
     )
     one = replace(weights, layers=weights.layers[:1])
-    network = TorchNetwork(spec, one, CPU, torch.float32)
+    record = replace(record, layers=record.layers[:1])
+    network = TorchNetwork(record, one, CPU, torch.float32)
     network._ops = launch
-    cache = KeyValueCache(spec, 64, CPU, torch.float32)
+    cache = KeyValueCache(record, 64, CPU, torch.float32)
     with torch.inference_mode():
         logits = network.forward(torch.tensor([TOKEN]), torch.tensor([0]), cache, None)
     assert float((logits - expected).abs().max()) < 0.05 * float(expected.abs().max())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cvxq.lean import record_of
 from cvxq.lean.cuda.decoder import TorchDecoder
 from cvxq.lean.cuda.opening import WORKING_BYTES, open_torch_decoder
-from cvxq.lean.spec import read_spec
-from cvxq.lean.weights import find_weights
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader
 
@@ -27,9 +25,7 @@ IDS = [(7 * index + 3) % 96 for index in range(40)]
 
 def decoder_of(made: Any) -> TorchDecoder:
     with Reader(made.path) as reader:
-        config = json.loads(reader.file("config.json"))
-        spec = read_spec(config)
-        return open_torch_decoder(spec, find_weights(spec, reader), reader, "cuda", config)
+        return open_torch_decoder(record_of(reader), reader, "cuda", {})
 
 
 def drawn(decoder: TorchDecoder, count: int = 20, **settings: Any) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,12 +9,11 @@ import pytest
 import torch
 from cvxq import bench, evaluate
 from cvxq.generate import generate_tokens
+from cvxq.lean import record_of
 from cvxq.lean.cuda.decoder import TorchDecoder
 from cvxq.lean.cuda.opening import compute_dtype, open_torch_decoder, tune_alike
 from cvxq.lean.cuda.weights import DenseWeight
 from cvxq.lean.decoder import DrawingDecoder
-from cvxq.lean.spec import read_spec
-from cvxq.lean.weights import find_weights
 from cvxq.model import Model, NetworkOptions
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader
@@ -27,9 +25,7 @@ GREEDY = SamplingSettings(temperature=0, max_tokens=12)
 
 def open_model(made: Any) -> Model:
     reader = Reader(made.path)
-    config = json.loads(reader.file("config.json"))
-    spec = read_spec(config)
-    decoder = open_torch_decoder(spec, find_weights(spec, reader), reader, "cpu", config)
+    decoder = open_torch_decoder(record_of(reader), reader, "cpu", {})
     return Model(reader, decoder, None, NetworkOptions())
 
 
