@@ -15,7 +15,7 @@ from cvxq_kernels import cpu
 if not cpu.is_available():
     pytest.skip(cpu.why_not(), allow_module_level=True)
 
-from cvxq_kernels.cpu.decoder import Decoder, Layer, Norm, Shape
+from cvxq_kernels.cpu.decoder import Decoder, Layer, Norm, Rope, Shape
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -46,20 +46,30 @@ class Case:
         gated = options.pop("gated", True)
         window = options.pop("window", 0)
         names = options.pop("norms", ("attention_in", "ffn_in"))
-        head_norm = self.norm(width, "rms") if options.pop("head_norms", False) else Norm()
+        over = options.pop("head_norms", None)
+        scale, cap = options.pop("scale", width**-0.5), options.pop("cap", 0.0)
+        fused, parallel = options.pop("fused", False), options.pop("parallel", False)
+        activation, factor = options.pop("activation", "silu"), options.pop("rotary_scale", 1.0)
+        sizes = (width, width) if over == "each" else (heads * width, kv_heads * width)
+        q_norm, k_norm = (self.norm(n, kind) if over else Norm() for n in sizes)
         self.layers = [
             Layer(
-                q=self.matrix(heads * width, hidden, bias=True),
-                k=self.matrix(kv_heads * width, hidden),
-                v=self.matrix(kv_heads * width, hidden, bias=True),
+                q=self.matrix((heads + 2 * kv_heads * fused) * width, hidden, bias=True),
+                k=None if fused else self.matrix(kv_heads * width, hidden),
+                v=None if fused else self.matrix(kv_heads * width, hidden, bias=True),
                 o=self.matrix(hidden, heads * width),
-                gate=self.matrix(ffn, hidden) if gated else None,
-                up=self.matrix(ffn, hidden),
+                gate=self.matrix(ffn * (1 + fused), hidden) if gated else None,
+                up=None if fused and gated else self.matrix(ffn, hidden),
                 down=self.matrix(hidden, ffn),
-                q_norm=head_norm,
-                k_norm=head_norm,
+                scale=scale * (1 + index),
+                cap=cap,
+                q_norm=q_norm,
+                k_norm=k_norm,
                 window=window if index else 0,
-                rotated=index != 2,
+                rope=(0, 1, None)[index],
+                wide_norms=over == "all",
+                is_parallel=parallel,
+                activation=activation if index else "silu",
                 **{name: self.norm(hidden, kind) for name in names},
             )
             for index in range(3)
@@ -75,14 +85,17 @@ class Case:
             vocabulary=VOCABULARY,
             capacity=CAPACITY,
             chunk=CAPACITY,
-            activation=options.pop("activation", "silu"),
-            frequencies=(0.7 ** np.arange(rotary)).astype(np.float32),
+            ropes=(self.rope(rotary, 0.7, factor), self.rope(rotary // 2, 0.4, 1.0)),
             embed=embed,
             head=embed,
             final=self.norm(hidden, kind),
-            attention_scale=options.pop("attention_scale", width**-0.5),
         )
         self.shape = replace(self.shape, **options)
+
+    @staticmethod
+    def rope(pairs: int, base: float, factor: float) -> Rope:
+        frequencies = (base ** np.arange(pairs)).astype(np.float32)
+        return Rope(frequencies, factor, frequencies * np.float32(0.3), 1.1)
 
     def matrix(self, outputs: int, inputs: int, bias: bool = False) -> cpu.Matrix:
         dense = (self.rng.standard_normal((outputs, inputs)) / inputs**0.5).astype(np.float32)
@@ -101,50 +114,66 @@ class Case:
         dense = self.dense[id(matrix)].astype(np.float64)
         return x @ dense[:, :-1].T + dense[:, -1]
 
-    def logits(self, ids: Any) -> Doubles:
+    def logits(self, ids: Any, is_long: bool = False) -> Doubles:
         """The whole pass over `ids`, written from the definitions."""
         s = self.shape
         x = self.dense[id(s.embed)][ids, :-1].astype(np.float64) * s.embedding_scale
         for layer in self.layers:
-            branch = self.attend(layer, norm(layer.attention_in, x))
+            branch = self.attend(layer, norm(layer.attention_in, x), is_long)
+            before = x
             x = x + s.residual_scale * norm(layer.attention_out, branch)
             x = norm(layer.attention_sum, x)
-            inner = norm(layer.ffn_in, x)
-            up = self.times(inner, layer.up)
+            inner = norm(layer.ffn_in, before if layer.is_parallel else x)
             if layer.gate is None:
-                up = activate(s.activation, up)
+                up = activate(layer.activation, self.times(inner, layer.up))
             else:
-                up = activate(s.activation, self.times(inner, layer.gate)) * up
+                up = self.times(inner, layer.gate)
+                gate, up = (
+                    np.split(up, 2, axis=1)
+                    if layer.up is None
+                    else (up, self.times(inner, layer.up))
+                )
+                up = activate(layer.activation, gate) * up
             branch = self.times(up, layer.down)
             x = x + s.residual_scale * norm(layer.ffn_out, branch)
             x = norm(layer.ffn_sum, x)
         return capped(self.times(norm(s.final, x), s.head) * s.logit_scale, s.logit_cap)
 
-    def attend(self, layer: Layer, x: Doubles) -> Doubles:
+    def attend(self, layer: Layer, x: Doubles, is_long: bool) -> Doubles:
         s, length = self.shape, len(x)
         place = np.arange(length)
-        keys = self.split(layer.k, x, layer.k_norm, layer.rotated)
-        values = self.times(x, layer.v).reshape(length, s.kv_heads, -1)
-        queries = self.split(layer.q, x, layer.q_norm, layer.rotated)
+        matrices = [matrix for matrix in (layer.q, layer.k, layer.v) if matrix]
+        made = np.concatenate([self.times(x, matrix) for matrix in matrices], axis=1)
+        keys, few = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        parts = np.split(made, [keys, keys + few], axis=1)
+        queries = self.turned(parts[0], layer, layer.q_norm, is_long)
+        keys = self.turned(parts[1], layer, layer.k_norm, is_long)
+        values = parts[2].reshape(length, s.kv_heads, -1)
         distance = place[:, None] - place[None, :]
         seen = (distance >= 0) & (distance < (layer.window or length))
         heads = []
         for head in range(s.heads):
             key = head // (s.heads // s.kv_heads)
-            scores = queries[:, head] @ keys[:, key].T * s.attention_scale
-            scores = np.where(seen, capped(scores, s.attention_cap), -np.inf)
+            scores = queries[:, head] @ keys[:, key].T * layer.scale
+            scores = np.where(seen, capped(scores, layer.cap), -np.inf)
             shares = np.exp(scores - scores.max(1, keepdims=True))
             heads.append(shares / shares.sum(1, keepdims=True) @ values[:, key])
         return self.times(np.concatenate(heads, axis=1), layer.o)
 
-    def split(self, matrix: cpu.Matrix, x: Doubles, of_head: Norm, rotated: bool) -> Doubles:
-        s = self.shape
-        heads = norm(of_head, self.times(x, matrix).reshape(len(x), -1, s.head_dim))
-        pairs = len(s.frequencies)
-        if not rotated:
+    def turned(self, x: Doubles, layer: Layer, chosen: Norm, is_long: bool) -> Doubles:
+        if layer.wide_norms:
+            x = norm(chosen, x)
+        heads = x.reshape(len(x), -1, self.shape.head_dim)
+        if not layer.wide_norms:
+            heads = norm(chosen, heads).copy()
+        if layer.rope is None:
             return heads
-        angle = np.arange(len(x))[:, None, None] * s.frequencies.astype(np.float64)
-        cosine, sine = np.cos(angle) * s.rotary_scale, np.sin(angle) * s.rotary_scale
+        rope = self.shape.ropes[layer.rope]
+        frequencies = rope.long_frequencies if is_long else rope.frequencies
+        assert frequencies is not None
+        pairs, factor = len(frequencies), rope.long_scale if is_long else rope.scale
+        angle = np.arange(len(x))[:, None, None] * frequencies.astype(np.float64)
+        cosine, sine = np.cos(angle) * factor, np.sin(angle) * factor
         first, second = heads[..., :pairs].copy(), heads[..., pairs : 2 * pairs].copy()
         heads[..., :pairs] = first * cosine - second * sine
         heads[..., pairs : 2 * pairs] = second * cosine + first * sine
@@ -183,11 +212,29 @@ CASES: dict[str, dict[str, Any]] = {
     "wide heads and a window": {"width": 70, "group": 3, "rotary": 35, "window": 66},
     "window of one": {"width": 16, "group": 2, "rotary": 8, "window": 1},
     "head norms, rotary scale": {
-        "width": 12, "group": 2, "rotary": 6, "head_norms": True, "rotary_scale": 1.3,
+        "width": 12, "group": 2, "rotary": 6, "head_norms": "each", "rotary_scale": 1.3,
+    },
+    "norms over all heads": {"width": 12, "group": 2, "rotary": 6, "head_norms": "all"},
+    "one matrix, layer norms of heads": {
+        "width": 10, "group": 3, "rotary": 5, "fused": True, "head_norms": "each", "norm": "layer",
+    },
+    "one matrix, norms over all heads": {
+        "width": 10, "group": 2, "rotary": 3, "fused": True, "head_norms": "all",
+    },
+    "parallel": {
+        "width": 9, "group": 2, "rotary": 4, "parallel": True, "fused": True, "gated": False,
+        "norm": "layer", "activation": "gelu", "residual_scale": 0.7,
+    },
+    "parallel with every norm": {
+        "width": 9, "group": 1, "rotary": 4, "parallel": True,
+        "norms": ("attention_in", "attention_out", "attention_sum", "ffn_in", "ffn_out", "ffn_sum"),
+    },
+    "parallel without norms": {
+        "width": 9, "group": 1, "rotary": 4, "parallel": True, "norms": (), "residual_scale": 0.1,
     },
     "caps and scales": {
-        "width": 8, "group": 2, "rotary": 4, "attention_cap": 0.7, "logit_cap": 1.1,
-        "logit_scale": 0.8, "embedding_scale": 3.0, "residual_scale": 0.4, "attention_scale": 0.9,
+        "width": 8, "group": 2, "rotary": 4, "cap": 0.7, "logit_cap": 1.1,
+        "logit_scale": 0.8, "embedding_scale": 3.0, "residual_scale": 0.4, "scale": 0.9,
     },
     "sandwich": {"width": 8, "group": 1, "rotary": 4, "norms": SANDWICH, "activation": "gelu_tanh"},
     "sums, not gated": {
@@ -212,6 +259,18 @@ def test_logits_equal_those_of_numpy(name: str, threads: int) -> None:
     for place in range(131, CAPACITY):
         found = decoder.step(int(ids[place]), place, exact=True)
         np.testing.assert_allclose(found, expected[place], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_long_texts_are_turned_by_frequencies_of_their_own() -> None:
+    pool = cpu.Pool(1)
+    case = Case(pool, width=10, group=2, rotary=5)
+    decoder = Decoder(pool, case.shape, case.layers)
+    ids = np.arange(70) % VOCABULARY
+    for is_long in (True, False):
+        decoder.turn(is_long)
+        found = decoder.feed(ids, 0, 70, exact=True)
+        expected = case.logits(ids, is_long)
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_memory_grows_by_blocks_and_is_told() -> None:

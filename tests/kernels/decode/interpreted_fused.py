@@ -62,9 +62,9 @@ def test_norms(kind: str, width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", ["no", "rms", "layer", "keys"])
 @pytest.mark.parametrize("rotary", [None, 6, 12])
-def test_rotation(rotary: int | None, normed: bool, dtype: torch.dtype) -> None:
+def test_rotation(rotary: int | None, normed: str, dtype: torch.dtype) -> None:
     heads, kv_heads, width, capacity = 4, 2, 12, 9
     positions = torch.tensor([3, 0, 7])
     qkv = random(3, (heads + 2 * kv_heads) * width, dtype=dtype)
@@ -72,7 +72,13 @@ def test_rotation(rotary: int | None, normed: bool, dtype: torch.dtype) -> None:
     if rotary is not None:
         angles = random(capacity, rotary // 2, seed=3)
         tables = (angles.cos(), angles.sin())
-    norms = (norm("rms", width), Norm("rms", random(width, seed=4), None, 1e-6)) if normed else None
+    other = Norm("rms", random(width, seed=4), None, 1e-6)
+    norms = {
+        "no": (None, None),
+        "rms": (norm("rms", width), other),
+        "layer": (norm("layer", width), norm("layer", width, affine=False)),
+        "keys": (None, other),
+    }[normed]
     caches = [torch.zeros((kv_heads, capacity, width), dtype=dtype) for _ in range(4)]
     found = launch.rotate_and_store(qkv, *tables, positions, norms, *caches[:2])
     expected = reference.rotate_and_store(qkv, *tables, positions, norms, *caches[2:])

