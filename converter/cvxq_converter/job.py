@@ -41,7 +41,14 @@ from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.measure.teaching import Lesson, make_lessons
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.preflight import Preflight, preflight, refuse_what_cannot_fit
+from cvxq_converter.preflight import (
+    Preflight,
+    available_memory,
+    preflight,
+    proving_bytes,
+    refuse_what_cannot_fit,
+    size_text,
+)
 from cvxq_converter.quantize.iteration import quantize_network
 from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.quantize.rtn import quantize_network_rtn
@@ -58,7 +65,7 @@ from cvxq_converter.write.assembling import (
     write_result,
 )
 from cvxq_converter.write.details import Details, losses_by_position, weight_distributions
-from cvxq_converter.write.proof import Decoder, StoredTensors, prove
+from cvxq_converter.write.proof import Decoder, Proof, StoredTensors, prove
 from cvxq_converter.write.report import ConversionReport, DecoderReport
 
 HELD_BACK = 8  # one sequence in eight is kept from the measurement
@@ -307,7 +314,7 @@ def finish(
     """Prove the decoder's record, write the file and report."""
     loaded, result, sequences = prepared.loaded, outcome.result, prepared.sequences
     with stages.stage("prove"):
-        proof = prove(loaded, result, _open_exactly)
+        proof = _prove(loaded, result, options)
         decoder = DecoderReport(True) if proof.error is None else not_proved(proof.error)
     with stages.stage("write"):
         report = make_report(loaded, result, sequences, options, decoder, outcome.target)
@@ -317,6 +324,19 @@ def finish(
             details = _details(prepared, outcome, report, options)
         report = replace(report, details=details)
     return report.with_file(output.stat().st_size, dict(stages.seconds))
+
+
+def _prove(loaded: LoadedModel, result: Quantized, options: ConversionOptions) -> Proof:
+    """Prove the decoder's record if there is memory for that."""
+    packed = sum(tensor.payload_size for tensor in result.tensors.values())
+    vocabulary = len(loaded.network.get_input_embeddings().weight)
+    needed = proving_bytes(loaded.parameters, packed, vocabulary, options)
+    for device in {"cpu", options.place.device}:
+        free = available_memory(device)
+        if free is not None and needed > free:
+            what = f"proving its record needs {size_text(needed)} of memory on {device}"
+            return Proof(None, NotDescribedError(what))
+    return prove(loaded, result, _open_exactly)
 
 
 def _open_exactly(record: DecoderRecord, tensors: StoredTensors) -> Decoder:

@@ -28,6 +28,7 @@ from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.tuning import BATCH
 from cvxq_converter.source.checkpoint import Source
 from cvxq_converter.source.loaded import matches
+from cvxq_converter.write.proof import MOST_PLACES as PROOF_PLACES
 
 FULL_SEQUENCES, FULL_LENGTH = 128, 2048  # the papers' amount; the default on a GPU
 CPU_LENGTH = 512  # shorter documents cost less per token and sample as many contexts
@@ -55,6 +56,7 @@ class Preflight:
     disk_bytes: int
     sequences: int  # 0 without calibration
     length: int
+    proving_memory_bytes: int = 0  # at the end, where that much is free; else nothing is proved
 
     def line(self) -> str:
         """Say it in one line, for people."""
@@ -63,9 +65,10 @@ class Preflight:
             if self.sequences
             else "no calibration"
         )
+        memory = max(self.peak_memory_bytes, self.proving_memory_bytes)
         return (
-            f"about {_duration(self.seconds)}, {_size(self.peak_memory_bytes)} of memory, "
-            f"{_size(self.disk_bytes)} on disk ({calibration})"
+            f"about {_duration(self.seconds)}, {size_text(memory)} of memory, "
+            f"{size_text(self.disk_bytes)} on disk ({calibration})"
         )
 
 
@@ -127,8 +130,12 @@ def preflight(
         factors, pushing = _feedback_seconds(shape, speed, count * tokens)
         seconds += method.iterations * factors + rounds * pushing
         seconds += trials * method.tune * BATCH * _backward_seconds(shape, speed, tokens)
+    seconds += _proving_seconds(shape, speed)
     memory = _peak_memory(source, shape, options, count, tokens)
-    return Preflight(seconds, memory, _disk_bytes(source, shape, options), count, tokens)
+    packed = int(shape.quantized_weights * _rate(shape, options) / 8)
+    proving = _BASE_BYTES + _held_bytes(shape, options, packed)
+    proving += proving_bytes(shape.parameters, packed, shape.vocabulary, options)
+    return Preflight(seconds, memory, _disk_bytes(source, shape, options), count, tokens, proving)
 
 
 def _amount(
@@ -166,8 +173,8 @@ def refuse_what_cannot_fit(plan: Preflight, output: Path, device: str) -> None:
     if available is not None and plan.peak_memory_bytes > available:
         advice = "use --calibration none, or a machine with more memory"
         raise ConversionError(
-            f"needs about {_size(plan.peak_memory_bytes)} of memory on {device}, "
-            f"{_size(available)} are free; {advice}"
+            f"needs about {size_text(plan.peak_memory_bytes)} of memory on {device}, "
+            f"{size_text(available)} are free; {advice}"
         )
     folder = output.absolute().parent
     if not folder.is_dir():
@@ -175,7 +182,8 @@ def refuse_what_cannot_fit(plan: Preflight, output: Path, device: str) -> None:
     free = shutil.disk_usage(folder).free
     if plan.disk_bytes > free:
         raise ConversionError(
-            f"{output}: needs about {_size(plan.disk_bytes)} of disk, {_size(free)} are free"
+            f"{output}: needs about {size_text(plan.disk_bytes)} of disk, "
+            f"{size_text(free)} are free"
         )
 
 
@@ -325,13 +333,35 @@ def _feedback_seconds(shape: _Shape, speed: Speed, tokens: int) -> tuple[float, 
     return (moments + factors) / speed.flops, calls + shape.pushed / speed.flops
 
 
+def _proving_seconds(shape: _Shape, speed: Speed) -> float:
+    """One text through the network and through the decoder, twice where windows are long."""
+    products = 2 * 2 * 2.0 * shape.matrix_weights * PROOF_PLACES / speed.flops
+    return products + 2 * shape.layers * _OPERATIONS_PER_LAYER * speed.call_seconds
+
+
+def proving_bytes(
+    parameters: int, packed_bytes: int, vocabulary: int, options: ConversionOptions
+) -> int:
+    """Bytes that proving a decoder's record takes beside what a conversion holds anyway.
+
+    Weights in float32 where the network's are others, the decoder's own, and two sets of logits.
+    """
+    is_there = options.replaces_weights and options.place.dtype is torch.float32
+    return (0 if is_there else 4 * parameters) + packed_bytes + 8 * PROOF_PLACES * vocabulary
+
+
+def _held_bytes(shape: _Shape, options: ConversionOptions, packed: int) -> int:
+    """The network, the originals, the packed result."""
+    element = options.place.dtype.itemsize
+    originals = shape.quantized_weights * element if options.replaces_weights else 0
+    return shape.parameters * element + originals + packed
+
+
 def _peak_memory(
     source: Source, shape: _Shape, options: ConversionOptions, count: int, tokens: int
 ) -> int:
     """The network, the originals, the packed result, and the larger of measuring and quantizing."""
     element = options.place.dtype.itemsize
-    network = shape.parameters * element
-    originals = shape.quantized_weights * element if options.replaces_weights else 0
     packed = int(shape.quantized_weights * _rate(shape, options) / 8)
     lessons = 12 * KEPT * count * tokens if options.method.tune else 0
     quantizing = shape.largest_weights * _QUANTIZER_BYTES
@@ -347,7 +377,7 @@ def _peak_memory(
         sequence = tokens * shape.vocabulary * 4  # of log-probabilities; two are kept at least
         reference = min(max(_REFERENCE_BYTES, 2 * sequence), count * sequence)
         measuring = max(activations + logits + block, cache) + reference
-    held = network + originals + packed + lessons
+    held = _held_bytes(shape, options, packed) + lessons
     return _BASE_BYTES + held + max(measuring, quantizing)
 
 
@@ -359,7 +389,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     if count < 1e6:
         return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
