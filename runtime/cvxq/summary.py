@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from cvxq_format import MAX_DEPTH, CompandedTensor, RawEntry, Reader, depth_histogram
+from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 
 # Kinds in the order in which they are shown; a file need not have all of them.
 KINDS = {
@@ -119,6 +120,15 @@ class FileSummary:
         for matrix in self.matrices:
             counts += np.asarray(matrix.depth_histogram)
         return tuple(int(count) for count in counts)
+
+    @property
+    def path_text(self) -> str:
+        """Which decoder runs the file, in words, and why not the fast one."""
+        if DECODER_FILE in self.carried_files:
+            return "runs by its own decoders, from its record"
+        told = (self.report or {}).get("decoder")
+        reason = told.get("reason") if isinstance(told, dict) else None
+        return f"runs through transformers: {reason or f'it has no {DECODER_FILE}'}"
 
     def record(self) -> dict[str, Any]:
         """Return the summary as JSON types."""

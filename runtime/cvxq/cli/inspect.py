@@ -32,7 +32,8 @@ def command(file: Path, as_json: bool) -> None:
     if as_json:
         emit_json(summary.record())
         return
-    click.echo(f"{file}: {bytes_text(summary.file_bytes)} bytes, {rates_text(summary)}\n")
+    click.echo(f"{file}: {bytes_text(summary.file_bytes)} bytes, {rates_text(summary)}")
+    click.echo(f"{file.name} {summary.path_text}\n")
     _print_bytes(summary)
     if summary.matrices:
         _print_histogram(summary)
