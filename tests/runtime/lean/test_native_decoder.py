@@ -73,6 +73,39 @@ def test_pieces_of_a_prompt_give_what_the_whole_does(
         assert decoder.length == 60
 
 
+def test_a_text_that_crosses_the_switch_is_read_anew(make_file: MakeFile) -> None:
+    """Each text is turned as its length says, forward and back; 32 is the longest short one."""
+    made = make_file("phi3-longrope")
+
+    def is_right(found: Floats, ids: list[int]) -> None:
+        expected = logits_of(made.network, ids)[-1]
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+
+    short, long = logits_of(made.network, IDS[:32]), logits_of(made.network, IDS[:33])
+    assert np.abs(short[-1] - long[-2]).max() > 100 * TOLERANCE
+    with decoder_of(made.path, chunk=10) as decoder:
+        is_right(decoder.feed(IDS[:30]), IDS[:30])
+        for place in range(30, 35):
+            is_right(decoder.feed([IDS[place]]), IDS[: place + 1])
+            assert decoder.length == place + 1
+        decoder.rewind(20)
+        is_right(decoder.feed([5]), [*IDS[:20], 5])
+        is_right(decoder.feed(IDS[:30]), [*IDS[:20], 5, *IDS[:30]])
+        decoder.rewind(40)
+        is_right(decoder.feed([7]), [*IDS[:20], 5, *IDS[:19], 7])
+        np.testing.assert_allclose(decoder.logits(IDS[:32]), short, atol=TOLERANCE, rtol=0)
+        is_right(decoder.feed([IDS[32]]), IDS[:33])
+        assert decoder.length == 33
+
+
+def test_layers_turn_by_tables_of_their_own(make_file: MakeFile) -> None:
+    """The tests of every family count on it: Gemma 3's layers differ."""
+    with Reader(make_file("gemma3").path) as reader:
+        record = record_of(reader)
+    assert [layer.attention.rope for layer in record.layers] == [0, 1]
+    assert record.ropes[0] != record.ropes[1]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(threads: int, make_file: MakeFile) -> None:
     path = make_file("qwen3").path

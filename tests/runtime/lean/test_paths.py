@@ -33,10 +33,9 @@ def exact_decoder(path: Path) -> NativeDecoder:
 
 
 def test_both_paths_generate_the_same(lean_kind: str, make_file: MakeFile) -> None:
-    if lean_kind == "phi3-longrope":
-        pytest.skip("a network keeps keys as short texts turn them when a text becomes long")
     made = make_file(lean_kind)
-    greedy = SamplingSettings(temperature=0, max_tokens=30)
+    # Not beyond 32 tokens, where a network keeps keys that longrope would turn in another way.
+    greedy = SamplingSettings(temperature=0, max_tokens=26)
     expected = list(generate_tokens(NetworkSession(made.network, 64), PROMPT, greedy))
     session = LeanSession(exact_decoder(made.path))
     assert list(generate_tokens(session, PROMPT, greedy)) == expected

@@ -87,7 +87,7 @@ class Packed:
         return self.parts[0].rows(ids)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gpt-neox"])
 def test_weights_that_stay_packed(kind: str, make_file: MakeFile) -> None:
     """Some of the files' matrices are transposed, so all ways of fusing occur."""
     made = make_file(kind, add_biases=True)
@@ -102,11 +102,12 @@ def test_weights_that_stay_packed(kind: str, make_file: MakeFile) -> None:
     assert 1 in kinds
     found = TorchDecoder(network).logits(IDS)
     assert float((found - expected_logits(made)).abs().max()) < TOLERANCE
-    held = {type(part) for layer in network.weights.layers for part in layer.qkv.weights}
-    assert held == {Packed, DenseWeight}
+    assert {type(weight) for weight in network.weights.multiplied()} == {Packed, DenseWeight}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2-window", "gemma2", "opt"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2-window", "gemma2", "gemma3", "olmo2", "gpt-neox", "opt"]
+)
 def test_a_step_whose_length_only_the_device_knows(kind: str, make_file: MakeFile) -> None:
     """What a CUDA graph replays: the same launches at every length."""
     made = make_file(kind)
@@ -205,6 +206,26 @@ def test_a_text_goes_on_after_a_draw_that_was_left(decoder: TorchDecoder) -> Non
     after = decoder.feed([9]).clone()
     decoder.rewind(0)
     torch.testing.assert_close(decoder.feed([*IDS, *first, 9]), after, atol=1e-5, rtol=0)
+
+
+def test_drawing_crosses_the_switch(make_file: MakeFile) -> None:
+    """Greedy tokens are those of texts read at once, which 33 tokens make long ones."""
+    made = make_file("phi3-longrope")
+    decoder = TorchDecoder(network_of(made))
+    text = IDS[:29]
+    decoder.feed(text)
+    drawn = decoder.draw(SamplingSettings(temperature=0), text)
+    for _ in range(7):
+        logits = expected_logits(made, text)[-1]
+        token = next(drawn)
+        assert float(logits.max() - logits[token]) < TOLERANCE
+        text = [*text, token]
+        assert decoder.length == len(text)
+    drawn.close()
+    decoder.rewind(31)
+    found = decoder.feed([9])
+    expected = expected_logits(made, [*text[:31], 9])[-1]
+    assert float((found - expected).abs().max()) < TOLERANCE
 
 
 def test_the_seed_decides(decoder: TorchDecoder) -> None:
