@@ -199,6 +199,8 @@ def _begin(
         measurement.check(source, options)
     estimate = preflight(source, options, measurement, trials=trials)
     if announce:
+        if source.left_out:
+            announce(source.left_out)
         announce(estimate.line())
     refuse_what_cannot_fit(estimate, output, options.place.device)
     return source, estimate

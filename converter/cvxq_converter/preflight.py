@@ -155,7 +155,7 @@ def _disk_bytes(source: Source, shape: _Shape, options: ConversionOptions) -> in
         return options.target.size_bytes
     # Everything outside the matrices is stored in 16 bits; the header is small.
     rest = (shape.parameters - shape.quantized_weights) * 2
-    carried = sum(path.stat().st_size for path in source.files.values())
+    carried = sum(len(data) for _, data in source.carried())
     return int(shape.quantized_weights * _rate(shape, options) / 8) + rest + carried + (1 << 16)
 
 

@@ -343,7 +343,7 @@ def test_every_iteration_measures_the_network_that_the_last_one_left(
     twice = run(folder, tmp_path / "2.cvxq", lambda *e: events.append(e), bits=3.0, iterations=2)
     order = [stage for stage, done, total in events if (done, total) == (0, 1)]
     loop = ["measure", "hessians", "allocate", "quantize", "correct"]
-    assert order == ["load", "calibrate", "reference", *loop, *loop, "write"]
+    assert order == ["load", "calibrate", "reference", *loop, *loop, "prove", "write"]
     assert set(twice.stage_seconds) == set(order)
     assert twice.rate_bits_per_weight == pytest.approx(3.0, rel=0.01)
     assert once.kl is not None

@@ -14,8 +14,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ from cvxq_converter.source.folder import (
     read_index,
 )
 from cvxq_converter.source.matrices import Matrix, find_matrices
+from cvxq_converter.source.text_part import (
+    WRAPPERS,
+    load_text_part,
+    text_config_json,
+    text_config_of,
+)
 
 __all__ = [
     "Matrix",
@@ -67,6 +74,8 @@ CARRIED_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+_OF_IMAGES = re.compile(r"(^|\.)(vision\w*|visual|multi_modal_projector)\.")
 CARRIED_FOLDER = "additional_chat_templates"  # further templates, one .jinja file each
 
 
@@ -80,6 +89,8 @@ class Source:
     weight_files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
     files: Mapping[str, Path]  # name → path of what the container carries
+    whole: Any = None  # configuration of the model that this is the text part of, if it is one
+    made: Mapping[str, bytes] = field(default_factory=dict)  # carried in place of such files
 
     @cached_property
     def digest(self) -> str:
@@ -92,10 +103,23 @@ class Source:
                     total.update(block)
         return total.hexdigest()
 
+    def carried(self) -> Iterator[tuple[str, bytes]]:
+        """Yield name and content of every file that the container carries."""
+        for name, path in self.files.items():
+            yield name, path.read_bytes()
+        yield from self.made.items()
+
     @cached_property
     def planned_files(self) -> tuple[FileEntry, ...]:
         """The entries that the carried files will have in a container."""
-        return tuple(planned_entry(name, path.read_bytes()) for name, path in self.files.items())
+        return tuple(planned_entry(name, data) for name, data in self.carried())
+
+    @property
+    def left_out(self) -> str | None:
+        """What of the checkpoint is not converted, in one line."""
+        if self.whole is None:
+            return None
+        return f"{self.name}: only its text part is converted; images are left out"
 
     @property
     def parameters(self) -> int:
@@ -126,7 +150,32 @@ def open_source(model: str, revision: str | None = None) -> Source:
     files = {file: folder / file for file in CARRIED_FILES if (folder / file).is_file()}
     for path in sorted((folder / CARRIED_FOLDER).glob("*.jinja")):
         files[f"{CARRIED_FOLDER}/{path.name}"] = path
-    return Source(name, folder, config, weight_files, tensors, files)
+    whole: Any = None
+    made: dict[str, bytes] = {}
+    if config.model_type in WRAPPERS:
+        whole, config = config, text_config_of(config, name)
+        del files["config.json"]
+        made["config.json"] = text_config_json(config).encode()
+        tensors = {key: info for key, info in tensors.items() if not _OF_IMAGES.search(key)}
+    if "tokenizer.json" not in files:
+        tokenizer = _fast_tokenizer(folder)
+        if tokenizer is not None:
+            made["tokenizer.json"] = tokenizer.encode()
+    return Source(name, folder, config, weight_files, tensors, files, whole, made)
+
+
+def _fast_tokenizer(folder: Path) -> str | None:
+    """The tokenizer.json that transformers makes of a tokenizer of another kind, if it can."""
+    if not any((folder / file).is_file() for file in _TOKENIZERS):
+        return None
+    with quiet_transformers():
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            return str(tokenizer.backend_tokenizer.to_str())
+        except Exception:  # whatever it is, the tokenizer is used, and judged, elsewhere
+            return None
 
 
 def load_network(source: Source, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
@@ -144,10 +193,13 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
     }
     with quiet_transformers():
         try:
-            network, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source.folder, **options
-            )
-        except MemoryError:
+            if source.whole is not None:
+                network, info = load_text_part(source.folder, source.whole, source.config, options)
+            else:
+                network, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    source.folder, **options
+                )
+        except (MemoryError, ConversionError):
             raise
         except Exception as error:  # whatever the architecture's code makes of the files
             raise ConversionError(
@@ -182,7 +234,10 @@ def source_names(source: Source, network: Any) -> dict[str, str]:
     """Pair each parameter of the network with the checkpoint tensor that it was loaded from.
 
     Tied parameters keep all their names; one that the checkpoint lacks gets the name it would have.
+    A text part has the names of its own network.
     """
+    if source.whole is not None:
+        return {name: name for name, _ in network.named_parameters(remove_duplicate=False)}
     prefix = f"{network.base_model_prefix}."
     names: dict[str, str] = {}
     unmatched: dict[str, Tensor] = {}

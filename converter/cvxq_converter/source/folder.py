@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError, one_line
+from cvxq_converter.source.text_part import WRAPPERS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -107,6 +108,8 @@ def _check_is_causal_lm(raw: dict[str, Any], model_type: str, name: str) -> None
     causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     allowed = causal.get(model_type, ())
     allowed = (allowed,) if isinstance(allowed, str) else tuple(allowed)
+    if model_type in WRAPPERS:
+        allowed = (*allowed, WRAPPERS[model_type])
     found = raw.get("architectures") or list(allowed)
     if not isinstance(found, list):
         raise ConversionError(f"{name}: config.json: architectures is {found!r}, allowed: a list")

@@ -45,8 +45,8 @@ def write_container(
     documents: further files (provenance, quality report, the decoder's record).
     """
     with Writer(path, codebooks=[codebook] if quantized else []) as writer:
-        for name, file in source.files.items():
-            writer.add_file(name, file.read_bytes())
+        for name, data in source.carried():
+            writer.add_file(name, data)
         for name, data in documents.items():
             writer.add_file(name, data)
         for name, tensor in quantized.items():
