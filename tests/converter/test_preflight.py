@@ -52,7 +52,7 @@ def llama(layers: int, hidden: int, context: int = 4096) -> Any:
         tensors=tensors,
         parameters=sum(info.shape[0] * info.shape[1] for info in tensors.values()),
         weight_files=(),
-        files={},
+        carried=dict,
     )
 
 

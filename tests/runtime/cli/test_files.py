@@ -154,6 +154,28 @@ def test_inspect_for_readers(
         assert text in result.stdout, text
 
 
+@pytest.mark.parametrize(
+    ("report", "text"),
+    [
+        (b"{}", "runs through transformers: it has no decoder.json"),
+        (
+            b'{"decoder":{"is_proved":false,"reason":"it is odd"}}',
+            "runs through transformers: it is odd",
+        ),
+    ],
+)
+def test_inspect_says_why_transformers_runs_a_file(
+    cvxq: Cvxq, make_file: MakeFile, report: bytes, text: str
+) -> None:
+    made = make_file("llama", files={"report.json": report}, with_record=False)
+    assert text in cvxq("inspect", made.path).stdout
+
+
+def test_inspect_says_that_a_record_runs_a_file(cvxq: Cvxq, make_file: MakeFile) -> None:
+    made = make_file("llama", files={"decoder.json": b"{}"})
+    assert "runs by its own decoders" in cvxq("inspect", made.path).stdout
+
+
 def test_verify_says_what_it_cost(cvxq: Cvxq, model_file: Path) -> None:
     result = cvxq("verify", model_file)
     assert result.exit_code == 0
