@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cvxq_format import Reader
+from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 
 from cvxq.errors import MissingPartError, UnsupportedModelError
 from cvxq.lean.tokenizer import read_tokenizer
@@ -25,7 +26,7 @@ _OTHER_PARTS = {
     "generation_config.json",
     "provenance.json",
     "report.json",
-    "decoder.json",
+    DECODER_FILE,
 }
 _TEMPLATE = "chat_template.jinja"
 

@@ -90,6 +90,13 @@ def tiny_config(kind: str) -> Any:
             ),
         ),
         "olmo2": lambda: t.Olmo2Config(**like, tie_word_embeddings=False),
+        "olmo3": lambda: t.Olmo3Config(
+            **like,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            tie_word_embeddings=False,
+        ),
+        "phi-normed": lambda: t.PhiConfig(**plain, partial_rotary_factor=0.5, qk_layernorm=True),
         "starcoder2": lambda: t.Starcoder2Config(**like, sliding_window=8, use_bias=True),
         "phi": lambda: t.PhiConfig(**plain, partial_rotary_factor=0.5, tie_word_embeddings=False),
         "gpt-neox": lambda: t.GPTNeoXConfig(**plain, rotary_pct=0.5, rotary_emb_base=300),
@@ -192,16 +199,16 @@ def write_file(
     add_biases: bool = False,
     rename: Callable[[str], str] = lambda name: name,
     leave_out: tuple[str, ...] = (),
-    with_record: bool = True,
+    with_record: bool | None = None,
 ) -> MadeFile:
     """Write `network` with random matrices in place of its own, which it takes over.
 
-    with_record: describe its decoder, if that is known how.
+    with_record: describe its decoder, if that is known how; None: unless `files` has a config.
     """
     quantized = matrices(network)
     named = list(network.named_parameters(remove_duplicate=False))
     first = {id(parameter): name for name, parameter in reversed(named)}
-    names = {name: rename(first[id(p)]) for name, p in named if name not in leave_out}
+    names = {name: rename(first[id(parameter)]) for name, parameter in named}
     blobs = {"config.json": network.config.to_json_string().encode()}
     added = []
     with Writer(path, codebooks=[Codebook.default()]) as writer, torch.no_grad():
@@ -229,7 +236,7 @@ def write_file(
                     bias = rename(name.removesuffix("weight") + "bias")
                     writer.add_raw(bias, module.bias.numpy(), added_bias=True)
                     added.append(bias)
-        if with_record:
+        if with_record or (with_record is None and "config.json" not in (files or {})):
             with contextlib.suppress(NotDescribedError):
                 record = describe(network, names, added)
                 blobs[decoder_record.FILE_NAME] = json.dumps(record.to_json()).encode()

@@ -95,7 +95,7 @@ def test_a_model_type_is_a_name(value: Any, make_file: MakeFile) -> None:
 def test_a_value_that_only_a_tokenizer_of_transformers_looks_at(make_file: MakeFile) -> None:
     files = with_field(make_file("llama"), "pretraining_tp", "x")
     files |= {"tokenizer_config.json": b"{}", "vocab.json": b"{}", "merges.txt": b""}
-    made = make_file("llama", "wrong.cvxq", files=files)
+    made = make_file("llama", "wrong.cvxq", files=files, with_record=True)
     with cvxq.load(made.path) as model:
         assert 'pretraining_tp is "x";' in refusal(lambda: model.tokenizer)
 
