@@ -25,6 +25,7 @@ from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.iteration import quantize_network
 from cvxq_converter.write.report import ConversionReport
 from cvxq_format import CompandedTensor, Reader, dequantize, verify
+from cvxq_format.decoder_record import parse_record
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -99,6 +100,38 @@ def dequantized(folder: Path, path: Path) -> Any:
 
 def tokens() -> torch.Tensor:
     return torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(4))
+
+
+# --- the decoder's record -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"calibration": "none"}, {"method": "rtn"}])
+def test_a_file_carries_the_record_that_was_proved(
+    save_network: Save, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    report = run(save_network("llama-gqa"), tmp_path / "a.cvxq", **options)
+    with Reader(tmp_path / "a.cvxq") as reader:
+        record = parse_record(bytes(reader.file("decoder.json")))
+        told = json.loads(bytes(reader.file("report.json")))["decoder"]
+        biases = {part.bias for y in record.layers for part in (y.attention.q, y.attention.o)}
+        assert set(reader.added_biases) >= biases - {None}
+    assert (record.kv_heads, record.vocabulary, len(record.layers)) == (2, 96, 2)
+    assert report.decoder.is_proved
+    assert told == {"is_proved": True, "reason": None}
+
+
+def test_without_memory_for_the_proof_a_file_has_no_record(
+    save_network: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cvxq_converter.job.available_memory", lambda _: 1000)
+    report = run(save_network("llama"), tmp_path / "a.cvxq", calibration="none")
+    assert not report.decoder.is_proved
+    assert re.fullmatch(
+        r"through transformers: proving its record needs \d+ kB of memory on cpu",
+        report.decoder.line(),
+    )
+    with Reader(tmp_path / "a.cvxq") as reader:
+        assert "decoder.json" not in reader.files
 
 
 # --- rate and size ------------------------------------------------------------------------------
