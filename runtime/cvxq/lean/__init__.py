@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cvxq_format import Reader, UnsupportedError
-from cvxq_format.decoder_record import FILE_NAME, DecoderRecord, read_record
+from cvxq_format.decoder_record import FILE_NAME, DecoderRecord, parse_record
 
 from cvxq.lean.decoder import Decoder
 from cvxq.lean.errors import NotLeanError
@@ -49,10 +49,13 @@ def open_native(
 
 
 def record_of(reader: Reader) -> DecoderRecord:
-    """Return the record that the file carries; NotLeanError where there is none to be read."""
+    """Return the record that the file carries.
+
+    Raises NotLeanError where there is none that this version knows, CorruptError for a wrong one.
+    """
     if FILE_NAME not in reader.files:
         raise NotLeanError(f"it has no {FILE_NAME}, which the fast decoders need")
     try:
-        return read_record(json_part(reader, FILE_NAME))
+        return parse_record(reader.file(FILE_NAME))
     except UnsupportedError as error:
         raise NotLeanError(str(error)) from None

@@ -145,32 +145,22 @@ def _products(
 
 def _check_sizes(record: DecoderRecord) -> None:
     """Raise CorruptError for sizes no decoder can have, NotLeanError for what none here does."""
-    counts = {
+    units = {
         "hidden": record.hidden,
         "embedding_width": record.embedding_width,
-        "head_dim": record.head_dim,
         "heads · head_dim": record.heads * record.head_dim,
         "ffn": record.ffn,
-        "layers": len(record.layers),
     }
-    _check_counts(counts, _MOST_UNITS)
-    _check_counts({"vocabulary": record.vocabulary, "context": record.context}, _MOST_PLACES)
-    _check_counts({"position_offset": record.position_offset + 1}, _MOST_PLACES)
-    windows = {f"window of layer {i}": a.attention.window for i, a in enumerate(record.layers)}
-    _check_counts({where: 1 if w is None else w for where, w in windows.items()}, 1 << 62)
-    caps = [record.logit_softcap, *(layer.attention.softcap for layer in record.layers)]
-    if any(cap is not None and cap <= 0 for cap in caps):
-        raise CorruptError(f"{FILE_NAME}: a softcap is not positive; the file is corrupt")
-    if record.embedding_width != record.hidden and record.project_in is None:
-        raise CorruptError(f"{FILE_NAME}: project_in is missing; the file is corrupt")
-    turned = [rope for rope in record.ropes if rope.switch is not None]
-    if any(len(r.long_inverse_frequencies) != len(r.inverse_frequencies) for r in turned):
-        raise CorruptError(f"{FILE_NAME}: long and short frequencies differ in number")
-    if len({rope.switch for rope in turned}) > 1:
+    places = {
+        "vocabulary": record.vocabulary,
+        "context": record.context,
+        "position_offset": record.position_offset,
+    }
+    for counts, most in ((units, _MOST_UNITS), (places, _MOST_PLACES)):
+        for name, count in counts.items():
+            if count > most:
+                raise CorruptError(
+                    f"{FILE_NAME}: {name} is {count}, allowed up to {most}; the file is corrupt"
+                )
+    if len({rope.switch for rope in record.ropes} - {None}) > 1:
         raise NotLeanError("layers turn long texts in another way from different lengths on")
-
-
-def _check_counts(counts: Mapping[str, int], most: int) -> None:
-    for name, count in counts.items():
-        if not 1 <= count <= most:
-            raise CorruptError(f"{FILE_NAME}: {name} is {count}, allowed 1 to {most}")
