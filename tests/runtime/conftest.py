@@ -252,8 +252,12 @@ def make_file(
 ) -> Callable[..., MadeFile]:
     """Return a function that writes a tiny model of a kind: make_file("opt", files=…)."""
 
-    def make(kind: str, name: str = "model.cvxq", **options: Any) -> MadeFile:
+    def make(
+        kind: str, name: str = "model.cvxq", config: dict[str, Any] | None = None, **options: Any
+    ) -> MadeFile:
         network = random_network(kind)
+        for field, value in (config or {}).items():
+            setattr(network.config, field, value)
         return write_file(tmp_path / name, network, random_companded, **options)
 
     return make

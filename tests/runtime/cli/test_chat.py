@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -191,14 +192,12 @@ def interrupt_prompt(process: subprocess.Popen[str], terminal: Terminal) -> None
     raise AssertionError(f"no hint after 30 interrupts: {terminal.seen!r}")
 
 
-def endless(make_file: Callable[..., object], files: dict[str, bytes]) -> Path:
-    import json
-
-    made = make_file("llama", files=files)
-    config = json.loads(made.network.config.to_json_string())  # type: ignore[attr-defined]
-    config |= {"max_position_embeddings": 1 << 20, "eos_token_id": None}
-    again = make_file("llama", files=files | {"config.json": json.dumps(config).encode()})
-    path: Path = again.path  # type: ignore[attr-defined]
+def endless(make_file: Callable[..., Any], files: dict[str, bytes]) -> Path:
+    path: Path = make_file(
+        "llama",
+        files=files,
+        config={"max_position_embeddings": 1 << 20, "eos_token_id": None},
+    ).path
     return path
 
 
