@@ -126,9 +126,7 @@ class FileSummary:
         """Which decoder runs the file, in words, and why not the fast one."""
         if DECODER_FILE in self.carried_files:
             return "runs by its own decoders, from its record"
-        told = (self.report or {}).get("decoder")
-        reason = told.get("reason") if isinstance(told, dict) else None
-        return f"runs through transformers: {reason or f'it has no {DECODER_FILE}'}"
+        return f"runs through transformers: {reason_without_record(self.report)}"
 
     def record(self) -> dict[str, Any]:
         """Return the summary as JSON types."""
@@ -160,6 +158,13 @@ class FileSummary:
             "provenance": self.provenance,
             "report": self.report,
         }
+
+
+def reason_without_record(report: dict[str, Any] | None) -> str:
+    """Return why a file with this `report.json` carries no record of its decoder."""
+    told = (report or {}).get("decoder")
+    reason = told.get("reason") if isinstance(told, dict) else None
+    return str(reason or f"it has no {DECODER_FILE}")
 
 
 def summarize(path: Path) -> FileSummary:
@@ -196,8 +201,8 @@ def summarize(path: Path) -> FileSummary:
             original_sizes={entry.name: entry.original_size for entry in reader.header.files},
             matrices=tuple(matrices),
             parameters=parameters,
-            provenance=_json_file(reader, "provenance.json"),
-            report=_json_file(reader, "report.json"),
+            provenance=json_file(reader, "provenance.json"),
+            report=json_file(reader, "report.json"),
         )
 
 
@@ -213,7 +218,7 @@ def _summarize_matrix(name: str, tensor: CompandedTensor) -> MatrixSummary:
     )
 
 
-def _json_file(reader: Reader, name: str) -> dict[str, Any] | None:
+def json_file(reader: Reader, name: str) -> dict[str, Any] | None:
     """Return a carried JSON object, or None when it is absent or not one."""
     if name not in reader.files:
         return None

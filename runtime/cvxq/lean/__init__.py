@@ -11,6 +11,7 @@ from cvxq.lean.decoder import Decoder
 from cvxq.lean.errors import NotLeanError
 from cvxq.lean.products import Tensors
 from cvxq.parts import json_part
+from cvxq.summary import json_file, reason_without_record
 
 if TYPE_CHECKING:
     from cvxq.lean.native_decoder import NativeDecoder
@@ -54,7 +55,7 @@ def record_of(reader: Reader) -> DecoderRecord:
     Raises NotLeanError where there is none that this version knows, CorruptError for a wrong one.
     """
     if FILE_NAME not in reader.files:
-        raise NotLeanError(f"it has no {FILE_NAME}, which the fast decoders need")
+        raise NotLeanError(reason_without_record(json_file(reader, "report.json")))
     try:
         return parse_record(reader.file(FILE_NAME))
     except UnsupportedError as error:

@@ -105,16 +105,20 @@ def _reordered(value: Value, order: npt.NDArray[np.int64]) -> Value:
 def _reordered_columns(value: CompandedTensor, order: npt.NDArray[np.int64]) -> CompandedTensor:
     """Likewise for a stored transpose, whose outputs are columns, each with bytes of its own."""
     planes = (value.cluster_rows() + 7) // 8
-    sizes = value.depths[0].astype(np.int64) * planes[:, None]
-    starts = np.cumsum(sizes).reshape(sizes.shape) - sizes
-    sizes, starts = sizes[:, order].reshape(-1), starts[:, order].reshape(-1)
-    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    codes, first = np.empty_like(value.packed_codes), 0
+    for depths, plane in zip(value.depths[0].astype(np.int64), planes, strict=True):
+        sizes = depths * plane
+        starts, end = first + np.cumsum(sizes) - sizes, first + int(sizes.sum())
+        sizes, starts = sizes[order], starts[order]
+        within = np.arange(end - first) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        codes[first:end] = value.packed_codes[np.repeat(starts, sizes) + within]
+        first = end
     means = value.mean_codes
     return replace(
         value,
         depths=value.depths[:, :, order],
         scale_codes=value.scale_codes[:, :, order],
-        packed_codes=value.packed_codes[np.repeat(starts, sizes) + within],
+        packed_codes=codes,
         mean_codes=None if means is None else means[:, :, order],
         column_terms=None,
         cluster_terms=None,

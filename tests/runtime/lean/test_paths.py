@@ -73,7 +73,9 @@ def test_sessions_take_turns_on_one_decoder(make_file: MakeFile) -> None:
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({}, "it has no decoder.json, which the fast decoders need"),
+        ({}, "it has no decoder.json"),
+        ({"report.json": b'{"decoder": {"reason": "it is odd"}}'}, "it is odd"),
+        ({"report.json": b"{"}, "it has no decoder.json"),
         (
             {"decoder.json": b'{"version": 99}'},
             "decoder.json has version 99, this reader knows 1; update cvxq",
