@@ -27,3 +27,12 @@ def context_length(config: Mapping[str, Any]) -> int | None:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def attention_options(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what transformers has to be told beside a config, by the names of its arguments.
+
+    Where attention scores are soft-capped (Gemma 2), transformers 5.16 takes a faster attention
+    that leaves the cap out, unless it is asked for the plain one.
+    """
+    return {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}

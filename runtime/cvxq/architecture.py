@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from cvxq_format.model_config import attention_options
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -55,7 +56,12 @@ def build_network(settings: Settings, file: str, dtype: torch.dtype) -> PreTrain
 
 def _build(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     with _parameters_on_meta():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+        return AutoModelForCausalLM.from_config(
+            config,
+            trust_remote_code=False,
+            dtype=dtype,
+            **attention_options(config.get_text_config().to_dict()),
+        )
 
 
 class _EmptyOnMeta(TorchFunctionMode):

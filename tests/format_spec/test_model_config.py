@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cvxq_format.model_config import context_length
+from cvxq_format.model_config import attention_options, context_length
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,8 @@ def test_what_is_no_length_is_passed_over(value: object) -> None:
 
 def test_no_limit() -> None:
     assert context_length({}) is None
+
+
+def test_capped_scores_ask_for_the_attention_that_caps_them() -> None:
+    assert attention_options({"attn_logit_softcapping": 50.0}) == {"attn_implementation": "eager"}
+    assert attention_options({"attn_logit_softcapping": None}) == attention_options({}) == {}

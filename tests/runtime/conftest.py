@@ -13,6 +13,7 @@ import pytest
 import torch
 from cvxq_converter.source.decoding import NotDescribedError, describe
 from cvxq_format import Codebook, CompandedTensor, Writer, decoder_record, dequantize
+from cvxq_format.model_config import attention_options
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -164,7 +165,9 @@ KINDS = (
 def random_network(kind: str, seed: int = 0) -> PreTrainedModel:
     """Network with random weights and biases, large enough for every path to matter."""
     torch.manual_seed(seed)
-    network = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+    config = tiny_config(kind)
+    chosen = attention_options(config.to_dict())
+    network = AutoModelForCausalLM.from_config(config, **chosen).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

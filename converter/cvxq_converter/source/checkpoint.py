@@ -25,6 +25,7 @@ import torch
 import transformers
 from cvxq_format.entries import FileEntry
 from cvxq_format.files import planned_entry
+from cvxq_format.model_config import attention_options
 from safetensors import safe_open
 from torch import Tensor
 
@@ -190,6 +191,7 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
         "use_safetensors": source.weight_files[0].suffix == ".safetensors",
         "output_loading_info": True,
         "dtype": dtype,
+        **attention_options(source.config.get_text_config().to_dict()),
     }
     with quiet_transformers():
         try:

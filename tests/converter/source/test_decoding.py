@@ -13,6 +13,7 @@ from cvxq_converter.errors import NotDescribedError
 from cvxq_converter.source.decoding import describe
 from cvxq_converter.source.matrices import find_matrices
 from cvxq_format.decoder_record import DecoderRecord, Rows, read_record
+from cvxq_format.model_config import attention_options
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -134,7 +135,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 def network_of(config: Any, seed: int = 0) -> Any:
     """Network with random weights and biases, large enough for every path to matter."""
     torch.manual_seed(seed)
-    network = t.AutoModelForCausalLM.from_config(config).eval().float()
+    chosen = attention_options(config.to_dict())
+    network = t.AutoModelForCausalLM.from_config(config, **chosen).eval().float()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
