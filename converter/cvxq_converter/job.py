@@ -36,7 +36,12 @@ from cvxq_converter.measure.measurement import (
     shared_arrays,
 )
 from cvxq_converter.measure.measurement_file import Record
-from cvxq_converter.measure.quality import LOGIT_LIMIT, Reference, divergence, make_reference
+from cvxq_converter.measure.quality import (
+    Reference,
+    divergence,
+    make_references,
+    split_sequences,
+)
 from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.measure.teaching import Lesson, make_lessons
@@ -68,7 +73,6 @@ from cvxq_converter.write.details import Details, losses_by_position, weight_dis
 from cvxq_converter.write.proof import Decoder, Proof, StoredTensors, prove
 from cvxq_converter.write.report import ConversionReport, DecoderReport
 
-HELD_BACK = 8  # one sequence in eight is kept from the measurement
 TRIAL_RATES = (2.25, 3.0, 4.0, 5.5)  # at which a measurement checks its prediction
 Announce = Callable[[str], None]
 
@@ -226,7 +230,7 @@ def prepare(
         return Prepared(loaded, sequences, {}, None, None)
     training, held_back = split_sequences(sequences)
     with stages.stage("reference"):
-        choosing, certifying = _references(loaded, held_back)
+        choosing, certifying = make_references(loaded.network, held_back)
         lessons = make_lessons(loaded.network, training) if options.method.tune else []
     if measurement is not None:
         statistics = measurement.statistics_for(loaded)
@@ -367,25 +371,6 @@ def _details(
     quality = outcome.result.quality
     positions = losses_by_position(quality.by_position) if quality else ()
     return Details(curve, bool(prepared.statistics), by_group, by_matrix, positions)
-
-
-def split_sequences(sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences to measure on, and those held back; a single one serves for both."""
-    if len(sequences) < 2:
-        return sequences, sequences
-    held = max(1, len(sequences) // HELD_BACK)
-    return sequences[:-held], sequences[-held:]
-
-
-def _references(loaded: LoadedModel, held_back: torch.Tensor) -> tuple[Reference, Reference]:
-    """The original on the sequences for choices and on those for figures; one serves for both."""
-    half = len(held_back) // 2
-    if not half:
-        both = make_reference(loaded.network, held_back)
-        return both, both
-    parts = (held_back[:half], held_back[half:])
-    choosing, certifying = (make_reference(loaded.network, p, LOGIT_LIMIT // 2) for p in parts)
-    return choosing, certifying
 
 
 def _measure(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+HELD_BACK = 8  # one sequence in eight is kept from the measurement
 LOGIT_LIMIT = 1 << 26  # entries kept in float32: 256 MiB
 
 
@@ -48,6 +49,25 @@ def make_reference(network: Any, sequences: torch.Tensor, limit: int = LOGIT_LIM
             break
         kept.append(_log_probabilities(network, row))
     return Reference(sequences[: len(kept)], kept)
+
+
+def split_sequences(sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences to measure on, and those held back; a single one serves for both."""
+    if len(sequences) < 2:
+        return sequences, sequences
+    held = max(1, len(sequences) // HELD_BACK)
+    return sequences[:-held], sequences[-held:]
+
+
+def make_references(network: Any, held_back: torch.Tensor) -> tuple[Reference, Reference]:
+    """The original on the sequences for choices and on those for figures; one serves for both."""
+    half = len(held_back) // 2
+    if not half:
+        both = make_reference(network, held_back)
+        return both, both
+    parts = (held_back[:half], held_back[half:])
+    choosing, certifying = (make_reference(network, p, LOGIT_LIMIT // 2) for p in parts)
+    return choosing, certifying
 
 
 @torch.no_grad()
