@@ -347,10 +347,10 @@ def _prove(loaded: LoadedModel, result: Quantized, options: ConversionOptions) -
 
 def _open_exactly(record: DecoderRecord, tensors: StoredTensors) -> Decoder:
     """Make the runtime's decoder of a record, which computes in float32 throughout."""
-    from cvxq.lean import NotLeanError, open_native
+    from cvxq.lean import NotLeanError, open_exact
 
     try:
-        return open_native(record, tensors, torch.get_num_threads(), exact=True)
+        return open_exact(record, tensors, torch.get_num_threads())
     except NotLeanError as error:
         raise NotDescribedError(str(error)) from error
 

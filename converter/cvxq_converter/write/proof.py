@@ -71,7 +71,7 @@ class StoredTensors:
 class Decoder(Protocol):
     """What executes a record."""
 
-    def logits(self, ids: Sequence[int]) -> Floats:
+    def logits(self, ids: Sequence[int]) -> Floats | torch.Tensor:
         """Return the logits (M, V) after each token of a text (M,)."""
 
 
@@ -221,7 +221,7 @@ def _compare(
     ids = torch.randint(record.vocabulary, (places,), generator=generator)
     table = record.positions is not None  # it has a row for every place of the context
     decoder = open_decoder(record if table else replace(record, context=places), tensors)
-    found = torch.from_numpy(decoder.logits(ids.tolist()))
+    found = torch.as_tensor(decoder.logits(ids.tolist()))
     device = network.get_input_embeddings().weight.device
     expected = network(ids[None].to(device), use_cache=False).logits[0].float().cpu()
     limit = max(LARGEST_ERROR, LARGEST_SHARE * float(expected.max() - expected.min()))

@@ -16,7 +16,7 @@ from cvxq.summary import json_file, reason_without_record
 if TYPE_CHECKING:
     from cvxq.lean.native_decoder import NativeDecoder
 
-__all__ = ["Decoder", "NotLeanError", "Tensors", "open_decoder", "open_native"]
+__all__ = ["Decoder", "NotLeanError", "Tensors", "open_decoder", "open_exact", "open_native"]
 
 
 def open_decoder(reader: Reader, device: str = "cpu", threads: int | None = None) -> Decoder:
@@ -47,6 +47,20 @@ def open_native(
     from cvxq.lean.native_decoder import NativeDecoder
 
     return NativeDecoder(record, tensors, threads, exact=exact)
+
+
+def open_exact(record: DecoderRecord, tensors: Tensors, threads: int) -> Decoder:
+    """Make a decoder of `record` that computes in float32 throughout.
+
+    It is PyTorch's where the native library is missing.  Raises as `open_decoder` does.
+    """
+    from cvxq_kernels import cpu
+
+    if cpu.is_available():
+        return open_native(record, tensors, threads, exact=True)
+    from cvxq.lean.cuda.opening import open_torch_decoder
+
+    return open_torch_decoder(record, tensors, "cpu", {})
 
 
 def record_of(reader: Reader) -> DecoderRecord:

@@ -108,6 +108,17 @@ def test_a_right_record_is_proved_and_the_network_stays_as_it_was(
         assert torch.equal(value, before[name][1])
 
 
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+def test_without_the_native_library_another_decoder_proves_it(
+    make: Callable[..., Model], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cvxq_kernels.cpu.is_available", lambda: False)
+    loaded, result = make(kind, torch.float32)
+    assert prove(loaded, result, _open_exactly).error is None
+    wrong = altered(lambda r: replace(r, embedding_scale=1.01))
+    assert prove(loaded, result, wrong).error is not None
+
+
 def scores(record: DecoderRecord, **changes: Any) -> DecoderRecord:
     """The record with another attention in its last layer."""
     *others, last = record.layers
