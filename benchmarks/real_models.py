@@ -38,7 +38,7 @@ PROMPTS = (
     "1, 1, 2, 3, 5, 8, 13,",
 )
 TOKENS = 64  # of each continuation
-CHARACTERS = 40_000  # of the text that the loss is measured on
+CHARACTERS = 16_000  # of the text that the loss is measured on
 PROMPT, GENERATED, ROUNDS = 128, 64, 3
 
 
