@@ -14,7 +14,7 @@ SMALLEST_DEFLATED = 4096
 Less would save next to nothing, and the size of a short document whose figures are not known yet
 would no longer be that of another one of equal length.
 """
-_LEVEL = 9
+_LEVEL = 7  # a fifth of the time of level 9, for 2 % more bytes
 _WINDOW_BITS = 15  # the largest window; positive: with header and checksum of zlib
 
 
