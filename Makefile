@@ -1,19 +1,24 @@
 # Everything here needs only python3 (3.10 or newer, with venv and pip) and make. Each target makes
 # or refreshes its virtual environment first. PYTHON= names another Python, VENV= another folder,
 # TORCH_INDEX= the URL of an index with PyTorch's CPU build, for where pip's own sources lack it.
+# MODEL= is what `make chat-demo` converts and talks with: a folder, a GGUF file or a hub id.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+CHAT_FILE ?= demo/$(notdir $(patsubst %/,%,$(MODEL))).cvxq
 RUN = $(VENV)/bin
 C_SOURCES = $(wildcard kernels/cvxq_kernels/cpu/native/*.[chi]*) tests/kernels/cpu/driver.c
 # A worker holds PyTorch and a share of the tests' models: more than a few would want much memory.
 WORKERS = --numprocesses auto --maxprocesses 4 --dist loadscope
 
-.PHONY: help environment demo test static check clean
+.PHONY: help environment demo chat-demo test static check clean
 
 help:
 	@echo 'make demo     convert the demo model to 3 bits, measure what was lost, write some text'
+	@echo 'make chat-demo [MODEL=folder or hub id]'
+	@echo '              convert that model to 4 bits, unless that was done before, and talk with it'
 	@echo 'make test     run the tests'
 	@echo 'make check    everything CI does: style, types, documents, tests'
 	@echo 'make clean    remove the environment and whatever was made'
@@ -25,6 +30,12 @@ demo: environment
 	$(RUN)/cvxq convert demo/model -o demo/demo.cvxq --bits 3 --report demo/report
 	$(RUN)/cvxq perplexity demo/demo.cvxq --text demo/evaluation.txt --against demo/model
 	$(RUN)/cvxq generate demo/demo.cvxq "The old house stood at the end of the lane," --max-tokens 120 --seed 1
+
+$(CHAT_FILE): | environment
+	$(RUN)/cvxq convert $(MODEL) -o $@ --bits 4
+
+chat-demo: environment $(CHAT_FILE)
+	$(RUN)/cvxq chat $(CHAT_FILE)
 
 test: environment
 	$(RUN)/python -m pytest $(WORKERS)
@@ -41,4 +52,4 @@ check: static test
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf demo/demo.cvxq demo/report
+	rm -rf demo/*.cvxq demo/report

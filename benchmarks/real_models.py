@@ -6,8 +6,9 @@ FOLDER holds Hugging Face folders, one a model; `--model` names a folder or hub 
 converted (kept in `--work` for the next run) and measured by the command line that users have:
 `cvxq perplexity --against` the original on the beginning of a text, `cvxq bench`, and the time
 until `cvxq generate` has written its first token. Then five prompts are continued greedily, by the
-original through transformers and by the file. `--gguf FOLDER` holds NAME.gguf files: llama.cpp runs
-those beside the files, in turn (peers/llamacpp.py builds it).
+original through transformers and by the file, and a copy whose config.json has fields that nobody
+knows is converted to see that it takes the same path. `--gguf FOLDER` holds NAME.gguf files:
+llama.cpp runs those beside the files, in turn (peers/llamacpp.py builds it).
 """
 
 from __future__ import annotations
@@ -24,10 +25,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cvxq
+import numpy as np
 import torch
+from cvxq.generate import generate_tokens
+from cvxq.lean import Decoder, open_exact, open_native, record_of
+from cvxq.lean.session import LeanSession
+from cvxq.sample import SamplingSettings
+from cvxq_format import Reader
+from huggingface_hub import snapshot_download
 from packing import cpu_name
 from peers.llamacpp import build
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 WORK = Path.home() / ".cache" / "cvxq-peers" / "real"
 PROMPTS = (
@@ -37,6 +46,7 @@ PROMPTS = (
     "Water boils at a lower temperature on a mountain because",
     "1, 1, 2, 3, 5, 8, 13,",
 )
+UNKNOWN = {"_name_of_nobody": "x", "unknown_scale": 3.5, "unknown_table": {"rope_theta": [1, 2]}}
 TOKENS = 64  # of each continuation
 CHARACTERS = 16_000  # of the text that the loss is measured on
 PROMPT, GENERATED, ROUNDS = 128, 64, 3
@@ -55,7 +65,7 @@ def run(*words: object) -> str:
     return done.stdout
 
 
-def cvxq(*words: object) -> str:
+def command(*words: object) -> str:
     return run(sys.executable, "-m", "cvxq.cli", *words)
 
 
@@ -65,7 +75,7 @@ def convert(model: str, file: Path, bits: float, options: Sequence[str]) -> None
         return
     say(f"converting {model} to {bits:g} bits")
     file.parent.mkdir(parents=True, exist_ok=True)
-    cvxq("convert", model, "-o", file, "--bits", bits, *options)
+    command("convert", model, "-o", file, "--bits", bits, *options)
 
 
 def first_text_seconds(file: Path) -> float:
@@ -95,9 +105,80 @@ def original_continuations(model: str) -> list[str]:
     return said
 
 
-def continuations(file: Path, weights: str) -> list[str]:
-    options = ("--max-tokens", TOKENS, "--temperature", 0, "--weights", weights)
-    return [cvxq("generate", file, prompt, *options).rstrip("\n") for prompt in PROMPTS]
+def continuations(file: Path) -> list[str]:
+    """What the file continues the prompts with, greedily, as users run it."""
+    options = ("--max-tokens", TOKENS, "--temperature", 0)
+    return [command("generate", file, prompt, *options).rstrip("\n") for prompt in PROMPTS]
+
+
+@torch.inference_mode()
+def greedy_rows(file: Path, threads: int) -> list[tuple[str, str]]:
+    """Compare packed weights with the same weights dense, run by transformers in float32.
+
+    The decoder that runs rounds activations to 8 bits, so where two tokens are nearly as likely it
+    may take the other one, and goes on from there; the one that computes in float32 may not.
+    """
+    settings = SamplingSettings(temperature=0, max_tokens=TOKENS)
+    with cvxq.load(file, weights="dense") as dense, Reader(file) as reader:
+        record, network, ends = record_of(reader), dense.network, dense.end_ids
+        texts = [dense.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+        expected = [list(generate_tokens(dense.session(), t, settings, ends)) for t in texts]
+        logits = [dense_logits(network, t, e) for t, e in zip(texts, expected, strict=True)]
+
+        def drawn(decoder: Decoder) -> list[list[int]]:
+            sessions = (LeanSession(decoder) for _ in texts)
+            pairs = zip(sessions, texts, strict=True)
+            return [list(generate_tokens(s, t, settings, ends)) for s, t in pairs]
+
+        exact = drawn(open_exact(record, reader, threads))
+        usual = drawn(open_native(record, reader, threads))
+    same = sum(a == b for a, b in zip(exact, expected, strict=True))
+    gaps = [gap_at_first_difference(*case) for case in zip(usual, expected, logits, strict=True)]
+    tipped = [f"{gap:.3f}" for gap in gaps if gap is not None]
+    text = f"{len(gaps) - len(tipped)} of {len(gaps)} prompts"
+    if tipped:
+        text += f"; logits of the two tokens at the first difference: {', '.join(tipped)} apart"
+    return [
+        (f"greedy {TOKENS} tokens, packed in float32 = dense", f"{same} of {len(exact)} prompts"),
+        (f"greedy {TOKENS} tokens, packed as it runs = dense", text),
+    ]
+
+
+def dense_logits(
+    network: PreTrainedModel, text: list[int], following: list[int]
+) -> list[np.ndarray]:
+    """The logits (V,) that each token of `following` was chosen by."""
+    rows = network(torch.tensor([text + following])).logits[0, len(text) - 1 : -1]
+    return list(rows.float().numpy())
+
+
+def gap_at_first_difference(
+    found: list[int], expected: list[int], logits: list[np.ndarray]
+) -> float | None:
+    """How far apart the dense logits of the first two tokens that differ are; None if none do."""
+    for ours, theirs, row in zip(found, expected, logits, strict=False):
+        if ours != theirs:
+            return float(row[theirs] - row[ours])
+    return None
+
+
+def path_with_unknown_fields(model: str) -> str:
+    """The path of the same model with fields in config.json that nobody knows."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "model"
+        copy.mkdir()
+        source = Path(model)
+        if not source.is_dir():
+            source = Path(snapshot_download(model, local_files_only=True))
+        for path in source.iterdir():
+            (copy / path.name).symlink_to(path.resolve())
+        config = json.loads((copy / "config.json").read_text("utf-8"))
+        (copy / "config.json").unlink()
+        (copy / "config.json").write_text(json.dumps(config | UNKNOWN), "utf-8")
+        file = Path(folder) / "model.cvxq"
+        options = ("--bits", 4, "--method", "rtn", "--calibration", "none")
+        command("convert", copy, "-o", file, *options)
+        return str(json.loads(command("bench", file, "--tokens", 2).splitlines()[-1])["path"])
 
 
 def speeds(file: Path, gguf: Path | None, threads: int) -> tuple[dict[str, Any], dict[str, float]]:
@@ -107,7 +188,7 @@ def speeds(file: Path, gguf: Path | None, threads: int) -> tuple[dict[str, Any],
     ours: list[dict[str, Any]] = []
     theirs: dict[str, list[float]] = {"prefill": [], "decode": []}
     for _ in range(ROUNDS):
-        ours.append(json.loads(cvxq("bench", file, *amounts).splitlines()[-1]))
+        ours.append(json.loads(command("bench", file, *amounts).splitlines()[-1]))
         if gguf is not None:
             said = run(build().tool("llama-bench"), "-m", gguf, *theirs_amounts)
             for row in json.loads(said):
@@ -119,13 +200,12 @@ def speeds(file: Path, gguf: Path | None, threads: int) -> tuple[dict[str, Any],
 def table(model: str, file: Path, text: Path, gguf: Path | None, threads: int) -> str:
     """Measure one model and return its part of the page."""
     say(f"measuring {file.name}")
-    described = json.loads(cvxq("inspect", file, "--json"))
+    described = json.loads(command("inspect", file, "--json"))
     loss = json.loads(
-        cvxq("perplexity", file, "--text", text, "--context", 512, "--against", model, "--json")
+        command("perplexity", file, "--text", text, "--context", 512, "--against", model, "--json")
     )
     bench, peer = speeds(file, gguf, threads)
-    original, packed = original_continuations(model), continuations(file, "packed")
-    same = packed == continuations(file, "dense")
+    original, packed = original_continuations(model), continuations(file)
     rows = [
         ("file", f"{described['file_bytes']:,} bytes, {described['parameters']:,} parameters"),
         ("rate, all matrices", f"{described['rate_bits_per_weight']:.3f} bits per weight"),
@@ -141,7 +221,8 @@ def table(model: str, file: Path, text: Path, gguf: Path | None, threads: int) -
         ("loading", f"{bench['load_seconds']:.2f} s"),
         ("memory at the peak", f"{bench['peak_memory_bytes'] / 1e6:.0f} MB"),
         ("first text", f"{first_text_seconds(file):.2f} s"),
-        (f"greedy {TOKENS} tokens, packed = dense", "yes" if same else "no"),
+        *greedy_rows(file, threads),
+        ("path with unknown fields in config.json", path_with_unknown_fields(model)),
     ]  # fmt: skip
     lines = [f"## {Path(model).name}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import string
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from cvxq_format import CompandedTensor, Reader, dequantize
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+ROOT = Path(__file__).parents[2]
 PROMPT = "It was a dark and stormy"
 CHARACTERS = string.ascii_letters + string.digits + " .,:!?'-\n"
 
@@ -190,3 +194,26 @@ def test_perplexity_of_the_file_against_the_original(toy: Toy, tmp_path: Path) -
     assert change != 0
     assert abs(change) < 1
     assert record["rate_bits_per_weight"] == pytest.approx(toy.report["rate_bits_per_weight"])
+
+
+@pytest.mark.skipif(
+    shutil.which("make") is None or not (Path(sys.prefix) / "bin" / "cvxq").exists(),
+    reason="needs make, and cvxq installed in this environment",
+)
+def test_make_chat_demo_converts_a_folder_once_and_talks(toy: Toy, tmp_path: Path) -> None:
+    file = tmp_path / "toy.cvxq"
+    words = ["make", "-o", "environment", "chat-demo", f"VENV={sys.prefix}"]
+    words += [f"MODEL={toy.folder}/", f"CHAT_FILE={file}"]
+
+    def talk() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            words, cwd=ROOT, input="hello\n", capture_output=True, text=True, check=True
+        )
+
+    first = talk()
+    assert "convert" in first.stdout
+    made = file.read_bytes()
+    second = talk()
+    assert "convert" not in second.stdout
+    assert second.stdout.splitlines()[1:]  # the answer
+    assert file.read_bytes() == made
