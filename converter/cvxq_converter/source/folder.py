@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError, one_line
+from cvxq_converter.source.hub import download
 from cvxq_converter.source.text_part import WRAPPERS
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -46,26 +47,7 @@ def find_folder(model: str, revision: str | None) -> tuple[Path, str]:
         raise ConversionError(f"{model}: a file; expected a model folder or a hub id")
     if not _HUB_ID.fullmatch(model):
         raise ConversionError(f"{model}: no such folder, and not a hub id (owner/name)")
-    return _download(model, revision), model
-
-
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    small = ["*.json", "*.jinja", "*.model", "*.txt"]
-    try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            found = Path(
-                snapshot_download(model, revision=revision, allow_patterns=[*small, weights])
-            )
-            if any(found.glob(weights)):
-                return found
-    except Exception as error:  # the hub client raises many types, all meaning "not to be had"
-        at = f" at revision {revision}" if revision else ""
-        raise ConversionError(
-            f"{model}{at}: no such folder, and the hub has no copy within reach: {one_line(error)}"
-        ) from error
-    return found
+    return download(model, revision), model
 
 
 def read_config(folder: Path, name: str) -> Any:
