@@ -124,6 +124,8 @@ def convert(
     source, estimate = _begin(model, output, options, announce, measurement)
     with stages.stage("load"):
         loaded = load_model(source, options)
+    if announce and loaded.leftovers:
+        announce(loaded.leftovers)
     if options.method.name == "rtn":
         prepared = Prepared(loaded, torch.empty(0, 0, dtype=torch.int64), {}, None, None)
         outcome = Outcome(quantize_network_rtn(loaded, options.target, options.method, stages))
@@ -154,6 +156,8 @@ def measure_model(
     source, estimate = _begin(model, output, options, announce, trials=len(TRIAL_RATES))
     with stages.stage("load"):
         loaded = load_model(source, options)
+    if announce and loaded.leftovers:
+        announce(loaded.leftovers)
     prepared = prepare(loaded, options, estimate, None, stages)
     with stages.stage("predict"):
         curve = _predict(prepared, _plans(prepared, options), options)
@@ -203,8 +207,8 @@ def _begin(
         measurement.check(source, options)
     estimate = preflight(source, options, measurement, trials=trials)
     if announce:
-        if source.left_out:
-            announce(source.left_out)
+        for notice in source.notices:
+            announce(notice)
         announce(estimate.line())
     refuse_what_cannot_fit(estimate, output, options.place.device)
     return source, estimate

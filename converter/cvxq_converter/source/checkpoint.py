@@ -12,40 +12,42 @@ both: by name where prefixes explain the difference, else by equal shape and con
 from __future__ import annotations
 
 import difflib
-import hashlib
-import math
+import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from cvxq_format.entries import FileEntry
-from cvxq_format.files import planned_entry
 from cvxq_format.model_config import attention_options
-from safetensors import safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 
 from cvxq_converter.errors import ConversionError, one_line
 from cvxq_converter.source.folder import (
     TensorInfo,
+    adapter_notice,
+    drop_quantization,
     find_folder,
     find_weight_files,
-    load_pickle,
     quiet_transformers,
     read_config,
     read_index,
+    refuse_pointer,
+    without_quantization,
 )
+from cvxq_converter.source.gguf import open_gguf, read_gguf, skeleton
 from cvxq_converter.source.matrices import Matrix, find_matrices
+from cvxq_converter.source.scales import find_scales, quantization_notice
+from cvxq_converter.source.source import Source
 from cvxq_converter.source.text_part import (
     WRAPPERS,
     load_text_part,
     text_config_json,
     text_config_of,
 )
+from cvxq_converter.source.tokenizer import has_tokenizer, load_tokenizer, made_tokenizer
 
 __all__ = [
     "Matrix",
@@ -75,120 +77,69 @@ CARRIED_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 _OF_IMAGES = re.compile(r"(^|\.)(vision\w*|visual|multi_modal_projector)\.")
 CARRIED_FOLDER = "additional_chat_templates"  # further templates, one .jinja file each
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint whose configuration and tensor index have been read and checked."""
-
-    name: str  # hub id or the folder's own name, never a path
-    folder: Path
-    config: Any  # transformers.PretrainedConfig
-    weight_files: tuple[Path, ...]
-    tensors: Mapping[str, TensorInfo]
-    files: Mapping[str, Path]  # name → path of what the container carries
-    whole: Any = None  # configuration of the model that this is the text part of, if it is one
-    made: Mapping[str, bytes] = field(default_factory=dict)  # carried in place of such files
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 (hex) over names and bytes of the weight files, in name order."""
-        total = hashlib.sha256()
-        for path in self.weight_files:
-            total.update(path.name.encode() + b"\0")
-            with path.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    total.update(block)
-        return total.hexdigest()
-
-    def carried(self) -> Iterator[tuple[str, bytes]]:
-        """Yield name and content of every file that the container carries."""
-        for name, path in self.files.items():
-            yield name, path.read_bytes()
-        yield from self.made.items()
-
-    @cached_property
-    def planned_files(self) -> tuple[FileEntry, ...]:
-        """The entries that the carried files will have in a container."""
-        return tuple(planned_entry(name, data) for name, data in self.carried())
-
-    @property
-    def left_out(self) -> str | None:
-        """What of the checkpoint is not converted, in one line."""
-        if self.whole is None:
-            return None
-        return f"{self.name}: only its text part is converted; images are left out"
-
-    @property
-    def parameters(self) -> int:
-        """Number of stored weights of all tensors."""
-        return sum(math.prod(info.shape) for info in self.tensors.values())
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor as the checkpoint stores it (shape and dtype unchanged)."""
-        info = self.tensors[name]
-        if info.file.suffix == ".safetensors":
-            with safe_open(info.file, framework="pt") as reader:
-                return reader.get_tensor(name)
-        return load_pickle(info.file)[name]
-
-
 def open_source(model: str, revision: str | None = None) -> Source:
-    """Find `model` (a folder, else a hub id) and read its configuration and tensor index.
+    """Find `model` (a folder or a GGUF file, else a hub id); read configuration and tensor index.
 
-    revision: branch, tag or commit of a hub id; refused for a folder.
+    revision: branch, tag or commit of a hub id; refused for a folder or a file.
     Raises ConversionError for anything that is not a complete, supported causal LM.
     """
+    if Path(model).is_file():
+        if revision is not None:
+            raise ConversionError(f"{model}: a file has no revisions; drop --revision")
+        return open_gguf(Path(model))
     folder, name = find_folder(model, revision)
+    notices = [adapter_notice(folder, name)]
     config = read_config(folder, name)
     weight_files = find_weight_files(folder, name)
     tensors: dict[str, TensorInfo] = {}
     for path in weight_files:
         tensors.update(read_index(path))
+    files, made = _carried_files(folder, name)
+    if not has_tokenizer({**files, **made}) and (folder / "tekken.json").is_file():
+        notices.append("transformers cannot read tekken.json, its tokenizer; the result has none")
+    quantization = drop_quantization(config)
+    scales = find_scales(tensors, quantization, name)
+    notices.append(quantization_notice(quantization, scales))
+    for scale in scales.values():
+        del tensors[scale.name]
+    whole: Any = None
+    if config.model_type in WRAPPERS:
+        whole, config = config, text_config_of(config, name)
+        made["config.json"] = text_config_json(config).encode()
+        tensors = {key: info for key, info in tensors.items() if not _OF_IMAGES.search(key)}
+        notices.append("only its text part is converted; images are left out")
+    elif quantization is not None:
+        made["config.json"] = without_quantization(folder / "config.json")
+    for file in made:
+        files.pop(file, None)
+    said = tuple(f"{name}: {notice}" for notice in notices if notice)
+    return Source(name, config, weight_files, tensors, files, made, whole, scales, said)
+
+
+def _carried_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, bytes]]:
+    """The files of the folder that a container carries, and those that are made for it."""
     files = {file: folder / file for file in CARRIED_FILES if (folder / file).is_file()}
     for path in sorted((folder / CARRIED_FOLDER).glob("*.jinja")):
         files[f"{CARRIED_FOLDER}/{path.name}"] = path
-    whole: Any = None
-    made: dict[str, bytes] = {}
-    if config.model_type in WRAPPERS:
-        whole, config = config, text_config_of(config, name)
-        del files["config.json"]
-        made["config.json"] = text_config_json(config).encode()
-        tensors = {key: info for key, info in tensors.items() if not _OF_IMAGES.search(key)}
-    if "tokenizer.json" not in files:
-        tokenizer = _fast_tokenizer(folder)
-        if tokenizer is not None:
-            made["tokenizer.json"] = tokenizer.encode()
-    return Source(name, folder, config, weight_files, tensors, files, whole, made)
-
-
-def _fast_tokenizer(folder: Path) -> str | None:
-    """The tokenizer.json that transformers makes of a tokenizer of another kind, if it can."""
-    if not any((folder / file).is_file() for file in _TOKENIZERS):
-        return None
-    with quiet_transformers():
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-            return str(tokenizer.backend_tokenizer.to_str())
-        except Exception:  # whatever it is, the tokenizer is used, and judged, elsewhere
-            return None
+    for path in files.values():
+        refuse_pointer(path, name)
+    made = {} if "tokenizer.json" in files else made_tokenizer(folder)
+    if "tokenizer_config.json" in files:  # it says the rest, the template included
+        made = {file: data for file, data in made.items() if file == "tokenizer.json"}
+    return files, made
 
 
 def load_network(source: Source, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
     """Build the network in evaluation mode, with every weight taken from the checkpoint.
 
+    transformers is handed the weights, and so cannot put an adapter on them that lies beside.
     Raises ConversionError if a weight is missing, misshapen, NaN or infinite in `dtype`.
     """
     options: dict[str, Any] = {
-        "config": source.config,
-        "local_files_only": True,
-        "trust_remote_code": False,
-        "use_safetensors": source.weight_files[0].suffix == ".safetensors",
         "output_loading_info": True,
         "dtype": dtype,
         **attention_options(source.config.get_text_config().to_dict()),
@@ -196,11 +147,17 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
     with quiet_transformers():
         try:
             if source.whole is not None:
-                network, info = load_text_part(source.folder, source.whole, source.config, options)
+                weights = source.read_all()
+                network, info = load_text_part(weights, source.whole, source.config, options)
             else:
-                network, info = transformers.AutoModelForCausalLM.from_pretrained(
-                    source.folder, **options
+                empty = skeleton(source.config)
+                weights = read_gguf(source, empty, dtype) if source.is_gguf else source.read_all()
+                network, info = type(empty).from_pretrained(
+                    None, config=empty.config, state_dict=weights, **options
                 )
+            settings = source.carried_file("generation_config.json")
+            if settings is not None:
+                network.generation_config = GenerationConfig.from_dict(json.loads(settings))
         except (MemoryError, ConversionError):
             raise
         except Exception as error:  # whatever the architecture's code makes of the files
@@ -217,28 +174,13 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
     return network
 
 
-def load_tokenizer(source: Source) -> Any | None:
-    """Return the checkpoint's tokenizer, or None if it has no tokenizer files."""
-    if not any(file.startswith(("tokenizer", "vocab", "spiece")) for file in source.files):
-        return None
-    with quiet_transformers():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(
-                source.folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
-            raise ConversionError(
-                f"{source.name}: its tokenizer cannot be loaded: {one_line(error)}"
-            ) from error
-
-
 def source_names(source: Source, network: Any) -> dict[str, str]:
     """Pair each parameter of the network with the checkpoint tensor that it was loaded from.
 
     Tied parameters keep all their names; one that the checkpoint lacks gets the name it would have.
-    A text part has the names of its own network.
+    A text part and a GGUF file have the names of their own network.
     """
-    if source.whole is not None:
+    if source.has_names_of_network:
         return {name: name for name, _ in network.named_parameters(remove_duplicate=False)}
     prefix = f"{network.base_model_prefix}."
     names: dict[str, str] = {}

@@ -24,6 +24,12 @@ from cvxq_converter.errors import ConversionError, one_line
 from cvxq_converter.source.hub import download
 from cvxq_converter.source.text_part import WRAPPERS
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_WEIGHT_FILES = tuple(
+    f"{stem}{end}"
+    for stem in ("model.safetensors", "pytorch_model.bin")
+    for end in ("", ".index.json")
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -43,8 +49,6 @@ def find_folder(model: str, revision: str | None) -> tuple[Path, str]:
         if revision is not None:
             raise ConversionError(f"{model}: a folder has no revisions; drop --revision")
         return path, path.resolve().name
-    if path.exists():
-        raise ConversionError(f"{model}: a file; expected a model folder or a hub id")
     if not _HUB_ID.fullmatch(model):
         raise ConversionError(f"{model}: no such folder, and not a hub id (owner/name)")
     return download(model, revision), model
@@ -54,11 +58,12 @@ def read_config(folder: Path, name: str) -> Any:
     """Return the configuration of a causal LM whose architecture transformers knows."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ConversionError(f"{name}: no config.json; expected a Hugging Face model folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConversionError(f"{name}: config.json is not JSON: {one_line(error)}") from error
+        found = next(iter(sorted(folder.glob("*.gguf"))), None)
+        advice = f"; to convert a GGUF file, name it itself: {found}" if found else ""
+        raise ConversionError(
+            f"{name}: no config.json; expected a Hugging Face model folder{advice}"
+        )
+    raw = _read_json(path, name)
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(model_type, str):
         raise ConversionError(f"{name}: config.json has no model_type; not a transformers model")
@@ -86,6 +91,24 @@ def read_config(folder: Path, name: str) -> Any:
         raise ConversionError(f"{name}: config.json is refused: {refused}") from error
 
 
+def drop_quantization(config: Any) -> Any:
+    """Take `quantization_config` out of a configuration and return it; None if there is none.
+
+    transformers would act on it, whatever the weights are.
+    """
+    found = None
+    for part in (config, config.get_text_config()):
+        found = part.__dict__.pop("quantization_config", found)
+    return found
+
+
+def without_quantization(path: Path) -> bytes:
+    """The config.json at `path` without what `drop_quantization` takes out."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw.pop("quantization_config", None)
+    return (json.dumps(raw, indent=2) + "\n").encode()
+
+
 def _check_is_causal_lm(raw: dict[str, Any], model_type: str, name: str) -> None:
     causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     allowed = causal.get(model_type, ())
@@ -95,18 +118,48 @@ def _check_is_causal_lm(raw: dict[str, Any], model_type: str, name: str) -> None
     found = raw.get("architectures") or list(allowed)
     if not isinstance(found, list):
         raise ConversionError(f"{name}: config.json: architectures is {found!r}, allowed: a list")
-    is_causal = any(item in allowed for item in found) and not raw.get("is_encoder_decoder")
+    known = {item.lower() for item in allowed}  # older writers said LLaMAForCausalLM
+    is_causal = any(str(item).lower() in known for item in found)
+    is_causal = is_causal and not raw.get("is_encoder_decoder")
     if not is_causal or (model_type in ("bert", "roberta") and not raw.get("is_decoder")):
         raise ConversionError(
             f"{name}: {', '.join(map(str, found)) or model_type} is not a causal language model"
             + (f"; expected {' or '.join(allowed)}" if allowed else "")
         )
-    if quantization := raw.get("quantization_config"):
-        known = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "unknown") if known else quantization
-        raise ConversionError(
-            f"{name}: already quantized ({method}); convert the original 16- or 32-bit checkpoint"
-        )
+
+
+def _read_json(path: Path, name: str) -> Any:
+    refuse_pointer(path, name)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConversionError(f"{name}: {path.name} is not JSON: {one_line(error)}") from error
+
+
+def refuse_pointer(path: Path, name: str) -> None:
+    """Raise ConversionError if a file is what Git leaves in its place without Git LFS."""
+    with path.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise ConversionError(
+                f"{name}: {path.name} is only a Git LFS pointer to the file; run `git lfs pull` in "
+                "the folder, or download the model with `hf download`"
+            )
+
+
+def adapter_notice(folder: Path, name: str) -> str | None:
+    """Say that an adapter beside the weights plays no part; ConversionError for one alone."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    if any((folder / file).is_file() for file in _WEIGHT_FILES):
+        return f"{path.name} is not applied: the weights beside it are converted as they are"
+    raw = _read_json(path, name)
+    base = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
+    raise ConversionError(
+        f"{name}: adapter_config.json: an adapter without the weights of its base model, "
+        f"{base or 'which it does not name'}; merge it into them first (merge_and_unload of peft), "
+        "then convert the merged model"
+    )
 
 
 def find_weight_files(folder: Path, name: str) -> tuple[Path, ...]:
@@ -115,8 +168,10 @@ def find_weight_files(folder: Path, name: str) -> tuple[Path, ...]:
         single = folder / f"{stem}{suffix}"
         index = folder / f"{stem}{suffix}.index.json"
         if single.is_file():
+            refuse_pointer(single, name)
             return (single,)
         if index.is_file():
+            refuse_pointer(index, name)
             try:
                 shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -124,6 +179,7 @@ def find_weight_files(folder: Path, name: str) -> tuple[Path, ...]:
             for shard in shards:
                 if Path(shard).name != shard or not (folder / shard).is_file():
                     raise ConversionError(f"{name}: {index.name} names {shard}, which is missing")
+                refuse_pointer(folder / shard, name)
             return tuple(folder / shard for shard in shards)
     raise ConversionError(
         f"{name}: no weights; expected model.safetensors or pytorch_model.bin, or shards of one"
@@ -151,11 +207,13 @@ def read_index(path: Path) -> dict[str, TensorInfo]:
 def _dtype(name: str) -> torch.dtype:
     """Return the torch dtype of a safetensors dtype name."""
     table = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    table |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
-    table |= {"BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-    if name not in table:
+    table |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"}
+    table |= {"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool"}
+    table |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+    found = getattr(torch, table.get(name, ""), None)  # older PyTorch lacks the last
+    if found is None:
         raise SafetensorError(f"dtype {name} is not supported")
-    return getattr(torch, table[name])
+    return found
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from cvxq_converter.source.checkpoint import (
     source_names,
 )
 from cvxq_converter.source.decoding import describe
+from cvxq_converter.source.leftovers import leftover_notice
 from cvxq_converter.source.matrices import Matrix, find_matrices
 
 
@@ -28,7 +29,8 @@ class LoadedModel:
 
     names: network parameter → checkpoint tensor. originals: matrix name → (N, K).
     original_biases: matrix name → (N,). original_vectors: parameter name → norms and the like,
-    biases of matrices excepted. aliases: other name → tensor name.
+    biases of matrices excepted. aliases: other name → tensor name. leftovers: a notice that names
+    what the checkpoint holds and the network does not use.
     """
 
     source: Source
@@ -39,6 +41,12 @@ class LoadedModel:
     original_biases: dict[str, torch.Tensor]
     original_vectors: dict[str, torch.Tensor]
     aliases: dict[str, str]
+    leftovers: str | None = None
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What is not as one may think of the checkpoint, a line each."""
+        return self.source.notices + ((self.leftovers,) if self.leftovers else ())
 
     @property
     def parameters(self) -> int:
@@ -137,6 +145,7 @@ def load_model(source: Source, options: ConversionOptions) -> LoadedModel:
         original_biases=biases,
         original_vectors=_vectors(network, matrices),
         aliases={alias: m.name for m in found for alias in m.aliases},
+        leftovers=None if source.is_gguf else leftover_notice(source, network, names),
     )
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from cvxq_converter.errors import ConversionError
@@ -55,22 +55,21 @@ def text_config_json(text: Any) -> str:
 
 @torch.no_grad()
 def load_text_part(
-    folder: Path, config: Any, text_config: Any, options: Mapping[str, Any]
+    weights: dict[str, Tensor], config: Any, text_config: Any, options: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Return the text part's network and what loading the whole said.
 
-    config: of the whole; options: of `from_pretrained`. Raises ConversionError if the part does
-    not compute what the whole does.
+    weights, config: of the whole; options: of `from_pretrained`. Raises ConversionError if the
+    part does not compute what the whole does.
     """
     whole_class = getattr(transformers, WRAPPERS[config.model_type])
-    whole, info = whole_class.from_pretrained(folder, **{**options, "config": config})
+    whole, info = whole_class.from_pretrained(None, config=config, state_dict=weights, **options)
     whole.eval()
     part = transformers.AutoModelForCausalLM.from_config(text_config, dtype=options["dtype"])
     part.get_decoder().load_state_dict(whole.model.language_model.state_dict(), assign=True)
     part.get_output_embeddings().weight = whole.get_output_embeddings().weight
     if text_config.tie_word_embeddings:
         part.tie_weights()
-    part.generation_config = whole.generation_config
     part.eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(text_config.vocab_size, (1, _PROBE_TOKENS), generator=generator)
@@ -80,7 +79,7 @@ def load_text_part(
     share = _TOLERANCE if part.dtype is torch.float32 else 0.05
     if not error <= share * size:
         raise ConversionError(
-            f"{folder.name}: its text part alone computes other logits (by {error:.2g} of "
-            f"{size:.2g}); this architecture is not supported"
+            f"its text part alone computes other logits (by {error:.2g} of {size:.2g}); "
+            "this architecture is not supported"
         )
     return part, info

@@ -152,6 +152,7 @@ def provenance(
         "source": loaded.source.name,
         "source_sha256": loaded.source.digest,
         "calibration_sha256": calibration_digest(sequences) if sequences.numel() else None,
+        **({"notices": list(loaded.notices)} if loaded.notices else {}),
         "options": options.to_json(),
         **surroundings(options.place),
     }
