@@ -15,7 +15,7 @@ from cvxq.cli.output import Progress, emit_json, print_table
 from cvxq.summary import FileSummary, summarize
 
 if TYPE_CHECKING:
-    from cvxq.evaluate import DivergenceResult, Estimate, PerplexityResult
+    from cvxq.evaluate import DivergenceResult, Estimate, PerplexityResult, Predictor
 
 LONGEST_CONTEXT = 2048  # tokens; what published tables use unless they say otherwise
 
@@ -27,7 +27,7 @@ LONGEST_CONTEXT = 2048  # tokens; what published tables use unless they say othe
 )
 @click.option("--context", type=int, help="Tokens per window; default: the model's, 2048 at most.")
 @click.option("--stride", type=int, help="Tokens between windows; default: the context.")
-@click.option("--against", metavar="ORIGINAL", help="Model folder, hub id or .cvxq file.")
+@click.option("--against", metavar="ORIGINAL", help="Model folder, hub id, .gguf or .cvxq file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @running_options
 def command(
@@ -80,9 +80,20 @@ def command(
         result = evaluate.perplexity(subject.network, windows, progress)
         _report(file, result, None, summary, setting, as_json)
         return
-    original = load_subject(against, with_tokenizer=False)
-    divergence = evaluate.divergence(subject.network, original.network, windows, progress)
+    divergence = evaluate.divergence(subject.network, _original(against), windows, progress)
     _report(file, divergence.perplexity, divergence, summary, setting, as_json)
+
+
+def _original(against: str) -> Predictor:
+    """Load what to compare with; a GGUF file as conversion does."""
+    from cvxq.original import load_subject
+
+    if Path(against).suffix != ".gguf":
+        return load_subject(against, with_tokenizer=False).network
+    import torch
+    from cvxq_converter.source.checkpoint import load_network, open_source
+
+    return load_network(open_source(against), torch.float32).requires_grad_(False)
 
 
 def _check_context(context: int, limit: int | None) -> None:
