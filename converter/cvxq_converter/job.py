@@ -112,7 +112,7 @@ def convert(
     measurement: Measurement | None = None,
     with_details: bool = False,
 ) -> ConversionReport:
-    """Convert a model folder or hub id into the `.cvxq` file `output`.
+    """Convert a model folder, hub id or GGUF file into the `.cvxq` file `output`.
 
     progress: called as (stage, done, total). announce: called with the estimate, one line, before
     the work starts, then with a line for every trial of a search. measurement: of this model, to
@@ -145,7 +145,7 @@ def measure_model(
     progress: Progress | None = None,
     announce: Announce | None = None,
 ) -> Record:
-    """Measure a model folder or hub id and keep what conversions need in the file `output`.
+    """Measure a model folder, hub id or GGUF file; keep what conversions need in `output`.
 
     options: their target plays no part. The file also holds the curve of rates, sizes and losses,
     corrected by quantizing at `TRIAL_RATES`.

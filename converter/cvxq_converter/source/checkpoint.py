@@ -98,9 +98,9 @@ def open_source(model: str, revision: str | None = None) -> Source:
     tensors: dict[str, TensorInfo] = {}
     for path in weight_files:
         tensors.update(read_index(path))
-    files, made = _carried_files(folder, name)
-    if not has_tokenizer({**files, **made}) and (folder / "tekken.json").is_file():
-        notices.append("transformers cannot read tekken.json, its tokenizer; the result has none")
+    files, made, unread = _carried_files(folder, name)
+    if unread and not has_tokenizer([*files, *made]):
+        notices.append(f"the result has no tokenizer; transformers cannot read it: {unread}")
     quantization = drop_quantization(config)
     scales = find_scales(tensors, quantization, name)
     notices.append(quantization_notice(quantization, scales))
@@ -120,17 +120,17 @@ def open_source(model: str, revision: str | None = None) -> Source:
     return Source(name, config, weight_files, tensors, files, made, whole, scales, said)
 
 
-def _carried_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, bytes]]:
-    """The files of the folder that a container carries, and those that are made for it."""
+def _carried_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, bytes], str | None]:
+    """The files that a container carries, those made for it, and why the tokenizer's are not."""
     files = {file: folder / file for file in CARRIED_FILES if (folder / file).is_file()}
     for path in sorted((folder / CARRIED_FOLDER).glob("*.jinja")):
         files[f"{CARRIED_FOLDER}/{path.name}"] = path
     for path in files.values():
         refuse_pointer(path, name)
-    made = {} if "tokenizer.json" in files else made_tokenizer(folder)
+    made, unread = ({}, None) if "tokenizer.json" in files else made_tokenizer(folder)
     if "tokenizer_config.json" in files:  # it says the rest, the template included
         made = {file: data for file, data in made.items() if file == "tokenizer.json"}
-    return files, made
+    return files, made, unread
 
 
 def load_network(source: Source, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:

@@ -60,13 +60,16 @@ def open_gguf(path: Path) -> Source:
             "its values are converted as they are"
         )
     _refuse_unused(stored, empty, settings["general.architecture"], name)
+    tokenizer, unread = made_tokenizer(path.parent, gguf_file=path.name)
     made = {
         "config.json": text_config_json(config).encode(),
         "generation_config.json": _generation_config(settings),
-        **made_tokenizer(path.parent, gguf_file=path.name),
+        **tokenizer,
     }
-    if "tokenizer.json" not in made:
-        notices.append(f"{name}: transformers cannot read its tokenizer; the result has none")
+    if unread:
+        notices.append(
+            f"{name}: the result has no tokenizer; transformers cannot read it: {unread}"
+        )
     tensors = {
         key: TensorInfo(path, tuple(parameter.shape), torch.float32)
         for key, parameter in empty.named_parameters()

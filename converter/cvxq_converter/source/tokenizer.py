@@ -23,23 +23,23 @@ _OTHER_KINDS = (  # of which transformers can make a tokenizer.json
 _MADE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def made_tokenizer(folder: Path, **options: str) -> dict[str, bytes]:
-    """The files in which transformers writes a tokenizer of another kind, empty if it cannot.
+def made_tokenizer(folder: Path, **options: str) -> tuple[dict[str, bytes], str | None]:
+    """The files in which transformers writes a tokenizer of another kind, and why there are none.
 
     options: of AutoTokenizer, to read it from a GGUF file.
     """
     if not options and not any((folder / file).is_file() for file in _OTHER_KINDS):
-        return {}
+        return {}, None
     with quiet_transformers(), tempfile.TemporaryDirectory() as place:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, **options
             )
             tokenizer.save_pretrained(place)
-        except Exception:  # whatever it is, the tokenizer is used, and judged, elsewhere
-            return {}
+        except Exception as error:  # tokenizers of all kinds fail in all ways
+            return {}, one_line(error)
         found = {name: Path(place) / name for name in _MADE}
-        return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+        return {name: path.read_bytes() for name, path in found.items() if path.is_file()}, None
 
 
 def has_tokenizer(files: Iterable[str]) -> bool:

@@ -53,7 +53,7 @@ def command(
     report: Path | None,
     **choices: Any,
 ) -> None:
-    """Compress MODEL, a folder or a hub id, into one .cvxq file.
+    """Compress MODEL, a folder, a hub id or a GGUF file, into one .cvxq file.
 
     Say what you want in one of four ways: --bits, --size, --max-kl or --max-perplexity-increase.
     The first line on stderr says what time, memory and disk it will take. The same inputs,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), metavar="FILE")
 @measuring_options
 def command(model: str, output: Path, threads: int | None, **choices: Any) -> None:
-    """Measure MODEL, a folder or a hub id, and keep what conversions need in a safetensors file.
+    """Measure MODEL, a folder, a hub id or a GGUF file, and keep what conversions need in a file.
 
     cvxq convert --statistics uses it and skips calibrating and measuring: it writes the same file
     as without. cvxq plan shows the sizes and losses that can be had.

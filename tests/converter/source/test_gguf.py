@@ -100,6 +100,7 @@ def write_gguf(
     writer.add_token_list(names)
     writer.add_token_types([3 if name in SPECIALS else 1 for name in names])
     writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(names.index("<|end|>"))
     writer.add_eos_token_id(names.index("<|end|>"))
     writer.add_eot_token_id(names.index("<|turn|>"))
     writer.add_chat_template(TEMPLATE)

@@ -209,4 +209,7 @@ def test_a_tekken_tokenizer_is_carried_in_the_common_form(folder: Path) -> None:
     text = tokenizer.decode(tokenizer("the 7", add_special_tokens=False)["input_ids"])
     assert text == "the 7"
     (folder / "tekken.json").write_text("{}")
-    assert "cannot read tekken.json" in open_source(str(folder)).notices[0]
+    assert (
+        "the result has no tokenizer; transformers cannot read it: "
+        in open_source(str(folder)).notices[0]
+    )
