@@ -58,10 +58,10 @@ def read_config(folder: Path, name: str) -> Any:
     """Return the configuration of a causal LM whose architecture transformers knows."""
     path = folder / "config.json"
     if not path.is_file():
-        found = next(iter(sorted(folder.glob("*.gguf"))), None)
-        advice = f"; to convert a GGUF file, name it itself: {found}" if found else ""
+        found = next(iter(sorted(folder.glob("*.gguf"))), "")
         raise ConversionError(
-            f"{name}: no config.json; expected a Hugging Face model folder{advice}"
+            f"{name}: no config.json; expected a Hugging Face model folder, or the path of a GGUF "
+            f"file itself{found and f', such as {found}'}"
         )
     raw = _read_json(path, name)
     model_type = raw.get("model_type") if isinstance(raw, dict) else None

@@ -213,7 +213,7 @@ def test_files_that_are_no_whole_gguf_files(tmp_path: Path) -> None:
     assert "drop --revision" in refusal(path, revision="main")
     folder = refusal(tmp_path)
     assert "no config.json" in folder
-    assert f"name it itself: {path}" in folder
+    assert f"a GGUF file itself, such as {path}" in folder
     path.write_bytes(path.read_bytes()[:200])
     assert "a.gguf: damaged" in refusal(path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
