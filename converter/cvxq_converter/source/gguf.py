@@ -29,6 +29,7 @@ from cvxq_converter.source.tokenizer import made_tokenizer
 
 _MAGIC = b"GGUF"
 _UNQUANTIZED = ("F32", "F16", "BF16", "F64")
+_LONG = 1000  # entries of an array, which then is of the vocabulary
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of a text, of a turn, of a message
 
 
@@ -41,7 +42,8 @@ def open_gguf(path: Path) -> Source:
     """
     name = path.name
     reader = _open(path)
-    settings = {key: field.contents() for key, field in reader.fields.items()}
+    fields = reader.fields.items()
+    settings = {key: field.contents() for key, field in fields if len(field.data) < _LONG}
     stored = {tensor.name: tensor for tensor in reader.tensors}
     parts = settings.get("split.count", 1)
     if parts > 1:
