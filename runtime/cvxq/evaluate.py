@@ -1,10 +1,11 @@
 """Perplexity, and divergence from the original, over windows of a text.
 
-The rules are those of published tables.  The whole text is tokenized once (a BOS only if the
-tokenizer adds one, so at most one at the start) and cut into windows of the model's context; in
-each window every token but the first is scored.  What is left at the end is dropped, unless it
-is all there is.  With a stride below the context the windows overlap, each scores only tokens
-that no earlier one did, and nothing is dropped.
+The whole text is tokenized once and cut into windows of the model's context.  Where the tokenizer
+puts a start token (BOS) before a text, every window begins with it, since some models read no
+text without; it takes one place of the context and is not scored, and every token of the text
+after it is.  Else, as in published tables, every token of a window but the first is scored.  What
+is left at the end is dropped, unless it is all there is.  With a smaller stride the windows
+overlap, each scores only tokens that no earlier one did, and nothing is dropped.
 
 Standard errors treat tokens as independent: s / √n, s the sample standard deviation.  Log
 probabilities are taken in float64, a bounded number of positions at a time; of each token only
@@ -98,34 +99,48 @@ class DivergenceResult:
     original_perplexity: PerplexityResult
 
 
-def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokenize all of `text`, with the special tokens that the tokenizer adds by default."""
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+def token_ids(tokenizer: Any, text: str, with_special_tokens: bool = True) -> list[int]:
+    """Tokenize all of `text`, with the special tokens that the tokenizer adds by default or not."""
+    found = tokenizer(text, add_special_tokens=with_special_tokens, verbose=False)
+    ids: list[int] = found["input_ids"]
     return ids
 
 
-def windows(ids: Sequence[int], context: int, stride: int | None = None) -> list[Window]:
+def windows(
+    ids: Sequence[int], context: int, stride: int | None = None, start: Sequence[int] = ()
+) -> list[Window]:
     """Cut `ids` into windows of `context` tokens, `stride` apart (default: end to end).
 
-    Raises ArgumentError when fewer than two tokens are given, or for a stride outside
-    1..context.
+    start: tokens that every window begins with, counted in its context; then all `ids` (given
+    without them) are scored, else all but those that no token of their window stands before.
+    Raises ArgumentError when there is no token to score, or for a context without room or a stride
+    that would leave tokens out.
     """
-    if context < 2:
-        raise ArgumentError(f"context is {context} tokens, allowed: 2 or more")
-    if stride is not None and not 1 <= stride <= context:
-        raise ArgumentError(f"stride is {stride}, allowed: 1 to the context of {context} tokens")
-    if len(ids) < 2:
-        raise ArgumentError(f"the text has {len(ids)} tokens; at least 2 are needed to score one")
-    return list(_windows(torch.tensor(list(ids), dtype=torch.int64), context, stride or context))
+    least, length = max(2, len(start) + 1), context - len(start)
+    if context < least:
+        raise ArgumentError(f"context is {context} tokens, allowed: {least} or more")
+    if stride is not None and not 1 <= stride <= length:
+        raise ArgumentError(
+            f"stride is {stride}, allowed: 1 to {length}, the tokens of the text in a window"
+        )
+    needed = 1 if start else 2
+    if len(ids) < needed:
+        raise ArgumentError(
+            f"the text has {len(ids)} tokens; at least {needed} are needed to score one"
+        )
+    text, first = (torch.tensor(list(tokens), dtype=torch.int64) for tokens in (ids, start))
+    return list(_windows(text, length, stride or length, first))
 
 
-def _windows(ids: torch.Tensor, context: int, stride: int) -> Iterator[Window]:
-    scored = 0  # tokens up to here are done with
-    for start in range(0, len(ids), stride):
-        end = min(start + context, len(ids))
-        if stride == context and end - start < context and start > 0:
+def _windows(ids: torch.Tensor, length: int, stride: int, start: torch.Tensor) -> Iterator[Window]:
+    unpredicted = 0 if len(start) else 1  # tokens of a window that nothing stands before
+    scored = 0  # tokens of the text up to here are done with
+    for begin in range(0, len(ids), stride):
+        end = min(begin + length, len(ids))
+        if stride == length and end - begin < length and begin > 0:
             return
-        yield Window(ids[start:end], max(1, scored - start))
+        skipped = max(scored - begin, unpredicted)
+        yield Window(torch.cat([start, ids[begin:end]]), len(start) + skipped)
         scored = end
         if end == len(ids):
             return

@@ -64,13 +64,35 @@ def test_a_stride_of_the_context_is_no_overlap() -> None:
     assert spans(windows(IDS, 20, 20)) == spans(windows(IDS, 20))
 
 
+@pytest.mark.parametrize("start", [[1], [7, 8]])
+@pytest.mark.parametrize("stride", [None, 1, 7, 17])
+def test_every_window_begins_with_the_start_tokens_and_scores_what_follows(
+    stride: int | None, start: list[int]
+) -> None:
+    found = windows(IDS, 20, stride, start)
+    scored = [int(i) for window in found for i in window.ids[window.first_scored :]]
+    places = 20 - len(start)
+    assert scored == (IDS if stride else IDS[: len(IDS) // places * places])
+    assert all(window.ids[: len(start)].tolist() == start for window in found)
+    assert all(len(window.ids) == 20 for window in found[:-1])
+    assert found[0].first_scored == len(start)
+
+
+def test_start_tokens_take_places_of_the_context() -> None:
+    assert spans(windows([4], 2, start=[1])) == [(2, 1)]
+    with pytest.raises(ArgumentError, match="context is 2 tokens, allowed: 3 or more"):
+        windows(IDS, 2, start=[7, 8])
+    with pytest.raises(ArgumentError, match="stride is 20, allowed: 1 to 19"):
+        windows(IDS, 20, 20, [1])
+
+
 @pytest.mark.parametrize(
     ("ids", "context", "stride", "message"),
     [
         ([], 20, None, "the text has 0 tokens"),
         ([4], 20, None, "the text has 1 tokens"),
         (IDS, 1, None, "context is 1 tokens"),
-        (IDS, 20, 0, "stride is 0, allowed: 1 to the context of 20"),
+        (IDS, 20, 0, "stride is 0, allowed: 1 to 20, the tokens of"),
         (IDS, 20, 21, "stride is 21"),
     ],
 )
@@ -159,8 +181,9 @@ def test_no_windows_are_refused(networks: tuple[Any, Any]) -> None:
 
 
 def test_the_tokenizer_decides_on_special_tokens() -> None:
-    def tokenizer(text: str, verbose: bool) -> dict[str, list[int]]:
+    def tokenizer(text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
         assert not verbose  # no warning about the length; windows are cut later
-        return {"input_ids": [1, *map(ord, text)]}
+        return {"input_ids": [*([1] if add_special_tokens else []), *map(ord, text)]}
 
     assert token_ids(tokenizer, "ab") == [1, 97, 98]
+    assert token_ids(tokenizer, "ab", with_special_tokens=False) == [97, 98]

@@ -3,19 +3,21 @@
 Self-calibration samples at temperature 1 without truncation, so that the sequences follow the
 model's own distribution, the one whose change is being measured. Every document begins with the
 start token (BOS, else EOS, else a random token); after an EOS a new document begins in the same
-sequence, as in packed training data.
+sequence, as in packed training data. A sequence cut from a text begins with the start token, too,
+where the tokenizer puts one before a text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from cvxq_format.model_config import context_length
+from cvxq_format.text import decode_text, start_tokens
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
@@ -51,7 +53,8 @@ def make_sequences(
         return _sample(network, tokenizer, count, length, calibration.seed, progress)
     if tokenizer is None:
         raise ConversionError(f"{source}: the model has no tokenizer; use --calibration self")
-    return _cut(_tokenize(network, tokenizer, read_documents(source)), count, length, source)
+    tokens = _tokenize(network, tokenizer, read_documents(source))
+    return _cut(tokens, start_tokens(tokenizer), count, length, source)
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -61,7 +64,7 @@ def read_documents(source: str) -> list[str]:
     """Read a .jsonl file ({"text": …} per line) or a text file (one document), as UTF-8."""
     path = Path(source)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = decode_text(path.read_bytes())
     except FileNotFoundError:
         raise ConversionError(
             f"{source}: no such file; --calibration takes self, none, a .txt or a .jsonl file"
@@ -111,15 +114,30 @@ def _tokenize(network: Any, tokenizer: Any, documents: Iterable[str]) -> Tensor:
     return tokens
 
 
-def _cut(tokens: Tensor, sequences: int, length: int, source: str) -> Tensor:
-    windows = len(tokens) // length
-    if windows < sequences:
+def _cut(tokens: Tensor, start: list[int], sequences: int, length: int, source: str) -> Tensor:
+    """Return sequences (S, L) spread evenly over `tokens`, every one beginning with `start`."""
+    first = torch.tensor(start[: length - 1], dtype=torch.int64)
+    windows = list(_windows(tokens, first, length))
+    if len(windows) < sequences:
         raise ConversionError(
-            f"{source}: too short: {len(tokens)} tokens, {sequences} sequences of {length} need "
-            f"{sequences * length}; use a longer text, or fewer or shorter sequences"
+            f"{source}: too short: {len(tokens)} tokens, enough for {len(windows)} sequences of "
+            f"{length}, {sequences} are needed; use a longer text, or fewer or shorter sequences"
         )
-    chosen = torch.arange(sequences) * windows // sequences
-    return tokens[: windows * length].view(windows, length)[chosen].clone()
+    chosen = [windows[index * len(windows) // sequences] for index in range(sequences)]
+    return torch.stack(chosen)
+
+
+def _windows(tokens: Tensor, start: Tensor, length: int) -> Iterator[Tensor]:
+    """Cut `tokens` end to end into windows (L,), `start` put before those that lack it."""
+    place = 0
+    while True:
+        begins = torch.equal(tokens[place : place + len(start)], start)  # a document does here
+        before = start[:0] if begins else start
+        window = torch.cat([before, tokens[place : place + length - len(before)]])
+        if len(window) < length:
+            return
+        yield window
+        place += length - len(before)
 
 
 # --- the model's own text -----------------------------------------------------------------------

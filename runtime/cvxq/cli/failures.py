@@ -82,8 +82,16 @@ def existing_file(path: Path, expected: str) -> Path:
 
 
 def read_text(path: Path, expected: str) -> str:
-    """Return the UTF-8 text of `path`; a byte that is not UTF-8 is a FileProblem."""
+    """Return the text of the file `path`, see `decoded`."""
+    return decoded(existing_file(path, expected).read_bytes(), path, expected)
+
+
+def decoded(data: bytes, where: object, expected: str) -> str:
+    """Return bytes as text, see `decode_text`; a byte that is not UTF-8 is a FileProblem."""
+    from cvxq_format.text import decode_text
+
     try:
-        return existing_file(path, expected).read_bytes().decode("utf-8")
+        return decode_text(data)
     except UnicodeDecodeError as error:
-        raise FileProblem(f"{path}: byte {error.start} is not UTF-8, expected {expected}") from None
+        found = f"{where}: byte {error.start} is not UTF-8, expected {expected}"
+        raise FileProblem(found) from None

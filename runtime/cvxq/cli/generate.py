@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvxq.cli.failures import FileProblem, existing_file, read_text
+from cvxq.cli.failures import decoded, existing_file, read_text
 from cvxq.cli.options import load_model, running_options, sampling_options, sampling_settings
 
 if TYPE_CHECKING:
@@ -59,20 +59,13 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("PROMPT and --file exclude each other; give one")
     if prompt_file is not None:
-        return _drop_last_break(read_text(prompt_file, "a text file with the prompt"))
+        return read_text(prompt_file, "a text file with the prompt").removesuffix("\n")
     if prompt is not None and prompt != "-":
         return prompt
     stdin = sys.stdin.buffer
     if prompt is None and stdin.isatty():
         raise click.UsageError("no prompt; give PROMPT, --file or a text on stdin")
-    try:
-        return _drop_last_break(stdin.read().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise FileProblem(f"stdin: byte {error.start} of the prompt is not UTF-8") from None
-
-
-def _drop_last_break(text: str) -> str:
-    return text.removesuffix("\n").removesuffix("\r")
+    return decoded(stdin.read(), "stdin", "a prompt").removesuffix("\n")
 
 
 class Clock:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from cvxq.evaluate import DivergenceResult, Estimate, PerplexityResult, Predictor
 
 LONGEST_CONTEXT = 2048  # tokens; what published tables use unless they say otherwise
+START_TOKENS = {
+    "every window": "each beginning with the start token",
+    "text": "the start token at the beginning of the text alone",
+    "none": "without a start token, since the tokenizer adds none",
+}
 
 
 @click.command("perplexity", short_help="Measure perplexity, and KL to the original.")
@@ -26,7 +31,9 @@ LONGEST_CONTEXT = 2048  # tokens; what published tables use unless they say othe
     "--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text."
 )
 @click.option("--context", type=int, help="Tokens per window; default: the model's, 2048 at most.")
-@click.option("--stride", type=int, help="Tokens between windows; default: the context.")
+@click.option("--stride", type=int, help="Tokens between windows; default: end to end.")
+@click.option("--windows", "most", type=click.IntRange(min=1), help="Only the first N windows.")
+@click.option("--no-bos", is_flag=True, help="A start token at the beginning of the text alone.")
 @click.option("--against", metavar="ORIGINAL", help="Model folder, hub id, .gguf or .cvxq file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @running_options
@@ -35,6 +42,8 @@ def command(
     text_file: Path,
     context: int | None,
     stride: int | None,
+    most: int | None,
+    no_bos: bool,
     against: str | None,
     as_json: bool,
     weights: str,
@@ -43,7 +52,9 @@ def command(
 ) -> None:
     """Measure the perplexity of FILE, a .cvxq file or a model folder, on a text.
 
-    The text is tokenized once and cut into windows; each token but a window's first is scored.
+    The text is tokenized once and cut into windows. If the tokenizer adds a start token (BOS),
+    every window begins with it, within its context, and scores all tokens that follow; else, and
+    with --no-bos (as in most published tables), each scores all tokens but its first.
     --against adds the divergence of the next-token distributions from the original's: KL in nats
     per token, and how often both find the same token likeliest. ± is one standard error.
 
@@ -58,6 +69,7 @@ def command(
     summary = summarize(path) if path.is_file() else None
     quiet_transformers()
     import torch
+    from cvxq_format.text import start_tokens
 
     from cvxq import evaluate
     from cvxq.original import load_subject
@@ -70,12 +82,21 @@ def command(
     say_path(path, subject.transformers_reason)
     context = context or min(subject.context_length or LONGEST_CONTEXT, LONGEST_CONTEXT)
     _check_context(context, subject.context_length)
-    ids = evaluate.token_ids(subject.tokenizer, text)
+    added = start_tokens(subject.tokenizer)
+    start = [] if no_bos else added
+    ids = evaluate.token_ids(subject.tokenizer, text, with_special_tokens=not start)
     if len(ids) < 2:
         raise FileProblem(f"{text_file}: {len(ids)} tokens, at least 2 are needed to score one")
-    windows = evaluate.windows(ids, context, stride)
+    every = evaluate.windows(ids, context, stride, start)
+    windows = every[:most]
     progress = Progress()
-    setting = {"context": context, "stride": stride or context, "windows": len(windows)}
+    setting = {
+        "context": context,
+        "stride": stride or context - len(start),
+        "windows": len(windows),
+        "windows_in_text": len(every),
+        "start_token": ("every window" if start else "text") if added else "none",
+    }
     if against is None:
         result = evaluate.perplexity(subject.network, windows, progress)
         _report(file, result, None, summary, setting, as_json)
@@ -107,15 +128,17 @@ def _report(
     result: PerplexityResult,
     divergence: DivergenceResult | None,
     summary: FileSummary | None,
-    setting: dict[str, int],
+    setting: dict[str, Any],
     as_json: bool,
 ) -> None:
     if as_json:
         emit_json(_record(file, result, divergence, summary, setting))
         return
+    used, every = setting["windows"], setting["windows_in_text"]
     click.echo(
-        f"{file}: {result.tokens} tokens scored in {setting['windows']} windows of "
-        f"{setting['context']}, stride {setting['stride']}"
+        f"{file}: {result.tokens} tokens scored in {used}{'' if used == every else f' of {every}'} "
+        f"windows of {setting['context']}, stride {setting['stride']}, "
+        f"{START_TOKENS[setting['start_token']]}"
     )
     if summary is not None:
         click.echo(rates_text(summary))
@@ -145,7 +168,7 @@ def _record(
     result: PerplexityResult,
     divergence: DivergenceResult | None,
     summary: FileSummary | None,
-    setting: dict[str, int],
+    setting: dict[str, Any],
 ) -> dict[str, Any]:
     record: dict[str, Any] = {
         "model": file,

@@ -20,8 +20,9 @@ from cvxq_format.model_config import context_length
 class Bytes:
     """A tokenizer of one token per byte, with a start token (1) for every document."""
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [1, *(3 + byte % 90 for byte in text.encode())]}
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+        start = [1] if add_special_tokens else []
+        return {"input_ids": [*start, *(3 + byte % 90 for byte in text.encode())]}
 
 
 def sample(network: Any, **options: Any) -> torch.Tensor:
@@ -127,12 +128,50 @@ def test_text_is_cut_into_windows_spread_over_the_file(build_network: Any, tmp_p
     network = build_network("llama")
     options = Calibration(source=str(path), sequences=3, length=10)
     tokens = make_sequences(network, Bytes(), options)
-    stream = [1, *(3 + (33 + i % 90) % 90 for i in range(99))]
-    assert tokens.tolist() == [stream[0:10], stream[30:40], stream[60:70]]
+    stream = [3 + (33 + i % 90) % 90 for i in range(99)]
+    expected = [stream[0:9], stream[27:36], stream[63:72]]  # of eleven
+    assert tokens.tolist() == [[1, *window] for window in expected]
     with pytest.raises(
-        ConversionError, match=r"too short: 100 tokens, 11 sequences of 10 need 110"
+        ConversionError, match=r"too short: 100 tokens, enough for 11 sequences of 10, 12 are"
     ):
-        make_sequences(network, Bytes(), Calibration(str(path), 11, 10))
+        make_sequences(network, Bytes(), Calibration(str(path), 12, 10))
+
+
+def test_without_a_start_token_windows_are_text_alone(build_network: Any, tmp_path: Path) -> None:
+    class Plain(Bytes):
+        def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+            return super().__call__(text, add_special_tokens=False)
+
+    path = tmp_path / "text.txt"
+    path.write_text("".join(chr(33 + i) for i in range(40)))
+    options = Calibration(source=str(path), sequences=2, length=10)
+    tokens = make_sequences(build_network("llama"), Plain(), options)
+    stream = Plain()(path.read_text())["input_ids"]
+    assert tokens.tolist() == [stream[0:10], stream[20:30]]
+
+
+def test_a_document_at_the_start_of_a_window_has_one_start_token(
+    build_network: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("abc", "defgh", "ij")))
+    options = Calibration(source=str(path), sequences=3, length=4)
+    tokens = make_sequences(build_network("llama"), Bytes(), options)
+    a, *_ = Bytes()("a", add_special_tokens=False)["input_ids"]
+    b, c, d, e, f, g, h = range(a + 1, a + 8)
+    assert tokens.tolist() == [[1, a, b, c], [1, d, e, f], [1, g, h, 1]]
+
+
+def test_line_breaks_of_windows_and_a_mark_change_nothing(
+    build_network: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.txt"
+    found = []
+    for data in (b"one\ntwo\n\nthree", b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree"):
+        path.write_bytes(data)
+        options = Calibration(source=str(path), sequences=1, length=14)
+        found.append(make_sequences(build_network("llama"), Bytes(), options).tolist())
+    assert found[0] == found[1]
 
 
 def test_json_lines_are_joined_documents(build_network: Any, tmp_path: Path) -> None:

@@ -34,11 +34,15 @@ def test_prompts_from_argument_file_and_stdin_agree(
 ) -> None:
     prompt_file = tmp_path / "prompt.txt"
     prompt_file.write_text("A b\n", encoding="utf-8")
+    windows_file = tmp_path / "windows.txt"
+    windows_file.write_bytes(b"\xef\xbb\xbfA b\r\n")
     options = ("--max-tokens", 8, "--seed", 3)
     texts = {
         cvxq("generate", model_file, "A b", *options).stdout,
         cvxq("generate", model_file, "--file", prompt_file, *options).stdout,
+        cvxq("generate", model_file, "--file", windows_file, *options).stdout,
         cvxq("generate", model_file, *options, input="A b\n").stdout,
+        cvxq("generate", model_file, *options, input=b"\xef\xbb\xbfA b\r\n").stdout,
         cvxq("generate", model_file, "-", *options, input="A b").stdout,
     }
     assert len(texts) == 1
@@ -108,7 +112,7 @@ def test_prompt_that_is_missing_or_not_text(
     broken = tmp_path / "broken.txt"
     broken.write_bytes(b"ab\xff")
     assert "byte 2 is not UTF-8" in fails(3, "generate", model_file, "--file", broken)
-    assert "byte 0 of the prompt" in fails(3, "generate", model_file, input=b"\xff")
+    assert "stdin: byte 0 is not UTF-8" in fails(3, "generate", model_file, input=b"\xff")
 
 
 def test_file_without_tokenizer_says_so(

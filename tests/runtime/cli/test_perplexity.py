@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,63 @@ def test_against_another_model_there_is(
     assert record["kl"]["mean"] > 0.01  # type: ignore[index]
     assert 0 < record["kl_median"] <= record["kl_p90"] <= record["kl_p99"]  # type: ignore[operator]
     assert record["same_top"]["mean"] < 1  # type: ignore[index]
+
+
+@pytest.fixture
+def start_file(make_file: Callable[..., Any], plain_tokenizer: dict[str, bytes]) -> Path:
+    """A model whose tokenizer puts `<s>`, token 1, before every text."""
+    from tokenizers import Tokenizer, processors
+
+    core = Tokenizer.from_str(plain_tokenizer["tokenizer.json"].decode())
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    files = {**plain_tokenizer, "tokenizer.json": core.to_str().encode()}
+    path: Path = make_file("llama", name="start.cvxq", files=files).path
+    return path
+
+
+def test_every_window_begins_with_the_start_token(
+    cvxq: Cvxq, start_file: Path, model_file: Path, text_file: Path
+) -> None:
+    def measured(path: Path, *options: object) -> Any:
+        command = ("perplexity", path, "--text", text_file, "--context", 32, *options)
+        record = record_of(cvxq(*command, "--json"))
+        assert record["start_token"] in ("every window", "text", "none")
+        return record
+
+    everywhere = measured(start_file)
+    assert everywhere["start_token"] == "every window"
+    assert everywhere["windows"] == len(TEXT) // 31
+    assert everywhere["tokens"] == everywhere["windows"] * 31  # each token of the text
+    assert everywhere["stride"] == 31
+    once = measured(start_file, "--no-bos")
+    assert once["start_token"] == "text"
+    assert once["tokens"] == once["windows"] * 31 == (len(TEXT) + 1) // 32 * 31
+    assert once["nll"] != everywhere["nll"]
+    assert measured(model_file)["start_token"] == "none"
+    shown = cvxq("perplexity", start_file, "--text", text_file)
+    assert "each beginning with the start token" in shown.stdout
+
+
+def test_a_long_text_can_be_cut(cvxq: Cvxq, start_file: Path, text_file: Path) -> None:
+    common = ("perplexity", start_file, "--context", 32, "--windows", 2)
+    few = record_of(cvxq(*common, "--text", text_file, "--json"))
+    assert (few["windows"], few["windows_in_text"]) == (2, len(TEXT) // 31)
+    assert "in 2 of 8 windows of 32" in cvxq(*common, "--text", text_file).stdout
+    text_file.write_text(TEXT[:62])
+    assert record_of(cvxq(*common, "--text", text_file, "--json"))["nll"] == few["nll"]
+
+
+def test_marks_and_line_breaks_of_windows_change_nothing(
+    cvxq: Cvxq, model_file: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "lines.txt"
+    found = []
+    for data in (b"One line,\nanother.\n", b"\xef\xbb\xbfOne line,\r\nanother.\r\n"):
+        text.write_bytes(data)
+        found.append(record_of(cvxq("perplexity", model_file, "--text", text, "--json"))["nll"])
+    assert found[0] == found[1]
 
 
 def test_what_cannot_be_measured(
