@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,16 +18,67 @@ _CONTEXT_FIELDS = (
 )
 
 
+# Rotary settings that stretch the places of a text, by the name of their kind.  longrope and llama3
+# state the whole range.
+_STRETCHING = ("linear", "dynamic", "yarn")
+# Their linear scaling names the factor alone, and max_position_embeddings is the product already.
+_STATE_THE_PRODUCT = ("gemma3", "gemma3_text")
+
+
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Return the most tokens that the model was made for, or None where none are stated.
 
-    config: a parsed config.json; of a model that also sees or hears, its part about text.
+    With linear, dynamic or YaRN scaling that is the original length times its factor, unless more
+    is stated.  config: a parsed config.json; of a model that also sees or hears, its part about
+    text.
     """
-    for field in _CONTEXT_FIELDS:
-        value = config.get(field)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
+    stated = _stated_length(config)
+    if stated is None:
+        return None
+    return max([stated, *(_stretched(config, stated, s) for s in _rope_settings(config))])
+
+
+def unscaled_length(config: Mapping[str, Any]) -> int | None:
+    """Return the longest text that dynamic scaling leaves alone, None for a model without it.
+
+    In a longer one every token changes the angles of all.
+    """
+    kinds = [_kind(settings) for settings in _rope_settings(config)]
+    return _stated_length(config) if "dynamic" in kinds else None
+
+
+def _stated_length(config: Mapping[str, Any]) -> int | None:
+    lengths = (_length(config.get(field)) for field in _CONTEXT_FIELDS)
+    return next((length for length in lengths if length is not None), None)
+
+
+def _length(value: Any) -> int | None:
+    is_length = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return value if is_length else None
+
+
+def _rope_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rotary settings, one set for all layers or one for each type of layer."""
+    given = [config.get("rope_scaling"), config.get("rope_parameters")]
+    found = [settings for settings in given if isinstance(settings, Mapping)]
+    nested = [part for settings in found for part in settings.values()]
+    return found + [part for part in nested if isinstance(part, Mapping)]
+
+
+def _kind(settings: Mapping[str, Any]) -> Any:
+    return settings.get("rope_type", settings.get("type"))
+
+
+def _stretched(config: Mapping[str, Any], stated: int, settings: Mapping[str, Any]) -> int:
+    """The length that one set of rotary settings stretches the original one to."""
+    kind, factor = _kind(settings), settings.get("factor")
+    if kind not in _STRETCHING or not isinstance(factor, int | float) or not 1 < factor < math.inf:
+        return stated
+    name = "original_max_position_embeddings"
+    original = _length(settings.get(name)) or _length(config.get(name))
+    if original is None and kind == "linear" and config.get("model_type") in _STATE_THE_PRODUCT:
+        return stated
+    return round((original or stated) * factor)
 
 
 def attention_options(config: Mapping[str, Any]) -> dict[str, str]:

@@ -31,6 +31,14 @@ class ContextError(ArgumentError):
     """More tokens than the model's context holds."""
 
 
+def no_positions(context: int, positions: int) -> str:
+    """Say that a context is longer than the model's table of positions."""
+    return (
+        f"context is {context} tokens, but the model has learned positions for {positions} only; "
+        "give no more"
+    )
+
+
 class MissingPartError(CvxqError):
     """The file lacks a part that this use of it needs."""
 

@@ -21,6 +21,7 @@ from cvxq.model import Model, NetworkOptions
 if TYPE_CHECKING:
     import torch
 
+LONGEST_CONTEXT = 1 << 24  # tokens; more than any model was made for
 Weights = Literal["packed", "dense"]
 
 
@@ -31,6 +32,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     threads: int | None = None,
+    context: int | None = None,
     check: bool = True,
 ) -> Model:
     """Load the model in the `.cvxq` file at `path`, ready to generate text.
@@ -38,13 +40,17 @@ def load(
     weights: "packed" keeps matrices packed; "dense" expands all of them while loading and runs
     them through transformers, as does a dtype, the floating type to compute in (None: float32).
     device: "cpu", "cuda" or "cuda:N".  threads: of the CPU, as many as help if None.
+    context: the most tokens of a text, what the model was made for if None; it may be more.
     check: compare every tensor with its checksum as it is read (the header always is).
     Raises OSError when the file cannot be read, `cvxq_format.FormatError` when it is not a sound
-    container, UnsupportedModelError when transformers lacks the architecture, and
-    InconsistentFileError when tensors and architecture do not fit each other.
+    container, ArgumentError for an argument out of its range, UnsupportedModelError when
+    transformers lacks the architecture, and InconsistentFileError when tensors and architecture do
+    not fit each other.
     """
     if weights not in ("packed", "dense"):
         raise ArgumentError(f"weights is {weights!r}, allowed: 'packed', 'dense'")
+    if context is not None and not 2 <= context <= LONGEST_CONTEXT:
+        raise ArgumentError(f"context is {context} tokens, allowed: 2 to {LONGEST_CONTEXT}")
     check_device(str(device))
     options = NetworkOptions(weights == "packed", device, dtype, threads)
     reader = Reader(path, check=check, crc32=crc32)
@@ -52,12 +58,12 @@ def load(
     try:
         if weights == "packed" and dtype is None:
             try:
-                decoder = open_decoder(reader, str(device), threads)
+                decoder = open_decoder(reader, str(device), threads, context)
             except NotLeanError as error:
                 reason = str(error)
-        model = Model(reader, decoder, reason, options)
+        model = Model(reader, decoder, reason, options, context)
         if decoder is None:
-            model.network  # noqa: B018 - built now, so that what is wrong with it shows here
+            model.check_positions()  # builds the network, so that what is wrong with it shows here
     except BaseException:
         reader.close()
         raise

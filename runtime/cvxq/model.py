@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cvxq_format import Reader
 from cvxq_format.model_config import context_length
 
-from cvxq.errors import ArgumentError
+from cvxq.errors import ArgumentError, no_positions
 from cvxq.generate import Generation, generate_text
-from cvxq.lean import Decoder
+from cvxq.lean import Decoder, record_of
 from cvxq.lean.session import LeanSession
-from cvxq.parts import end_ids
+from cvxq.parts import end_ids, json_part
 from cvxq.sample import SamplingSettings
 from cvxq.session import Session
 from cvxq.tokenizer import Tokenizer, load_tokenizer
@@ -37,9 +37,10 @@ class Model:
     """A model ready to run; made by `cvxq.load`.
 
     reader: the open file; decoder: the lean decoder that generates, or None where transformers
-    does; transformers_reason: why there is none, or None where it was not asked for.  The
-    tokenizer and the network are built when first used, so a file without a tokenizer still runs
-    on token ids, and one with a decoder without transformers.
+    does; transformers_reason: why there is none, or None where it was not asked for; context: the
+    most tokens of a text that were asked for.  The tokenizer and the network are built when first
+    used, so a file without a tokenizer still runs on token ids, and one with a decoder without
+    transformers.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Model:
         decoder: Decoder | None,
         transformers_reason: str | None,
         options: NetworkOptions,
+        context: int | None = None,
     ) -> None:
         """Join an open file and the decoder made of it, if any."""
         self.reader = reader
         self.decoder = decoder
         self.transformers_reason = transformers_reason
         self._options = options
+        self._context = context
 
     @cached_property
     def network(self) -> PreTrainedModel:
@@ -88,7 +91,24 @@ class Model:
         """The most tokens of prompt and answer together, or None without a limit."""
         if self.decoder is not None:
             return self.decoder.capacity
+        return self._context or self.full_context
+
+    @cached_property
+    def full_context(self) -> int | None:
+        """The most tokens that the model was made for, or None where none are stated."""
+        if self.decoder is not None:
+            stated = context_length(json_part(self.reader, "config.json"))
+            return stated or record_of(self.reader).context
         return context_length(self.config.get_text_config().to_dict())
+
+    def check_positions(self) -> None:
+        """Raise ArgumentError where transformers lacks positions for the context asked for."""
+        names = (name for name, _ in self.network.named_buffers())
+        if any(name.endswith("inv_freq") for name in names):
+            return  # angles of any place
+        context, full = self._context, self.full_context
+        if context is not None and full is not None and context > full:
+            raise ArgumentError(no_positions(context, full))
 
     @property
     def vocabulary(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cvxq_format.model_config import attention_options, context_length
+from cvxq_format.model_config import attention_options, context_length, unscaled_length
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,50 @@ def test_the_usual_name_comes_first() -> None:
 def test_what_is_no_length_is_passed_over(value: object) -> None:
     assert context_length({"max_position_embeddings": value}) is None
     assert context_length({"max_position_embeddings": value, "n_ctx": 64}) == 64
+
+
+ORIGINAL = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        # Qwen: the stated length is left as it was; DeepSeek: it is the product already.
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 64}}, 256),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, ORIGINAL: 16}}, 64),
+        ({"rope_scaling": {"type": "yarn", "factor": 3, ORIGINAL: 16}}, 64),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.5}}, 160),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": None, ORIGINAL: 16}}, 64),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 256),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, ORIGINAL: 32}}, 64),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}, "model_type": "gemma3_text"}, 64),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 128),
+        # A set for each type of layer.
+        ({"rope_parameters": {"full": {"rope_type": "yarn", "factor": 8, ORIGINAL: 16}}}, 128),
+        ({"rope_parameters": {"full": {"rope_type": "default"}, "sliding": None}}, 64),
+        # These state their whole range.
+        ({"rope_scaling": {"type": "longrope", "factor": 32.0, ORIGINAL: 32}}, 64),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0, ORIGINAL: 32}}, 64),
+        ({ORIGINAL: 32, "rope_scaling": None}, 64),
+        ({ORIGINAL: 32, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 128),
+        *(
+            ({"rope_scaling": {"type": "linear", "factor": factor}}, 64)
+            for factor in (0.5, 0, -2, "4", None, float("nan"), float("inf"))
+        ),
+        ({"rope_scaling": "linear"}, 64),
+    ],
+)
+def test_scaling_stretches_the_context_once(config: dict[str, object], length: int) -> None:
+    assert context_length({"max_position_embeddings": 64, **config}) == length
+
+
+def test_only_dynamic_scaling_leaves_short_texts_alone() -> None:
+    def found(kind: str) -> int | None:
+        settings = {"rope_type": kind, "factor": 2.0}
+        return unscaled_length({"max_position_embeddings": 64, "rope_scaling": settings})
+
+    assert found("dynamic") == 64
+    assert found("linear") is found("yarn") is unscaled_length({}) is None
 
 
 def test_no_limit() -> None:

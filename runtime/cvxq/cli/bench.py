@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cvxq.cli.failures import existing_file
-from cvxq.cli.options import load_model, running_options
+from cvxq.cli.options import context_option, load_model, running_options
 from cvxq.cli.output import Progress, bytes_text, emit_json
 
 if TYPE_CHECKING:
@@ -32,12 +32,14 @@ DEFAULT_PROMPT_TOKENS, DEFAULT_TOKENS = 128, 64
     help="Tokens to generate; default: 64, or half of a shorter context.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@context_option
 @running_options
 def command(
     file: Path,
     prompt_tokens: int | None,
     tokens: int | None,
     repeats: int,
+    context: int | None,
     weights: str,
     device: str,
     threads: int | None,
@@ -56,7 +58,7 @@ def command(
     import cvxq.loading  # noqa: F401 - importing is not loading
 
     begin = time.perf_counter()
-    with load_model(file, weights, device, threads) as model:
+    with load_model(file, weights, device, threads, context) as model:
         load_seconds = time.perf_counter() - begin
         prompt_tokens, tokens = fit(model.context_length, prompt_tokens, tokens)
         record = measure(model, prompt_tokens, tokens, repeats)

@@ -15,7 +15,13 @@ import click
 
 from cvxq.chat import ChatError, Conversation, Prompt, turn_format
 from cvxq.cli.failures import FileProblem, existing_file
-from cvxq.cli.options import load_model, running_options, sampling_options, sampling_settings
+from cvxq.cli.options import (
+    context_option,
+    load_model,
+    running_options,
+    sampling_options,
+    sampling_settings,
+)
 
 if TYPE_CHECKING:
     from cvxq.model import Model
@@ -33,11 +39,13 @@ Ctrl-C  stop the answer"""
 @click.option("--system", metavar="TEXT", help="Instructions in front of the conversation.")
 @click.option("--max-tokens", type=int, default=512, show_default=True, help="Per answer.")
 @sampling_options
+@context_option
 @running_options
 def command(
     file: Path,
     system: str | None,
     max_tokens: int,
+    context: int | None,
     weights: str,
     device: str,
     threads: int | None,
@@ -55,7 +63,7 @@ def command(
     """
     existing_file(file, "a .cvxq file")
     settings = sampling_settings(sampling, max_tokens)
-    with load_model(file, weights, device, threads) as model:
+    with load_model(file, weights, device, threads, context) as model:
         Chat(model, settings, system).run()
 
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cvxq.cli.failures import decoded, existing_file, read_text
-from cvxq.cli.options import load_model, running_options, sampling_options, sampling_settings
+from cvxq.cli.options import (
+    context_option,
+    load_model,
+    running_options,
+    sampling_options,
+    sampling_settings,
+)
 
 if TYPE_CHECKING:
     from cvxq.generate import Generation
@@ -24,12 +30,14 @@ if TYPE_CHECKING:
 )
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Generate at most N.")
 @sampling_options
+@context_option
 @running_options
 def command(
     file: Path,
     prompt: str | None,
     prompt_file: Path | None,
     max_tokens: int,
+    context: int | None,
     weights: str,
     device: str,
     threads: int | None,
@@ -47,7 +55,7 @@ def command(
     existing_file(file, "a .cvxq file")
     text = read_prompt(prompt, prompt_file)
     settings = sampling_settings(sampling, max_tokens)
-    with load_model(file, weights, device, threads) as model:
+    with load_model(file, weights, device, threads, context) as model:
         clock = Clock()
         result = model.generate(text, settings, on_text=clock.write)
     click.echo()

@@ -39,6 +39,10 @@ _RUNNING = (
     click.option("--threads", type=click.IntRange(min=1),
                  help="CPU threads; default: as many as help."),
 )  # fmt: skip
+_CONTEXT = (
+    click.option("--context", type=click.IntRange(min=2), metavar="N",
+                 help="Tokens of a text; default: as many as the model was made for."),
+)  # fmt: skip
 
 
 def sampling_options(function: Function) -> Function:
@@ -49,6 +53,11 @@ def sampling_options(function: Function) -> Function:
 def running_options(function: Function) -> Function:
     """Add how weights are held, where they compute and how many threads do."""
     return _apply(_RUNNING, function)
+
+
+def context_option(function: Function) -> Function:
+    """Add how long a text may be."""
+    return _apply(_CONTEXT, function)
 
 
 def _apply(options: tuple[Callable[[Any], Any], ...], function: Function) -> Function:
@@ -64,18 +73,28 @@ def sampling_settings(options: dict[str, Any], max_tokens: int | None) -> Sampli
     return SamplingSettings(max_tokens=max_tokens, **options)
 
 
-def load_model(file: Path, weights: str, device: str, threads: int | None) -> Model:
+def load_model(
+    file: Path, weights: str, device: str, threads: int | None, context: int | None = None
+) -> Model:
     """Load a `.cvxq` file; a path that is no file fails before anything loads.
 
-    Says in one line on stderr when transformers has to run the model, and why.
+    Says in one line each on stderr when transformers has to run the model, and why, and when the
+    context is longer than the model was made for.
     """
     existing_file(file, "a .cvxq file")
     quiet_transformers()
     from cvxq.loading import load
 
     held: Literal["packed", "dense"] = "packed" if weights == "packed" else "dense"
-    model = load(file, weights=held, device=device, threads=threads)
+    model = load(file, weights=held, device=device, threads=threads, context=context)
     say_path(file, model.transformers_reason)
+    full = None if context is None else model.full_context
+    if context is not None and full is not None and context > full:
+        click.echo(
+            f"--context {context} is more than the {full} tokens that the model was made for; "
+            "past them its text may get worse",
+            err=True,
+        )
     return model
 
 

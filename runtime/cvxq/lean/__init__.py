@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from cvxq_format import Reader, UnsupportedError
 from cvxq_format.decoder_record import FILE_NAME, DecoderRecord, parse_record
+from cvxq_format.model_config import context_length, unscaled_length
 
+from cvxq.errors import ArgumentError, no_positions
 from cvxq.lean.decoder import Decoder
 from cvxq.lean.errors import NotLeanError
 from cvxq.lean.products import Tensors
@@ -19,19 +23,53 @@ if TYPE_CHECKING:
 __all__ = ["Decoder", "NotLeanError", "Tensors", "open_decoder", "open_exact", "open_native"]
 
 
-def open_decoder(reader: Reader, device: str = "cpu", threads: int | None = None) -> Decoder:
+def open_decoder(
+    reader: Reader,
+    device: str = "cpu",
+    threads: int | None = None,
+    context: int | None = None,
+) -> Decoder:
     """Make the decoder of an open file; the file may be closed afterwards.
 
     device: "cpu", "cuda" or "cuda:N", already checked; threads: of the CPU, as many as help if
-    None.
-    Raises NotLeanError, with the reason in one line, where transformers has to run the model, and
-    CorruptError where the record contradicts itself or the tensors.
+    None; context: its capacity, what the model was made for if None.
+    Raises NotLeanError, with the reason in one line, where transformers has to run the model,
+    ArgumentError for a context that the model has no positions for, and CorruptError where the
+    record contradicts itself or the tensors.
     """
+    config = json_part(reader, "config.json")
     record = record_of(reader)
+    capacity = context or context_length(config) or record.context
+    record = _reaching(record, capacity, unscaled_length(config))
+    decoder = _open(record, reader, device, threads, config)
+    decoder.capacity = capacity
+    return decoder
+
+
+def _reaching(record: DecoderRecord, places: int, unscaled: int | None) -> DecoderRecord:
+    """Return the record with `places` at least as its context."""
+    if places <= record.context:
+        return record
+    if unscaled is not None and places > unscaled:
+        raise NotLeanError(
+            f"its scaling is dynamic past {unscaled} tokens; a context of {unscaled} does without"
+        )
+    if record.positions is not None:
+        raise ArgumentError(no_positions(places, record.context))
+    return replace(record, context=places)
+
+
+def _open(
+    record: DecoderRecord,
+    reader: Reader,
+    device: str,
+    threads: int | None,
+    config: Mapping[str, Any],
+) -> Decoder:
     if device != "cpu":
         from cvxq.lean.cuda.opening import open_torch_decoder
 
-        return open_torch_decoder(record, reader, device, json_part(reader, "config.json"))
+        return open_torch_decoder(record, reader, device, config)
     from cvxq.lean.native_decoder import useful_threads
 
     return open_native(record, reader, threads or useful_threads(reader.path.stat().st_size))

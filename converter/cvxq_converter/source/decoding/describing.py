@@ -69,7 +69,7 @@ class _Describer:
             head_dim=_head_dim(first),
             ffn=self._rows_of(layers[0].get_submodule(family.gate_up or family.up))
             // (2 if family.gate_up else 1),
-            context=config.max_position_embeddings,
+            context=numbers.context_of(config),
             embedding_width=width,
             embedding=self._weight(embedding),
             head=self._part(head),

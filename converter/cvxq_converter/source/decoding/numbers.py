@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from cvxq_format.decoder_record import Activation, Rope
+from cvxq_format.model_config import context_length, unscaled_length
 from torch import Tensor, nn
 
 from cvxq_converter.errors import NotDescribedError
@@ -19,6 +20,15 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: x.clamp(min=0),
 }
+
+
+def context_of(config: Any) -> int:
+    """Return the most tokens that one record describes: dynamic scaling goes beyond it."""
+    values = config.to_dict()
+    found = unscaled_length(values) or context_length(values)
+    if found is None:
+        raise NotDescribedError("a model without a longest text is not described")
+    return found
 
 
 def activation_of(module: Any) -> Activation:
