@@ -1,6 +1,8 @@
 """A text read by a network of transformers, whose keys and values are kept.
 
-Long prompts are read in pieces, so that attention's temporaries stay bounded.
+Long prompts are read in pieces, so that attention's temporaries stay bounded.  Where the length of
+the text changes the angles of all its places (`cvxq.angles`), all of it is read anew: once for
+longrope, for every token past the original length with dynamic scaling.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from cvxq.angles import Angles
 from cvxq.session import Logits, Session
 
 PREFILL_TOKENS = 512  # read per forward pass
@@ -31,6 +34,8 @@ class NetworkSession(Session):
         self.network = network
         self.prefill_tokens = prefill_tokens
         self._cache: Any = None
+        self._angles = Angles(network)
+        self._turned_by: bytes | None = None  # the angles of what is cached
         # Recurrent networks keep a state that cannot be rewound: they read everything anew.
         self._has_keys = not getattr(network, "_is_stateful", False)
         forward = inspect.signature(network.forward).parameters
@@ -51,12 +56,18 @@ class NetworkSession(Session):
 
     @torch.inference_mode()
     def _read(self, ids: Sequence[int]) -> Logits:
-        if not self._has_keys:
-            logits = self._forward([*self.ids, *ids])
-            self.ids.extend(ids)
-            return logits
-        if self._cache is None:
-            self._cache = DynamicCache()
+        with self._angles.of(len(self.ids) + len(ids)) as angles:
+            if not self._has_keys:
+                logits = self._forward([*self.ids, *ids])
+                self.ids.extend(ids)
+                return logits
+            if angles != self._turned_by or self._cache is None:
+                ids = [*self.ids, *ids]
+                self.ids.clear()
+                self._cache, self._turned_by = DynamicCache(), angles
+            return self._read_pieces(ids)
+
+    def _read_pieces(self, ids: Sequence[int]) -> Logits:
         try:
             for start in range(0, len(ids), self.prefill_tokens):
                 piece = ids[start : start + self.prefill_tokens]

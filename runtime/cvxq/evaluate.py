@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import nn
 
+from cvxq.angles import Angles
 from cvxq.errors import ArgumentError
 from cvxq.progress import Progress
 
@@ -215,7 +216,8 @@ def _logits(network: Predictor, window: Window) -> torch.Tensor:
         every = torch.as_tensor(network.logits(window.ids.tolist()))
         return every[window.first_scored - 1 : -1]
     ids = window.ids[None].to(cast(torch.device, network.device))
-    output = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    with Angles(network).of(len(window.ids)):
+        output = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     logits: torch.Tensor = output.logits[0, window.first_scored - 1 : -1]
     return logits
 

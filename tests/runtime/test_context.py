@@ -82,7 +82,7 @@ def test_learned_positions_end(
     kind: str, weights: Literal["packed", "dense"], make_file: MakeFile
 ) -> None:
     path = make_file(kind).path
-    with pytest.raises(ArgumentError, match="context is 65 tokens, but .* positions for 64 only"):
+    with pytest.raises(ArgumentError, match=r"context is 65 tokens, but .* for 64 only"):
         cvxq.load(path, weights=weights, context=65)
 
 
