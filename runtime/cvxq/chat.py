@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from cvxq.errors import ArgumentError
@@ -57,11 +58,15 @@ def _encode_plain(tokenizer: Any, messages: list[Message]) -> list[int]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens to answer, how many answer tokens fit, and how many old turns had to go."""
+    """The tokens to answer, how many answer tokens fit, and how many old turns had to go.
+
+    keep: tokens at the beginning that stay when the answer fills the context; None: it ends there.
+    """
 
     ids: list[int]
     room: int
     dropped_turns: int
+    keep: int | None = None
 
 
 @dataclass
@@ -69,7 +74,8 @@ class Conversation:
     """History within a context of `context_length` tokens; None means that there is no limit.
 
     answer_tokens: the most that an answer may take. Room for it is kept free, but no more than a
-    quarter of the context, so that a generous limit does not cost the history.
+    quarter of the context, so that a generous limit does not cost the history.  shifts: an answer
+    that fills the context goes on without the oldest tokens.
     """
 
     encode: Callable[[list[Message]], list[int]]
@@ -77,6 +83,7 @@ class Conversation:
     answer_tokens: int
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
+    shifts: bool = False
 
     def ask(self, text: str) -> Prompt:
         """Add the user's turn and render the history, oldest turns dropped until it fits.
@@ -105,7 +112,15 @@ class Conversation:
             del self.messages[:2]  # a question and its answer
             dropped += 1
             ids = self._render()
+        if self.shifts:
+            return Prompt(ids, self.answer_tokens, dropped, self._opening(ids))
         return Prompt(ids, min(self.answer_tokens, self.context_length - len(ids)), dropped)
+
+    def _opening(self, ids: list[int]) -> int:
+        """How many of the tokens `ids` come before the text of the first message."""
+        other = self._render([{"role": "user", "content": "."}])
+        pairs = zip(ids, other, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def answered(self, text: str) -> None:
         """Add the model's answer, whole or as far as it came."""
@@ -119,6 +134,6 @@ class Conversation:
         """Forget every turn; the system text stays."""
         self.messages.clear()
 
-    def _render(self) -> list[int]:
+    def _render(self, messages: list[Message] | None = None) -> list[int]:
         head = [{"role": "system", "content": self.system}] if self.system else []
-        return self.encode(head + self.messages)
+        return self.encode(head + (self.messages if messages is None else messages))

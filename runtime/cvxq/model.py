@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cvxq_format import Reader
 from cvxq_format.model_config import context_length
+from cvxq_format.text import start_tokens
 
 from cvxq.errors import ArgumentError, no_positions
 from cvxq.generate import Generation, generate_text
@@ -133,13 +134,22 @@ class Model:
                 return frozenset([ids] if isinstance(ids, int) else ids)
         return frozenset()
 
-    def session(self) -> Session:
-        """Start an empty text; hand it to `generate` again to reuse what was computed."""
-        if self.decoder is not None:
-            return LeanSession(self.decoder)
-        from cvxq.cache import NetworkSession
+    def session(self, *, shift: bool = False) -> Session:
+        """Start an empty text; hand it to `generate` again to reuse what was computed.
 
-        return NetworkSession(self.network, self.context_length)
+        shift: when the context is full, go on without the oldest half of the text, but for the
+        tokens that the tokenizer puts at its beginning.
+        """
+        session: Session
+        if self.decoder is not None:
+            session = LeanSession(self.decoder)
+        else:
+            from cvxq.cache import NetworkSession
+
+            session = NetworkSession(self.network, self.context_length)
+        if shift:
+            session.keep = len(start_tokens(self.tokenizer))
+        return session
 
     def encode(self, text: str) -> list[int]:
         """Tokenize a prompt the way the tokenizer does by default (BOS if it adds one).

@@ -17,10 +17,12 @@ from cvxq.chat import ChatError, Conversation, Prompt, turn_format
 from cvxq.cli.failures import FileProblem, existing_file
 from cvxq.cli.options import (
     context_option,
+    full_text,
     load_model,
     running_options,
     sampling_options,
     sampling_settings,
+    shift_option,
 )
 
 if TYPE_CHECKING:
@@ -40,12 +42,14 @@ Ctrl-C  stop the answer"""
 @click.option("--max-tokens", type=int, default=512, show_default=True, help="Per answer.")
 @sampling_options
 @context_option
+@shift_option
 @running_options
 def command(
     file: Path,
     system: str | None,
     max_tokens: int,
     context: int | None,
+    shift: bool,
     weights: str,
     device: str,
     threads: int | None,
@@ -54,8 +58,9 @@ def command(
     """Talk with the model in FILE; a line is a turn, answers go to stdout.
 
     Turns are framed by the model's chat template, or as "User:" and "Assistant:" lines if it has
-    none. When the context is full, the oldest turns are dropped with a notice. Lines may come
-    from a pipe. /help lists the commands inside.
+    none. When the context is full, the oldest turns are dropped with a notice; an answer that
+    fills it ends there, unless --shift drops the oldest half of the text, the system turn kept.
+    Lines may come from a pipe. /help lists the commands inside.
 
     \b
     Example:
@@ -64,7 +69,7 @@ def command(
     existing_file(file, "a .cvxq file")
     settings = sampling_settings(sampling, max_tokens)
     with load_model(file, weights, device, threads, context) as model:
-        Chat(model, settings, system).run()
+        Chat(model, settings, system, shift).run()
 
 
 class AnswerStoppedError(Exception):
@@ -74,7 +79,9 @@ class AnswerStoppedError(Exception):
 class Chat:
     """The loop of question and answer over one model."""
 
-    def __init__(self, model: Model, settings: SamplingSettings, system: str | None) -> None:
+    def __init__(
+        self, model: Model, settings: SamplingSettings, system: str | None, shift: bool
+    ) -> None:
         """Prepare an empty conversation; MissingPartError if the file has no tokenizer."""
         self.model = model
         self.settings = settings
@@ -83,6 +90,7 @@ class Chat:
         self.conversation = Conversation(
             self.format.encode, model.context_length, settings.max_tokens or 1, system
         )
+        self.conversation.shifts = shift
         self.is_terminal = sys.stdin.isatty()
         self.turns = 0
 
@@ -133,8 +141,11 @@ class Chat:
         if prompt.dropped_turns:
             turns = "turn" if prompt.dropped_turns == 1 else f"{prompt.dropped_turns} turns"
             notice(f"the context is full: dropped the oldest {turns}")
+        self.session.keep = prompt.keep
         answer, stopped = self.answer(prompt)
         click.echo()
+        if prompt.keep is None and self.session.room in (0, 1):  # the last token may be unread
+            notice(full_text(self.session.context_length))
         if stopped or not answer:
             notice("stopped" if stopped else "the model ended its answer at once")
         if answer:

@@ -12,10 +12,12 @@ import click
 from cvxq.cli.failures import decoded, existing_file, read_text
 from cvxq.cli.options import (
     context_option,
+    full_text,
     load_model,
     running_options,
     sampling_options,
     sampling_settings,
+    shift_option,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Generate at most N.")
 @sampling_options
 @context_option
+@shift_option
 @running_options
 def command(
     file: Path,
@@ -38,6 +41,7 @@ def command(
     prompt_file: Path | None,
     max_tokens: int,
     context: int | None,
+    shift: bool,
     weights: str,
     device: str,
     threads: int | None,
@@ -57,9 +61,12 @@ def command(
     settings = sampling_settings(sampling, max_tokens)
     with load_model(file, weights, device, threads, context) as model:
         clock = Clock()
-        result = model.generate(text, settings, on_text=clock.write)
+        session = model.session(shift=shift)
+        result = model.generate(text, settings, on_text=clock.write, session=session)
     click.echo()
     click.echo(clock.report(result), err=True)
+    if result.finish == "context":
+        click.echo(full_text(session.context_length), err=True)
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -43,6 +43,10 @@ _CONTEXT = (
     click.option("--context", type=click.IntRange(min=2), metavar="N",
                  help="Tokens of a text; default: as many as the model was made for."),
 )  # fmt: skip
+_SHIFT = (
+    click.option("--shift", is_flag=True,
+                 help="When the context is full, drop the oldest half of the text and go on."),
+)  # fmt: skip
 
 
 def sampling_options(function: Function) -> Function:
@@ -58,6 +62,11 @@ def running_options(function: Function) -> Function:
 def context_option(function: Function) -> Function:
     """Add how long a text may be."""
     return _apply(_CONTEXT, function)
+
+
+def shift_option(function: Function) -> Function:
+    """Add what happens when the context is full."""
+    return _apply(_SHIFT, function)
 
 
 def _apply(options: tuple[Callable[[Any], Any], ...], function: Function) -> Function:
@@ -96,6 +105,14 @@ def load_model(
             err=True,
         )
     return model
+
+
+def full_text(context: int | None) -> str:
+    """Say that the context is full, and what can be done."""
+    return (
+        f"the context of {context} tokens is full, so the text ends here; --context N gives it "
+        "more, --shift goes on without the oldest half"
+    )
 
 
 def say_path(file: Path, transformers_reason: str | None) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from weakref import ref
 
 import numpy as np
 
 from cvxq.lean.decoder import Decoder, DrawingDecoder
 from cvxq.sample import SamplingSettings
-from cvxq.session import Logits, Session
+from cvxq.session import Logits, Session, reseeded
 
 
 class LeanSession(Session):
@@ -25,11 +24,11 @@ class LeanSession(Session):
         """Forget all but the first `length` tokens."""
         del self.ids[length:]
 
-    def draw(self, ids: Sequence[int], settings: SamplingSettings) -> Iterator[int]:
+    def _draw(self, ids: Sequence[int], settings: SamplingSettings) -> Iterator[int]:
         """Yield the tokens that follow the text `ids`, drawn by the decoder if it can."""
         decoder = self.decoder
         if not isinstance(decoder, DrawingDecoder):
-            yield from super().draw(ids, settings)
+            yield from super()._draw(ids, settings)
             return
         self.resume(ids)
         text = list(ids)
@@ -40,8 +39,7 @@ class LeanSession(Session):
             yield token
             if not self._is_owner():  # another text was read meanwhile: begin anew from here
                 if self.room:
-                    seed = None if settings.seed is None else settings.seed + len(text)
-                    yield from self.draw(text, replace(settings, seed=seed))
+                    yield from self._draw(text, reseeded(settings, len(text)))
                 return
 
     def _is_owner(self) -> bool:

@@ -40,6 +40,19 @@ def test_answers_follow_the_history(cvxq: Cvxq, chat_file: Path) -> None:
     assert answers("ab\n/clear\nab\n") == answers("ab\n") * 2
 
 
+def test_an_answer_that_fills_the_context_says_so_or_shifts(cvxq: Cvxq, chat_file: Path) -> None:
+    common = ("chat", chat_file, "--max-tokens", 90, "--temperature", 4, "--seed", 2)
+    common = (*common, "--top-k", 40, "--system", "abc")
+    ended = cvxq(*common, "--context", 40, input="ab\n")
+    assert ended.exit_code == 0
+    assert "the context of 40 tokens is full" in ended.stderr
+    shifted = cvxq(*common, "--context", 40, "--shift", input="ab\n")
+    assert shifted.exit_code == 0
+    assert "is full" not in shifted.stderr
+    assert shifted.stdout.startswith(ended.stdout.rstrip())
+    assert len(shifted.stdout) > len(ended.stdout)
+
+
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of tokens that each forward pass reads, prefill or decoding."""

@@ -120,3 +120,40 @@ def test_file_without_tokenizer_says_so(
 ) -> None:
     path = make_file("llama").path
     assert "has no tokenizer" in fails(3, "generate", path, "Once")
+
+
+def test_a_full_context_ends_the_text_or_shifts(
+    cvxq: Cvxq, model_file: Path, stderr_lines: Callable[[Result], list[str]]
+) -> None:
+    common = ("generate", model_file, "Once upon", "--max-tokens", 90, "--temperature", 2)
+    common = (*common, "--seed", 1, "--top-k", 40)
+    ended = cvxq(*common)
+    assert ended.exit_code == 0
+    speed, full = stderr_lines(ended)
+    assert "context full" in speed
+    assert full.startswith("the context of 64 tokens is full")
+    assert "--context" in full
+    assert "--shift" in full
+    shifted = cvxq(*common, "--shift")
+    assert shifted.exit_code == 0
+    assert stderr_lines(shifted)[0].count("90 tokens in") == len(stderr_lines(shifted)) == 1
+    assert shifted.stdout.startswith(ended.stdout.removesuffix("\n"))
+
+
+def test_the_context_can_be_chosen(
+    cvxq: Cvxq,
+    fails: Callable[..., str],
+    model_file: Path,
+    stderr_lines: Callable[[Result], list[str]],
+) -> None:
+    common = ("generate", model_file, "Once upon", "--max-tokens", 90, "--temperature", 2)
+    common = (*common, "--seed", 1, "--top-k", 40)
+    short = cvxq(*common, "--context", 16)
+    assert "the context of 16 tokens is full" in stderr_lines(short)[-1]
+    long = cvxq(*common, "--context", 120)
+    assert long.exit_code == 0
+    assert "--context 120 is more than the 64 tokens" in stderr_lines(long)[0]
+    assert "90 tokens in" in stderr_lines(long)[1]
+    assert "holds 8" in fails(2, *common, "--context", 8)
+    assert "allowed: 2 to 16777216" in fails(2, *common, "--context", 1 << 40)
+    assert "1 is not in the range" in fails(2, *common, "--context", 1)
