@@ -8,7 +8,6 @@ nominal machine of that many threads does in `CALIBRATION_SECONDS`.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cvxq_format import memory
 from cvxq_format.model_config import context_length
 
 from cvxq_converter.errors import ConversionError
@@ -224,22 +224,7 @@ def available_memory(device: str) -> int | None:
     """Bytes that can still be had on the device; None where the system does not tell."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    limits = []
-    try:
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-    except OSError:
-        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
-        if all(name in os.sysconf_names for name in names):
-            limits.append(os.sysconf(names[0]) * os.sysconf(names[1]))
-    try:  # a container may be allowed less than the machine has
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text("ascii"))
-        limits.append(limit - int((group / "memory.current").read_text("ascii")))
-    except (OSError, ValueError):
-        pass  # no such limit
-    return min(limits) if limits else None
+    return memory.available_memory()
 
 
 def measure_speed(dtype: torch.dtype, device: str) -> Speed:

@@ -9,13 +9,23 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cvxq_format import MAX_DEPTH, CompandedTensor, RawEntry, Reader, depth_histogram
+from cvxq_format import (
+    MAX_DEPTH,
+    CompandedTensor,
+    FormatError,
+    RawEntry,
+    Reader,
+    depth_histogram,
+)
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
+from cvxq_format.decoder_record import DecoderRecord, parse_record
+
+from cvxq.cache_size import CacheSize, Reach, cache_size, reach_of
 
 # Kinds in the order in which they are shown; a file need not have all of them.
 KINDS = {
@@ -81,7 +91,7 @@ class FileSummary:
     """A whole file: bytes by kind (they add up to `file_bytes`) and its matrices.
 
     carried_files: name → bytes that it takes in the file; original_sizes: name → its own bytes,
-    more than these where it is stored deflated.
+    more than these where it is stored deflated; cache: None where nothing tells its size.
     """
 
     file_bytes: int
@@ -92,6 +102,8 @@ class FileSummary:
     parameters: int
     provenance: dict[str, Any] | None
     report: dict[str, Any] | None
+    reach: Reach
+    cache: CacheSize | None
 
     @property
     def weights(self) -> int:
@@ -125,7 +137,9 @@ class FileSummary:
     def path_text(self) -> str:
         """Which decoder runs the file, in words, and why not the fast one."""
         if DECODER_FILE in self.carried_files:
-            return "runs by its own decoders, from its record"
+            unscaled = self.reach.unscaled
+            limit = "" if unscaled is None else f", with a context of at most {unscaled} tokens"
+            return f"runs by its own decoders, from its record{limit}"
         return f"runs through transformers: {reason_without_record(self.report)}"
 
     def record(self) -> dict[str, Any]:
@@ -140,6 +154,8 @@ class FileSummary:
             "rate_bits_per_weight": self.rate_bits_per_weight,
             "file_bits_per_parameter": self.file_bits_per_parameter,
             "depth_histogram": list(self.depth_histogram),
+            "context": self.reach.context,
+            "key_value_cache": None if self.cache is None else asdict(self.cache),
             "matrices": [
                 {
                     "name": matrix.name,
@@ -173,6 +189,7 @@ def summarize(path: Path) -> FileSummary:
     Raises FormatError for a file that cannot be trusted, OSError for one that cannot be read.
     """
     with Reader(path) as reader:
+        config, record = json_file(reader, "config.json") or {}, _record(reader)
         counts: Counter[str] = Counter()
         matrices: list[MatrixSummary] = []
         parameters = 0
@@ -203,7 +220,17 @@ def summarize(path: Path) -> FileSummary:
             parameters=parameters,
             provenance=json_file(reader, "provenance.json"),
             report=json_file(reader, "report.json"),
+            reach=reach_of(config, record),
+            cache=cache_size(config, record),
         )
+
+
+def _record(reader: Reader) -> DecoderRecord | None:
+    """Return the record of the decoder, None without one that this version knows."""
+    try:
+        return parse_record(reader.file(DECODER_FILE)) if DECODER_FILE in reader.files else None
+    except FormatError:
+        return None
 
 
 def _summarize_matrix(name: str, tensor: CompandedTensor) -> MatrixSummary:

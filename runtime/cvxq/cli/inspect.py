@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from cvxq_format.memory import available_memory
 
 from cvxq.cli.failures import existing_file
 from cvxq.cli.output import bytes_text, emit_json, print_table
@@ -29,17 +30,45 @@ def command(file: Path, as_json: bool) -> None:
       cvxq inspect model.cvxq
     """
     summary = summarize(existing_file(file, "a .cvxq file"))
+    free = available_memory()
     if as_json:
-        emit_json(summary.record())
+        emit_json({**summary.record(), **memory_record(summary, free)})
         return
     click.echo(f"{file}: {bytes_text(summary.file_bytes)} bytes, {rates_text(summary)}")
-    click.echo(f"{file.name} {summary.path_text}\n")
+    click.echo(f"{file.name} {summary.path_text}")
+    click.echo(f"{context_text(summary, free)}\n")
     _print_bytes(summary)
     if summary.matrices:
         _print_histogram(summary)
         _print_matrices(summary)
     _print_record("provenance", summary.provenance)
     _print_record("quality report", summary.report)
+
+
+def memory_record(summary: FileSummary, free: int | None) -> dict[str, int | None]:
+    """Return free memory, None if unknown, and the largest context that fits beside the weights."""
+    fits = None
+    if summary.cache is not None and free is not None:
+        fits = summary.cache.largest_context(free - summary.file_bytes)
+    return {"free_memory_bytes": free, "largest_context_in_free_memory": fits}
+
+
+def context_text(summary: FileSummary, free: int | None) -> str:
+    """Return in words how long texts may be, and what they take."""
+    context, cache = summary.reach.context, summary.cache
+    texts = [
+        "no limit of the context is stated" if context is None else f"context {context:,} tokens"
+    ]
+    if cache is not None:
+        windowed = f", {cache.windowed} with a window of {cache.window:,}" if cache.window else ""
+        texts.append(
+            f"keys and values take {bytes_text(cache.bytes_per_token)} bytes per token "
+            f"(float32, {cache.layers} layers{windowed})"
+        )
+    fits = memory_record(summary, free)["largest_context_in_free_memory"]
+    if fits is not None:
+        texts.append(f"free memory holds the weights and {fits:,} tokens")
+    return ", ".join(texts)
 
 
 def rates_text(summary: FileSummary) -> str:
