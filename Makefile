@@ -28,7 +28,7 @@ environment:
 
 demo: environment
 	$(RUN)/cvxq convert demo/model -o demo/demo.cvxq --bits 3 --report demo/report
-	$(RUN)/cvxq perplexity demo/demo.cvxq --text demo/evaluation.txt --against demo/model
+	$(RUN)/cvxq perplexity demo/demo.cvxq --text demo/evaluation.txt --no-bos --against demo/model
 	$(RUN)/cvxq generate demo/demo.cvxq "The old house stood at the end of the lane," --max-tokens 120 --seed 1
 
 $(CHAT_FILE): | environment
