@@ -246,7 +246,7 @@ def head(args: argparse.Namespace) -> str:
         f"# Real models\n\nMade by\n\n```sh\n{' '.join(words)}\n```\n\n"
         f"on {cpu_name()}, {args.threads} threads, {datetime.date.today()}. Perplexity and KL "
         f"(nats per token) are on the first {CHARACTERS:,} characters of {args.text.name} in "
-        "windows of 512 tokens, cut as for published tables (`--no-bos`)."
+        "windows of 512 tokens, each with a start token where the model has one."
     )
 
 
