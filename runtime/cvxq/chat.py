@@ -1,9 +1,9 @@
-"""A conversation: turns, how they become tokens, and what is dropped when the context is full.
+"""A conversation: its turns, and what is dropped when the context is full.
 
-The tokens of the whole history are rendered anew for every turn, by the model's own chat template
-or by a plain turn format. Whoever generates the answer compares them with the tokens its cache
-holds and computes only what lies beyond the common prefix; so templates may rewrite earlier turns
-(some drop the reasoning of old answers) and the result is still right, merely slower.
+The tokens of the whole history are rendered anew for every turn (`cvxq.turns`). Whoever generates
+the answer compares them with the tokens its cache holds and computes only what lies beyond the
+common prefix; so templates may rewrite earlier turns (some drop the reasoning of old answers) and
+the result is still right, merely slower.
 """
 
 from __future__ import annotations
@@ -11,49 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
 
-from cvxq.errors import ArgumentError
+from cvxq.turns import ChatError, Message, TurnFormat, turn_format
 
-Message = dict[str, str]
-
-
-class ChatError(ArgumentError):
-    """A turn that cannot be rendered or does not fit the context, in one line."""
-
-
-@dataclass(frozen=True)
-class TurnFormat:
-    """How messages become the tokens of a prompt that ends where the answer begins.
-
-    stop: texts that end an answer, beside the model's end-of-sequence tokens.
-    """
-
-    name: str
-    encode: Callable[[list[Message]], list[int]]
-    stop: tuple[str, ...]
-
-
-def turn_format(tokenizer: Any) -> TurnFormat:
-    """Return the tokenizer's chat template as a turn format, or the plain one if it has none."""
-    if getattr(tokenizer, "chat_template", None):
-        return TurnFormat("chat template", lambda turns: _encode_template(tokenizer, turns), ())
-    return TurnFormat("plain turns", lambda turns: _encode_plain(tokenizer, turns), ("\nUser:",))
-
-
-def _encode_template(tokenizer: Any, messages: list[Message]) -> list[int]:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the model's author: anything may fail
-        raise ChatError(f"the model's chat template refuses these turns: {error}") from error
-    # The template writes the special tokens itself.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _encode_plain(tokenizer: Any, messages: list[Message]) -> list[int]:
-    labels = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
-    turns = [labels[message["role"]] + message["content"].strip() for message in messages]
-    return list(tokenizer("\n".join([*turns, "Assistant:"]))["input_ids"])
+__all__ = ["ChatError", "Conversation", "Message", "Prompt", "TurnFormat", "turn_format"]
 
 
 @dataclass(frozen=True)
@@ -122,9 +83,13 @@ class Conversation:
         pairs = zip(ids, other, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    def answered(self, text: str) -> None:
-        """Add the model's answer, whole or as far as it came."""
-        self.messages.append({"role": "assistant", "content": text})
+    def answered(self, text: str, thought: str = "") -> None:
+        """Add the model's answer, whole or as far as it came, and what it thought before.
+
+        What of earlier thinking the model reads again is for its chat template to say.
+        """
+        reasoning = {"reasoning_content": thought} if thought else {}
+        self.messages.append({"role": "assistant", "content": text, **reasoning})
 
     def withdraw(self) -> None:
         """Take back the question that got no answer."""

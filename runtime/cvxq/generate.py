@@ -8,7 +8,8 @@ from typing import Literal
 
 from cvxq.sample import SamplingSettings
 from cvxq.session import Session
-from cvxq.stream import Decoder, StopStrings, TextStream
+from cvxq.specials import SpecialMarks, TextTokenizer
+from cvxq.stream import StopStrings, TextStream
 
 FinishReason = Literal["end", "stop", "length", "context"]
 
@@ -17,9 +18,9 @@ FinishReason = Literal["end", "stop", "length", "context"]
 class Generation:
     """What was generated: its tokens, their text, and why it ended.
 
-    text: without special tokens, cut before a stop string; ids: all tokens drawn, an
-    end-of-text token included; finish: "end" (end-of-text token), "stop" (a stop string),
-    "length" (max_tokens) or "context" (the context is full).
+    text: cut before a stop string and without special tokens, except those that were to be kept;
+    ids: all tokens drawn, an end-of-text token included; finish: "end" (end-of-text token), "stop"
+    (a stop string), "length" (max_tokens) or "context" (the context is full).
     """
 
     text: str
@@ -48,23 +49,26 @@ def generate_tokens(
 
 def generate_text(
     session: Session,
-    tokenizer: Decoder,
+    tokenizer: TextTokenizer,
     prompt_ids: Sequence[int],
     settings: SamplingSettings,
     end_ids: Collection[int] = (),
     on_text: Callable[[str], None] | None = None,
+    kept: Sequence[str] = (),
 ) -> Generation:
     """Generate a continuation of `prompt_ids`, handing each new piece of text to `on_text`.
 
-    Pieces are whole characters; together they are the text of the result.
+    Pieces are whole characters; together they are the text of the result.  Stop strings may have
+    special tokens in them.  kept: texts whose special tokens are not left out of the result.
     """
     stream = TextStream(tokenizer, prompt_ids)
-    stops = StopStrings(settings.stop)
+    specials = SpecialMarks(tokenizer, settings.stop, kept)
+    stops = StopStrings(specials.stops)
     ids: list[int] = []
     pieces: list[str] = []
 
     def show(piece: str) -> None:
-        if piece:
+        if piece := specials.show(piece):
             pieces.append(piece)
             if on_text is not None:
                 on_text(piece)
@@ -72,12 +76,13 @@ def generate_text(
     finish: FinishReason = "context"
     for token in generate_tokens(session, prompt_ids, settings, end_ids):
         ids.append(token)
-        if token in end_ids:
-            finish = "end"
-            break
-        show(stops.push(stream.push(token)))
+        text = "" if token in end_ids else stream.push(token)
+        show(stops.push(text + specials.mark(token)))
         if stops.found is not None:
             finish = "stop"
+            break
+        if token in end_ids:
+            finish = "end"
             break
         if len(ids) == settings.max_tokens:
             finish = "length"

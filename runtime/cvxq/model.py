@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,14 +11,15 @@ from cvxq_format import Reader
 from cvxq_format.model_config import context_length
 from cvxq_format.text import start_tokens
 
-from cvxq.errors import ArgumentError, no_positions
+from cvxq.errors import ArgumentError, MissingPartError, no_positions
 from cvxq.generate import Generation, generate_text
 from cvxq.lean import Decoder, record_of
 from cvxq.lean.session import LeanSession
-from cvxq.parts import end_ids, json_part
+from cvxq.parts import json_part, stated_end_ids
 from cvxq.sample import SamplingSettings
 from cvxq.session import Session
 from cvxq.tokenizer import Tokenizer, load_tokenizer
+from cvxq.turns import TurnFormat, turn_format
 
 if TYPE_CHECKING:
     import torch
@@ -121,18 +122,28 @@ class Model:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end a text: those of the generation config, else of the record or config.
+        """Tokens that end any text: of generation config and config together, and the tokenizer's.
 
+        Where neither config says, it is what the architecture has by default.
         Raises InconsistentFileError where the file names something else than tokens.
         """
-        stated = end_ids(self.reader)
+        ids = stated_end_ids(self.reader) or self._default_end_ids()
+        try:
+            last = self.tokenizer.eos_token_id
+        except MissingPartError:
+            return ids
+        return ids if last is None else ids | {last}
+
+    def _default_end_ids(self) -> frozenset[int]:
         if self.decoder is not None:
-            return self.decoder.end_tokens if stated is None else stated
-        for source in (self.generation_config, self.config.get_text_config()):
-            ids = getattr(source, "eos_token_id", None)
-            if ids is not None:
-                return frozenset([ids] if isinstance(ids, int) else ids)
-        return frozenset()
+            return self.decoder.end_tokens
+        ids = getattr(self.config.get_text_config(), "eos_token_id", None)
+        return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+
+    @cached_property
+    def turns(self) -> TurnFormat:
+        """How the model takes the turns of a conversation."""
+        return turn_format(self.tokenizer)
 
     def session(self, *, shift: bool = False) -> Session:
         """Start an empty text; hand it to `generate` again to reuse what was computed.
@@ -154,15 +165,35 @@ class Model:
     def encode(self, text: str) -> list[int]:
         """Tokenize a prompt the way the tokenizer does by default (BOS if it adds one).
 
-        An empty text becomes the token that begins texts.
+        An empty text becomes the token that begins texts.  Raises ArgumentError for a token that
+        the model does not know.
         """
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         if not ids:
             for start in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
                 if start is not None:
-                    return [int(start)]
+                    return self._known([int(start)])
             raise ArgumentError("the prompt is empty, and the tokenizer has no token to begin with")
-        return ids
+        return self._known(ids)
+
+    def _turn_end_ids(self, ids: Collection[int]) -> frozenset[int]:
+        """Return what ends an answer in the chat template, if it is among the tokens `ids`."""
+        inner = list(set(ids) - self.end_ids - {self.tokenizer.bos_token_id})
+        spelled, plain = (self.tokenizer.decode(inner, skipped) for skipped in (False, True))
+        if spelled == plain:  # no special tokens, and trying templates takes a quarter of a second
+            return frozenset()
+        return self.turns.end_ids.intersection(inner)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """Return `ids`; raises ArgumentError for one that is no row of the embedding."""
+        strange = next((token for token in ids if not 0 <= token < self.vocabulary), None)
+        if strange is None:
+            return ids
+        spelling = f" ({self.tokenizer.decode([strange])!r})" if strange > 0 else ""
+        raise ArgumentError(
+            f"the prompt has token {strange}{spelling}, but the model knows tokens 0 to "
+            f"{self.vocabulary - 1} only; leave it out of the text"
+        )
 
     def generate(
         self,
@@ -171,19 +202,27 @@ class Model:
         *,
         on_text: Callable[[str], None] | None = None,
         session: Session | None = None,
+        end_ids: Collection[int] | None = None,
+        kept: Sequence[str] = (),
     ) -> Generation:
         """Continue a prompt (text or token ids); `on_text` gets the text as it comes.
 
-        Raises ContextError when the prompt is longer than the context.
+        end_ids: tokens that end the text; None: the model's, and the one that ends an answer in
+        its chat template, if the prompt has that, too.  kept: texts whose special tokens are shown.
+        Raises ContextError when the prompt is longer than the context, ArgumentError for a token
+        that the model does not know.
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.encode(prompt) if isinstance(prompt, str) else self._known(list(prompt))
+        if end_ids is None:
+            end_ids = self.end_ids | self._turn_end_ids(ids)
         return generate_text(
             session or self.session(),
             self.tokenizer,
             ids,
             settings or SamplingSettings(),
-            self.end_ids,
+            end_ids,
             on_text,
+            kept,
         )
 
     def close(self) -> None:

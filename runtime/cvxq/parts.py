@@ -38,16 +38,19 @@ def json_object(blob: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def end_ids(reader: Reader) -> frozenset[int] | None:
-    """Tokens that end a text by the generation config; None where it does not say.
+def stated_end_ids(reader: Reader) -> frozenset[int]:
+    """Tokens that end a text by the generation config or the config; empty if they do not say.
 
     Raises InconsistentFileError for anything but a token, a list of tokens, or null.
     """
-    ids = json_part(reader, "generation_config.json").get("eos_token_id")
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(type(item) is int for item in listed):
-        raise InconsistentFileError(
-            f"{reader.path}: generation_config.json of the file: eos_token_id is {ids!r}, allowed: "
-            "a token's number, a list of them, or null"
-        )
-    return None if ids is None else frozenset(listed)
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        ids = json_part(reader, name).get("eos_token_id")
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(item) is int for item in listed):
+            raise InconsistentFileError(
+                f"{reader.path}: {name} of the file: eos_token_id is {ids!r}, allowed: "
+                "a token's number, a list of them, or null"
+            )
+        found.update(listed)
+    return frozenset(found)

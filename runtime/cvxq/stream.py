@@ -107,7 +107,7 @@ class StopStrings:
             _, place, self.found = min(hits)
             shown, self._held = self._held[:place], ""
             return shown
-        keep = self._possible_start()
+        keep = possible_start(self._held, self._stops)
         shown, self._held = (
             self._held[: len(self._held) - keep],
             self._held[len(self._held) - keep :],
@@ -119,10 +119,11 @@ class StopStrings:
         shown, self._held = self._held, ""
         return shown
 
-    def _possible_start(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
-                return length
-        return 0
+
+def possible_start(text: str, wanted: Sequence[str]) -> int:
+    """Return the length of the longest end of `text` that begins one of `wanted`, but is not it."""
+    longest = max((len(item) for item in wanted), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(item.startswith(text[-length:]) for item in wanted):
+            return length
+    return 0

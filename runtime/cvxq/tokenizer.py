@@ -17,6 +17,7 @@ from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 from cvxq.errors import MissingPartError, UnsupportedModelError
 from cvxq.lean.tokenizer import read_tokenizer
 from cvxq.parts import json_part
+from cvxq.templates import chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,9 +27,9 @@ _OTHER_PARTS = {
     "generation_config.json",
     "provenance.json",
     "report.json",
+    "chat_template.json",
     DECODER_FILE,
 }
-_TEMPLATE = "chat_template.jinja"
 
 
 class Tokenizer(Protocol):
@@ -78,7 +79,7 @@ def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreT
 
     with tempfile.TemporaryDirectory() as folder:
         for name in parts:
-            if name in own or name.endswith(".jinja") or name == "config.json":
+            if name in own or name == "config.json":
                 target = Path(folder, name)
                 target.parent.mkdir(exist_ok=True)
                 target.write_bytes(reader.file(name))
@@ -93,6 +94,5 @@ def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreT
             raise UnsupportedModelError(
                 f"the tokenizer in the file ({', '.join(own)}) cannot be built: {lines[0]}"
             ) from error
-    if tokenizer.chat_template is None and _TEMPLATE in parts:
-        tokenizer.chat_template = reader.file(_TEMPLATE).decode("utf-8")
+    tokenizer.chat_template = chat_template(reader) or tokenizer.chat_template
     return tokenizer

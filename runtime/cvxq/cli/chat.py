@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvxq.chat import ChatError, Conversation, Prompt, turn_format
-from cvxq.cli.failures import FileProblem, existing_file
+from cvxq.chat import Conversation, Prompt
+from cvxq.cli.failures import FileProblem, describe, existing_file
 from cvxq.cli.options import (
     context_option,
     full_text,
@@ -24,22 +24,30 @@ from cvxq.cli.options import (
     sampling_settings,
     shift_option,
 )
+from cvxq.errors import CvxqError
+from cvxq.thinking import Reply, opened_marks
 
 if TYPE_CHECKING:
     from cvxq.model import Model
     from cvxq.sample import SamplingSettings
 
+COMMANDS = ("/help", "/clear", "/exit")
 HELP = """\
 /help   this list
 /clear  forget the conversation so far
 /exit   leave (so does Ctrl-D)
+//      begins a message with a slash: //help sends /help; so does a slash before any other word
 Ctrl-C  stop the answer"""
+_TAIL = 16  # tokens at the end of a prompt, in which a mark of thinking may stand
 
 
 @click.command("chat", short_help="Talk with the model, turn by turn.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--system", metavar="TEXT", help="Instructions in front of the conversation.")
 @click.option("--max-tokens", type=int, default=512, show_default=True, help="Per answer.")
+@click.option(
+    "--hide-thinking", is_flag=True, help="Show answers without the thinking before them."
+)
 @sampling_options
 @context_option
 @shift_option
@@ -48,6 +56,7 @@ def command(
     file: Path,
     system: str | None,
     max_tokens: int,
+    hide_thinking: bool,
     context: int | None,
     shift: bool,
     weights: str,
@@ -58,9 +67,10 @@ def command(
     """Talk with the model in FILE; a line is a turn, answers go to stdout.
 
     Turns are framed by the model's chat template, or as "User:" and "Assistant:" lines if it has
-    none. When the context is full, the oldest turns are dropped with a notice; an answer that
-    fills it ends there, unless --shift drops the oldest half of the text, the system turn kept.
-    Lines may come from a pipe. /help lists the commands inside.
+    none. What a model thinks before it answers is dimmed on a terminal. When the context is full,
+    the oldest turns are dropped with a notice; an answer that fills it ends there, unless --shift
+    drops the oldest half of the text, the system turn kept. Lines may come from a pipe. /help lists
+    the commands inside; any other line is sent to the model, whatever it begins with.
 
     \b
     Example:
@@ -69,7 +79,9 @@ def command(
     existing_file(file, "a .cvxq file")
     settings = sampling_settings(sampling, max_tokens)
     with load_model(file, weights, device, threads, context) as model:
-        Chat(model, settings, system, shift).run()
+        chat = Chat(model, settings, system, hide_thinking=hide_thinking, shift=shift)
+        chat.run()
+    click.get_current_context().exit(chat.exit_code)
 
 
 class AnswerStoppedError(Exception):
@@ -80,12 +92,19 @@ class Chat:
     """The loop of question and answer over one model."""
 
     def __init__(
-        self, model: Model, settings: SamplingSettings, system: str | None, shift: bool
+        self,
+        model: Model,
+        settings: SamplingSettings,
+        system: str | None,
+        *,
+        hide_thinking: bool,
+        shift: bool,
     ) -> None:
         """Prepare an empty conversation; MissingPartError if the file has no tokenizer."""
         self.model = model
-        self.settings = settings
-        self.format = turn_format(model.tokenizer)
+        self.format = model.turns
+        self.settings = replace(settings, stop=(*settings.stop, *self.format.stop))
+        self.hide_thinking = hide_thinking
         self.session = model.session()
         self.conversation = Conversation(
             self.format.encode, model.context_length, settings.max_tokens or 1, system
@@ -93,23 +112,32 @@ class Chat:
         self.conversation.shifts = shift
         self.is_terminal = sys.stdin.isatty()
         self.turns = 0
+        self.has_answered = False
+        self.failure: CvxqError | None = None
+        if system and not self.format.has_system:
+            notice("the chat template has no system role: --system goes before the first message")
+
+    @property
+    def exit_code(self) -> int:
+        """0, or that of the last failure if no turn got an answer."""
+        return 0 if self.failure is None or self.has_answered else self.failure.exit_code
 
     def run(self) -> None:
         """Answer until the input ends or /exit."""
         notice(f"{self.format.name}; /help lists the commands")
         while (line := self.read()) is not None:
-            word = line.strip()
-            if word == "/exit":
+            command = line.rstrip()
+            if command == "/exit":
                 return
-            if word == "/clear":
+            if command == "/clear":
                 self.conversation.clear()
                 notice("the conversation is forgotten")
-            elif word == "/help":
+            elif command == "/help":
                 notice(HELP)
-            elif word.startswith("/"):
-                notice(f"no command {word.split()[0]}; /help lists them")
-            elif word:
-                self.take_turn(line)
+            elif command:
+                if is_like_command(command):
+                    notice(f"{command} is no command, so it is sent; /help lists the commands")
+                self.take_turn(line.removeprefix("/") if line.startswith("//") else line)
 
     def read(self) -> str | None:
         """Return the next line, or None at the end of the input."""
@@ -132,54 +160,84 @@ class Chat:
             raise FileProblem(f"stdin: byte {error.start} of the line is not UTF-8") from None
 
     def take_turn(self, text: str) -> None:
-        """Answer one question, or say why it cannot be asked."""
+        """Answer one question, or say why it cannot be answered."""
         try:
             prompt = self.conversation.ask(text)
-        except ChatError as error:
-            notice(str(error))
+        except CvxqError as error:
+            self.fail(error)
             return
         if prompt.dropped_turns:
             turns = "turn" if prompt.dropped_turns == 1 else f"{prompt.dropped_turns} turns"
             notice(f"the context is full: dropped the oldest {turns}")
         self.session.keep = prompt.keep
-        answer, stopped = self.answer(prompt)
+        thinking = self.format.thinking
+        end = self.model.tokenizer.decode(prompt.ids[-_TAIL:], skip_special_tokens=False)
+        reply = Reply(thinking, opened_marks(end, thinking))
+        try:
+            is_stopped = self.answer(prompt, reply)
+        except CvxqError as error:
+            self.conversation.withdraw()
+            self.fail(error)
+            return
+        self.has_answered = True
         click.echo()
         if prompt.keep is None and self.session.room in (0, 1):  # the last token may be unread
             notice(full_text(self.session.context_length))
-        if stopped or not answer:
-            notice("stopped" if stopped else "the model ended its answer at once")
-        if answer:
-            self.conversation.answered(answer)
+        if is_stopped:
+            notice("stopped")
+        elif reply.is_thinking:
+            notice("the model was still thinking; --max-tokens allows it more")
+        elif not reply.answer:
+            notice("the model ended its answer at once")
+        if reply.answer:
+            self.conversation.answered(reply.answer, reply.thought)
         else:
             self.conversation.withdraw()
 
-    def answer(self, prompt: Prompt) -> tuple[str, bool]:
-        """Generate and print an answer; return its text and whether Ctrl-C cut it short."""
+    def fail(self, error: CvxqError) -> None:
+        """Say in one line why there is no answer, and go on."""
+        self.failure = error
+        notice(describe(error))
+
+    def answer(self, prompt: Prompt, reply: Reply) -> bool:
+        """Generate and print a reply; return whether Ctrl-C cut it short."""
         seed = self.settings.seed
         settings = replace(
             self.settings,
             max_tokens=prompt.room,
             seed=None if seed is None else seed + self.turns,  # turns draw independently
-            stop=(*self.settings.stop, *self.format.stop),
         )
         self.turns += 1
-        shown = ""
         with interruptible() as interrupt:
 
-            def show(piece: str) -> None:
-                nonlocal shown
-                piece = piece if shown else piece.lstrip()
-                shown += piece
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+            def take(piece: str) -> None:
+                self.show(reply.push(piece))
                 if interrupt.came:
                     raise AnswerStoppedError
 
             try:
-                self.model.generate(prompt.ids, settings, on_text=show, session=self.session)
+                self.model.generate(
+                    prompt.ids,
+                    settings,
+                    on_text=take,
+                    session=self.session,
+                    end_ids=self.model.end_ids | self.format.end_ids,
+                    kept=[mark for pair in self.format.thinking for mark in pair],
+                )
             except (AnswerStoppedError, KeyboardInterrupt):
-                return shown.rstrip(), True
-        return shown.rstrip(), False
+                return True
+            self.show(reply.finish())
+        return False
+
+    def show(self, parts: list[tuple[str, bool]]) -> None:
+        """Print parts of a reply, each with whether it is thinking."""
+        for text, is_thought in parts:
+            if not is_thought:
+                sys.stdout.write(text)
+            elif not self.hide_thinking:
+                is_dimmed = sys.stdout.isatty()
+                sys.stdout.write(click.style(text, dim=True) if is_dimmed else text)
+        sys.stdout.flush()
 
 
 class Interrupt:
@@ -203,6 +261,12 @@ def interruptible() -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def is_like_command(line: str) -> bool:
+    """Whether a line that is no command may have been meant as one."""
+    word, *rest = line.split()
+    return word in COMMANDS or (not rest and word[:1] == "/" and word[1:].isalpha())
 
 
 def notice(text: str) -> None:

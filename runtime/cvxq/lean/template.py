@@ -23,22 +23,29 @@ from jinja2.utils import Namespace
 
 def render_chat(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     special_tokens: Mapping[str, str],
     add_generation_prompt: bool,
 ) -> str:
-    """Return the text of `messages`, each with "role" and "content".
+    """Return the text of `messages`, each with "role" and "content", maybe "reasoning_content".
 
     special_tokens: what the template may know as `bos_token` and so on.  Raises what the template
     raises, which may be anything.
     """
     return _compile(template).render(
-        messages=[dict(message) for message in messages],
+        messages=[_message(message) for message in messages],
         tools=None,
         documents=None,
         add_generation_prompt=add_generation_prompt,
         **special_tokens,
     )
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy that has its reasoning under a further name, which some templates read."""
+    if "reasoning_content" not in message:
+        return dict(message)
+    return {"thinking": message["reasoning_content"], **message}
 
 
 @lru_cache(maxsize=4)

@@ -1,8 +1,8 @@
 """Tokenizers without transformers, from tokenizer.json.
 
 `read_tokenizer` takes a tokenizer only if its files say everything that transformers would add by
-itself: special tokens that are in the vocabulary, one chat template, a beginning and end that agree
-with the flags of tokenizer_config.json.  It returns None for any other, which transformers reads.
+itself: special tokens that are in the vocabulary, a beginning and end that agree with the flags of
+tokenizer_config.json.  It returns None for any other, which transformers reads.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from cvxq_format import Reader
 
 from cvxq.parts import json_part
+from cvxq.templates import chat_template
 
 _NAMED = (
     "bos_token",
@@ -23,7 +24,6 @@ _NAMED = (
     "cls_token",
     "mask_token",
 )
-_TEMPLATE = "chat_template.jinja"
 # Files besides which a tokenizer.json is not the whole truth.
 _STRANGERS = ("tekken.json", "tiktoken.model", "added_tokens.json")
 
@@ -77,7 +77,7 @@ class LeanTokenizer:
 
     def apply_chat_template(
         self,
-        conversation: Sequence[Mapping[str, str]],
+        conversation: Sequence[Mapping[str, Any]],
         *,
         tokenize: bool = False,
         add_generation_prompt: bool = False,
@@ -96,8 +96,7 @@ def read_tokenizer(reader: Reader) -> LeanTokenizer | None:
     """Build the tokenizer of an open file, or return None where only transformers can."""
     config = json_part(reader, "tokenizer_config.json")
     named = _special_tokens({**json_part(reader, "special_tokens_map.json"), **config})
-    template = _chat_template(reader, config)
-    if named is None or isinstance(template, list) or "auto_map" in config:
+    if named is None or "auto_map" in config:
         return None
     if any(name in reader.files for name in _STRANGERS):
         return None
@@ -106,7 +105,7 @@ def read_tokenizer(reader: Reader) -> LeanTokenizer | None:
     from cvxq.lean.fast_codec import read_fast_codec
 
     codec = read_fast_codec(reader.file("tokenizer.json"), config, named)
-    return None if codec is None else LeanTokenizer(codec, named, template)
+    return None if codec is None else LeanTokenizer(codec, named, chat_template(reader))
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str] | None:
@@ -123,14 +122,3 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str] | None:
         elif value is not None:
             return None
     return named
-
-
-def _chat_template(reader: Reader, config: Mapping[str, Any]) -> str | list[Any] | None:
-    """Return the template, None without one, a list where there are several to choose from."""
-    names = [name for name in reader.files if name.endswith(".jinja")]
-    if any(name != _TEMPLATE for name in names) or "chat_template.json" in reader.files:
-        return names
-    if names:
-        return reader.file(_TEMPLATE).decode("utf-8")
-    template = config.get("chat_template")
-    return template if template is None or isinstance(template, str) else [template]
