@@ -270,3 +270,23 @@ def make_file(
 def kind(request: pytest.FixtureRequest) -> str:
     """Run once for each architecture."""
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def character_tokenizer() -> Callable[[str | None], Any]:
+    """Return a maker of tokenizers: a token per character, special ones, <s> begins a text."""
+    from cvxq.lean.fast_codec import FastCodec
+    from cvxq.lean.tokenizer import LeanTokenizer
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    special = ("<s>", "</s>", "<|start|>", "<|end|>", "[END]")
+    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=" "))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(text, special=True) for text in special])
+    begin = core.token_to_id("<s>")
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    codec, names = FastCodec(core), {"bos_token": "<s>", "eos_token": "</s>"}
+    return lambda template: LeanTokenizer(codec, names, template)

@@ -1,11 +1,11 @@
-"""Conversations: rendering, dropping the oldest turns, refusing what never fits."""
+"""Conversations: dropping the oldest turns, refusing what never fits."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from cvxq.chat import ChatError, Conversation, Message, turn_format
+from cvxq.chat import ChatError, Conversation, Message
 
 
 def encode(messages: list[Message]) -> list[int]:
@@ -13,56 +13,8 @@ def encode(messages: list[Message]) -> list[int]:
     return [ord(c) for message in messages for c in message["content"]]
 
 
-class CharacterTokenizer:
-    """Stands in for a tokenizer: one token per character, 1 as BOS when asked for."""
-
-    chat_template: str | None = None
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
-
-    def apply_chat_template(
-        self, messages: list[Message], tokenize: bool, add_generation_prompt: bool
-    ) -> str:
-        assert not tokenize
-        assert add_generation_prompt
-        if messages[0]["role"] == "system":
-            raise ValueError("System role\nnot supported")
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
-
-
 def text_of(ids: list[int]) -> str:
     return "".join(map(chr, ids))
-
-
-TURNS = [
-    {"role": "user", "content": "Hi "},
-    {"role": "assistant", "content": "Hello."},
-    {"role": "user", "content": "Why?"},
-]
-
-
-def test_plain_turns_end_where_the_answer_begins() -> None:
-    form = turn_format(CharacterTokenizer())
-    ids = form.encode([{"role": "system", "content": "Be brief."}, *TURNS])
-    assert ids[0] == 1
-    assert text_of(ids[1:]) == ("Be brief.\nUser: Hi\nAssistant: Hello.\nUser: Why?\nAssistant:")
-    assert form.stop == ("\nUser:",)
-
-
-def test_template_is_used_and_brings_its_own_special_tokens() -> None:
-    tokenizer = CharacterTokenizer()
-    tokenizer.chat_template = "template"
-    form = turn_format(tokenizer)
-    assert text_of(form.encode(TURNS)) == "<user>Hi <assistant>Hello.<user>Why?<assistant>"
-    assert form.stop == ()
-
-
-def test_refusal_of_a_template_is_one_error() -> None:
-    tokenizer = CharacterTokenizer()
-    tokenizer.chat_template = "template"
-    with pytest.raises(ChatError, match="template refuses these turns: System role"):
-        turn_format(tokenizer).encode([{"role": "system", "content": "x"}, *TURNS])
 
 
 def test_history_grows_while_it_fits() -> None:
@@ -113,6 +65,16 @@ def test_clear_keeps_the_system_text() -> None:
     talk.answered("b")
     talk.clear()
     assert text_of(talk.ask("c").ids) == "SYSc"
+
+
+def test_thinking_is_kept_for_the_template_to_show() -> None:
+    talk = Conversation(encode, context_length=50, answer_tokens=5)
+    talk.ask("a")
+    talk.answered("b", "hm")
+    talk.ask("c")
+    talk.answered("d")
+    assert talk.messages[1] == {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    assert talk.messages[3] == {"role": "assistant", "content": "d"}
 
 
 def test_question_without_answer_can_be_withdrawn() -> None:

@@ -27,6 +27,9 @@ def model(make_file: Callable[..., Any]) -> Iterator[cvxq.Model]:
 class Letters:
     """A tokenizer for tests: token n is the letter n, the vocabulary is ASCII."""
 
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - 32 for letter in text]}
+
     def decode(
         self, token_ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool
     ) -> str:
