@@ -18,7 +18,7 @@ from cvxq.lean.session import LeanSession
 from cvxq.parts import json_part, stated_end_ids
 from cvxq.sample import SamplingSettings
 from cvxq.session import Session
-from cvxq.tokenizer import Tokenizer, load_tokenizer
+from cvxq.tokenizer import Tokenizer, check_tokens, load_tokenizer
 from cvxq.turns import TurnFormat, turn_format
 
 if TYPE_CHECKING:
@@ -165,16 +165,15 @@ class Model:
     def encode(self, text: str) -> list[int]:
         """Tokenize a prompt the way the tokenizer does by default (BOS if it adds one).
 
-        An empty text becomes the token that begins texts.  Raises ArgumentError for a token that
-        the model does not know.
+        An empty text becomes the token that begins texts.
         """
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         if not ids:
             for start in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
                 if start is not None:
-                    return self._known([int(start)])
+                    return [int(start)]
             raise ArgumentError("the prompt is empty, and the tokenizer has no token to begin with")
-        return self._known(ids)
+        return ids
 
     def _turn_end_ids(self, ids: Collection[int]) -> frozenset[int]:
         """Return what ends an answer in the chat template, if it is among the tokens `ids`."""
@@ -183,17 +182,6 @@ class Model:
         if spelled == plain:  # no special tokens, and trying templates takes a quarter of a second
             return frozenset()
         return self.turns.end_ids.intersection(inner)
-
-    def _known(self, ids: list[int]) -> list[int]:
-        """Return `ids`; raises ArgumentError for one that is no row of the embedding."""
-        strange = next((token for token in ids if not 0 <= token < self.vocabulary), None)
-        if strange is None:
-            return ids
-        spelling = f" ({self.tokenizer.decode([strange])!r})" if strange > 0 else ""
-        raise ArgumentError(
-            f"the prompt has token {strange}{spelling}, but the model knows tokens 0 to "
-            f"{self.vocabulary - 1} only; leave it out of the text"
-        )
 
     def generate(
         self,
@@ -212,7 +200,8 @@ class Model:
         Raises ContextError when the prompt is longer than the context, ArgumentError for a token
         that the model does not know.
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else self._known(list(prompt))
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        check_tokens(ids, self.vocabulary, self.tokenizer)
         if end_ids is None:
             end_ids = self.end_ids | self._turn_end_ids(ids)
         return generate_text(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cvxq_format.model_config import context_length
 
@@ -31,6 +31,13 @@ class Subject:
     tokenizer: Tokenizer | None
     context_length: int | None
     transformers_reason: str | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the network knows."""
+        network: Any = self.network
+        stated: int | None = getattr(network, "vocabulary", None)
+        return stated or int(network.config.get_text_config().vocab_size)
 
 
 def load_subject(

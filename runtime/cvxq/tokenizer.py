@@ -8,13 +8,14 @@ Code among them is never written, let alone run.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cvxq_format import Reader
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 
-from cvxq.errors import MissingPartError, UnsupportedModelError
+from cvxq.errors import ArgumentError, MissingPartError, UnsupportedModelError
 from cvxq.lean.tokenizer import read_tokenizer
 from cvxq.parts import json_part
 from cvxq.templates import chat_template
@@ -70,6 +71,20 @@ def load_tokenizer(reader: Reader) -> Tokenizer:
             "convert it from a folder that has the tokenizer's files"
         )
     return read_tokenizer(reader) or _from_transformers(reader, parts, own)
+
+
+def check_tokens(ids: Sequence[int], vocabulary: int, tokenizer: Tokenizer | None) -> None:
+    """Raise ArgumentError for a token of a text that is none of a model's `vocabulary` tokens.
+
+    Tokenizers may have more of them, added without training the model on them.
+    """
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            spelling = f", {tokenizer.decode([token])!r}," if tokenizer and token > 0 else ""
+            raise ArgumentError(
+                f"the text has token {token}{spelling} but the model only knows tokens 0 to "
+                f"{vocabulary - 1}; leave it out of the text"
+            )
 
 
 def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from cvxq.errors import ArgumentError
@@ -23,6 +24,7 @@ _QUESTION, _ANSWER, _SYSTEM, _THOUGHT = "cvxquestion", "cvxanswer", "cvxsystem",
 _USER = {"role": "user", "content": _QUESTION}
 _ASSISTANT = {"role": "assistant", "content": _ANSWER}
 _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_LAST_MARK = re.compile(rf"({_MARK.pattern})\s*$")
 
 
 class ChatError(ArgumentError):
@@ -152,16 +154,21 @@ def _turn_end(tokenizer: Any, render: Render) -> tuple[frozenset[int], tuple[str
 
 
 def _thinking_marks(render: Render, template: str) -> tuple[Marks, ...]:
-    """Return the marks that the template writes around thinking, and known ones that it names."""
+    """Return the marks that the template writes around thinking, and known ones that it names.
+
+    The opening one follows where a prompt ends, or is the end of it.
+    """
     marks = [pair for pair in KNOWN_MARKS if all(mark in template for mark in pair)]
-    begun = _try(render, [_USER], True) or ""
+    prompt = _try(render, [_USER], True) or ""
     thoughtful = {**_ASSISTANT, "reasoning_content": _THOUGHT}
-    reply = (_try(render, [_USER, thoughtful], False) or "").removeprefix(begun)
-    opening, thought, rest = reply.partition(_THOUGHT)
+    head, thought, rest = (_try(render, [_USER, thoughtful], False) or "").partition(_THOUGHT)
     closing, answer, _ = rest.partition(_ANSWER)
-    written = Marks(opening.strip(), closing.strip())
-    if thought and answer and all(written) and _QUESTION not in opening:
-        marks.insert(0, written)
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, head, strict=False))
+    opening = head[len(list(shared)) :].strip()
+    if not opening and (last := _LAST_MARK.search(head)):
+        opening = last[1]
+    if thought and answer and opening and closing.strip():
+        marks.insert(0, Marks(opening, closing.strip()))
     return tuple(dict.fromkeys([*marks, USUAL_MARKS]))
 
 

@@ -144,6 +144,16 @@ def test_marks_of_thinking_are_what_the_template_writes(character_tokenizer: Tok
     assert turn_format(character_tokenizer(CHATML)).thinking == (USUAL_MARKS,)
 
 
+@pytest.mark.parametrize("begun", ["<T>\n", "<T>\n\n</T>\n\n"])
+def test_marks_of_thinking_may_stand_in_the_prompt(
+    character_tokenizer: Tokenizer, begun: str
+) -> None:
+    template = thoughtful("reasoning_content", ("<T>", "</T>"))
+    template = template.replace("assistant\n{% endif %}", f"assistant\n{begun}{{% endif %}}")
+    form = turn_format(character_tokenizer(template))
+    assert form.thinking == (Marks("<T>", "</T>"), USUAL_MARKS)
+
+
 def test_known_marks_count_where_the_template_only_cuts_them_off(
     character_tokenizer: Tokenizer,
 ) -> None:

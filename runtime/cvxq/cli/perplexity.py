@@ -73,6 +73,7 @@ def command(
 
     from cvxq import evaluate
     from cvxq.original import load_subject
+    from cvxq.tokenizer import check_tokens
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -85,6 +86,7 @@ def command(
     added = start_tokens(subject.tokenizer)
     start = [] if no_bos else added
     ids = evaluate.token_ids(subject.tokenizer, text, with_special_tokens=not start)
+    check_tokens(ids, subject.vocabulary, subject.tokenizer)
     if len(ids) < 2:
         raise FileProblem(f"{text_file}: {len(ids)} tokens, at least 2 are needed to score one")
     every = evaluate.windows(ids, context, stride, start)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def tokenizer_files(folder: Path, template: str | None = None) -> dict[str, bytes]:
-    """Files of a tokenizer with one token per character, fewer than the tiny vocabulary of 96."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+def tokenizer_files(
+    folder: Path, template: str | None = None, special: Sequence[str] = ()
+) -> dict[str, bytes]:
+    """Files of a tokenizer with one token per character and `special` ones after them.
+
+    Without these they are fewer than the tiny vocabulary of 96.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    characters = string.ascii_letters + string.digits + " .,:!?'-<|>\n"
+    characters = string.ascii_letters + string.digits + " .,:!?'-<|>\n/[]"
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     vocabulary |= {c: i for i, c in enumerate(characters, start=3)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(text, special=True) for text in special])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
@@ -63,6 +70,41 @@ def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes
 def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Files of the tokenizer with a chat template."""
     return tokenizer_files(tmp_path_factory.mktemp("chat"), TEMPLATE)
+
+
+@pytest.fixture
+def special_file(make_file: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
+    """Return a maker of files with a template and special tokens: special_file(template, [...])."""
+
+    def make(template: str, special: Sequence[str], **changes: Any) -> Path:
+        files = tokenizer_files(tmp_path, template, special)
+        path: Path = make_file("llama", name="special.cvxq", files=files, **changes).path
+        return path
+
+    return make
+
+
+@pytest.fixture
+def recite(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that has every model say given texts, one after the other, for ever."""
+    import cvxq
+    from cvxq.lean.session import LeanSession
+    from cvxq.session import Session
+
+    def say(file: Path, *texts: str) -> None:
+        with cvxq.load(file) as model:
+            scripts = [
+                model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+            ]
+        turns = itertools.cycle(scripts)
+
+        def draw(self: Session, ids: Sequence[int], settings: object) -> Iterator[int]:
+            return iter([*next(turns), 2])  # </s>
+
+        for kind in (Session, LeanSession):
+            monkeypatch.setattr(kind, "draw", draw)
+
+    return say
 
 
 @pytest.fixture

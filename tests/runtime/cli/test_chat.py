@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from cvxq.chat import Conversation, Prompt
+from cvxq.cli.chat import Chat
 from cvxq.session import Logits, Session
 
 Cvxq = Callable[..., Result]
@@ -105,11 +108,160 @@ def test_message_that_is_too_long_is_refused_and_the_chat_goes_on(
 
 
 def test_commands_inside(cvxq: Cvxq, chat_file: Path) -> None:
-    result = cvxq("chat", chat_file, input="/help\n/nonsense\n/exit\nnever read\n")
+    result = cvxq("chat", chat_file, input="/help\n/clear \n/exit\nnever read\n")
     assert result.exit_code == 0
     assert "/clear" in result.stderr
-    assert "no command /nonsense" in result.stderr
+    assert "is forgotten" in result.stderr
     assert result.stdout == ""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that the model is asked."""
+    texts: list[str] = []
+    ask = Conversation.ask
+
+    def noted(self: Conversation, text: str) -> Prompt:
+        texts.append(text)
+        return ask(self, text)
+
+    monkeypatch.setattr(Conversation, "ask", noted)
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("line", "sent", "is_noticed"),
+    [
+        ("/no_think what is 2?", "/no_think what is 2?", False),
+        ("/usr/bin holds what?", "/usr/bin holds what?", False),
+        ("/no_think", "/no_think", False),
+        ("/quit", "/quit", True),
+        ("/exit now", "/exit now", True),
+        ("/", "/", False),
+        (" /exit", " /exit", True),
+        ("//help", "/help", False),
+        ("//", "/", False),
+        ("// a", "/ a", False),
+    ],
+)
+def test_what_is_no_command_is_sent(
+    cvxq: Cvxq, chat_file: Path, asked: list[str], line: str, sent: str, is_noticed: bool
+) -> None:
+    result = cvxq("chat", chat_file, "--max-tokens", 2, input=f"{line}\n/exit\n")
+    assert result.exit_code == 0
+    assert asked == [sent]
+    assert (f"{line} is no command, so it is sent" in result.stderr) == is_noticed
+
+
+TURNS = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_the_end_of_a_turn_ends_an_answer(
+    cvxq: Cvxq, special_file: Callable[..., Path], recite: Callable[..., None]
+) -> None:
+    file = special_file(TURNS, ["<|end|>"])
+    recite(file, "Hey!<|end|>[user]And you?<|end|>")
+    assert cvxq("chat", file, input="ab\n").stdout == "Hey!\n"
+    assert cvxq("generate", file, "ab<|end|>").stdout == "Hey!\n"
+    assert cvxq("generate", file, "ab").stdout == "Hey![user]And you?\n"
+
+
+def test_a_system_text_is_never_lost(
+    cvxq: Cvxq, special_file: Callable[..., Path], recite: Callable[..., None], asked: list[str]
+) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    file = special_file(refusing + TURNS, ["<|end|>"])
+    recite(file, "Hey!<|end|>")
+    result = cvxq("chat", file, "--system", "Be brief.", input="ab\ncd\n")
+    assert (result.exit_code, result.stdout) == (0, "Hey!\n" * 2)
+    assert "has no system role: --system goes before the first message" in result.stderr
+    assert "system role" not in cvxq("chat", file, input="ab\n").stderr
+
+
+def test_a_chat_without_any_answer_fails(
+    cvxq: Cvxq, special_file: Callable[..., Path], recite: Callable[..., None]
+) -> None:
+    file = special_file("{{ raise_exception('not today') }}", [])
+    result = cvxq("chat", file, input="ab\ncd\n")
+    assert result.exit_code == 2
+    assert result.stderr.count("refuses these turns: not today") == 2
+    assert cvxq("chat", file, input="/exit\n").exit_code == 0
+    lost = special_file("{{ messages | length }}", [])
+    result = cvxq("chat", lost, input="ab\n")
+    assert result.exit_code == 2
+    assert "leaves out what the user says" in result.stderr
+
+
+def test_a_token_that_the_model_lacks_is_refused_and_the_chat_goes_on(
+    cvxq: Cvxq, fails: Callable[..., str], special_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The tokenizer has a hundred tokens more than the model, the last of them unknown to it."""
+    file = special_file(TURNS, [f"<|{n}|>" for n in range(100)])
+    found = "the text has token 179, '<|99|>', but the model only knows tokens 0 to 95"
+    result = cvxq("chat", file, "--max-tokens", 3, input="ab<|99|>\nab\n")
+    assert result.exit_code == 0
+    assert result.stderr.count(found) == 1
+    assert cvxq("chat", file, "--max-tokens", 3, input="ab<|99|>\n").exit_code == 2
+    assert found in fails(2, "generate", file, "ab<|99|>")
+    dense = cvxq("generate", file, "ab<|99|>", "--weights", "dense")
+    assert dense.exit_code == 2
+    assert found in dense.stderr
+    text = tmp_path / "text.txt"
+    text.write_text("ab<|99|>cd")
+    assert found in fails(2, "perplexity", file, "--text", text)
+
+
+THINKING = TURNS.replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content %}<T>{{ m.reasoning_content }}</T>{% endif %}{{ m.content }}",
+)
+
+
+@pytest.mark.parametrize("special", [[], ["<T>", "</T>"]])
+@pytest.mark.parametrize("begun", ["", "<T>\n"])
+def test_thinking_is_shown_or_hidden_and_kept_for_the_template(
+    cvxq: Cvxq,
+    special_file: Callable[..., Path],
+    recite: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    special: list[str],
+    begun: str,
+) -> None:
+    file = special_file(THINKING.replace("[assistant]", f"[assistant]{begun}"), special)
+    opening = "" if begun else "<T>\n"
+    recite(file, f"{opening}hm</T>\n\nYes.", f"{opening}still at it")
+    result = cvxq("chat", file, input="ab\ncd\n")
+    shown = "<T>hm" if begun else "<T>\nhm"
+    assert result.stdout.startswith(f"{shown}</T>\n\nYes.\n<T>")
+    assert "still thinking; --max-tokens" in result.stderr
+    messages: list[dict[str, str]] = []
+    monkeypatch.setattr(Conversation, "answered", answered_into(messages))
+    assert cvxq("chat", file, "--hide-thinking", input="ab\ncd\n").stdout == "Yes.\n\n"
+    assert messages == [{"text": "Yes.", "thought": "hm"}]
+
+
+def answered_into(messages: list[dict[str, str]]) -> Callable[..., None]:
+    def answered(self: Conversation, text: str, thought: str = "") -> None:
+        messages.append({"text": text, "thought": thought})
+
+    return answered
+
+
+def test_thinking_is_dimmed_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(is_terminal: bool) -> str:
+        stdout = io.StringIO()
+        stdout.isatty = lambda: is_terminal  # type: ignore[method-assign]
+        monkeypatch.setattr("sys.stdout", stdout)
+        chat = Chat.__new__(Chat)
+        chat.hide_thinking = False
+        chat.show([("<think>hm", True), ("</think>", True), ("Yes.", False)])
+        return stdout.getvalue()
+
+    assert shown(False) == "<think>hm</think>Yes."
+    assert shown(True) == "\x1b[2m<think>hm\x1b[0m\x1b[2m</think>\x1b[0mYes."
 
 
 def test_input_that_is_not_utf8(fails: Callable[..., str], chat_file: Path, cvxq: Cvxq) -> None:

@@ -105,7 +105,6 @@ LEFT: dict[str, Callable[[], dict[str, bytes]]] = {
     "extra special tokens": lambda: byte_files(additional_special_tokens=["<x>"]),
     "a flag that the file contradicts": lambda: byte_files(add_bos_token=True),
     "a special token that is none": lambda: byte_files(pad_token="the"),
-    "several templates": lambda: byte_files(chat_template=[{"name": "a", "template": "b"}]),
     "code": lambda: byte_files(auto_map={"AutoTokenizer": ["evil.Evil", None]}),
     "a broken file": lambda: {**byte_files(), "tokenizer.json": b"{"},
 }
