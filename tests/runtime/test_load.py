@@ -14,6 +14,7 @@ import cvxq
 import pytest
 import torch
 from cvxq.errors import ArgumentError, InconsistentFileError, MissingPartError
+from cvxq.lean.tokenizer import LeanTokenizer
 from cvxq.modules import LazyWeight, PackedEmbedding, PackedLinear
 from cvxq_format import CorruptError
 from cvxq_kernels import cpu
@@ -244,6 +245,45 @@ def test_generation_config_of_the_file(make_file: MakeFile) -> None:
     with cvxq.load(make_file("llama", "without.cvxq").path) as model:
         assert model.end_ids == {2}
         assert model.context_length == 64
+
+
+@pytest.mark.parametrize("weights", ["packed", "dense"])
+@pytest.mark.parametrize(
+    ("generation", "config", "tokenizer", "expected"),
+    [
+        ([5, 6], 7, "</s>", {5, 6, 7, 97}),
+        (None, [7, 8], None, {7, 8}),
+        (5, None, None, {5}),
+        (None, None, "</s>", {2, 97}),  # 2: what a Llama has by default
+        (None, None, None, {2}),
+    ],
+)
+def test_end_tokens_are_all_that_are_stated(
+    make_file: MakeFile,
+    character_tokenizer: Callable[[str | None], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    weights: Any,
+    generation: object,
+    config: object,
+    tokenizer: str | None,
+    expected: set[int],
+) -> None:
+    settings = json.loads(make_file("llama", "other.cvxq").network.config.to_json_string())
+    del settings["eos_token_id"]
+    if config is not None:
+        settings["eos_token_id"] = config
+    files = {
+        "config.json": json.dumps(settings).encode(),
+        "generation_config.json": json.dumps({"eos_token_id": generation}).encode(),
+    }
+    own = character_tokenizer(None)
+    names = {} if tokenizer is None else {"eos_token": tokenizer}
+    with cvxq.load(
+        make_file("llama", files=files, with_record=True).path, weights=weights
+    ) as model:
+        monkeypatch.setattr(model, "tokenizer", LeanTokenizer(own.codec, names, None))
+        assert (model.decoder is None) == (weights == "dense")
+        assert model.end_ids == expected
 
 
 def test_without_a_tokenizer_only_text_is_refused(make_file: MakeFile) -> None:

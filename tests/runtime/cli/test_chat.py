@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -358,6 +359,9 @@ def interrupt_prompt(process: subprocess.Popen[str], terminal: Terminal) -> None
 
 
 def endless(make_file: Callable[..., Any], files: dict[str, bytes]) -> Path:
+    settings = json.loads(files["tokenizer_config.json"])
+    del settings["eos_token"]
+    files = {**files, "tokenizer_config.json": json.dumps(settings).encode()}
     path: Path = make_file(
         "llama",
         files=files,

@@ -12,8 +12,13 @@ from transformers import PreTrainedTokenizerFast
 MESSAGES = [
     {"role": "system", "content": "Be brief & <kind>."},
     {"role": "user", "content": "Wie heißt du?\n"},
-    {"role": "assistant", "content": " I am “cvxq”. "},
+    {"role": "assistant", "content": " I am “cvxq”. ", "reasoning_content": "\nWho am I?\n"},
     {"role": "user", "content": "  ok"},
+    {"role": "assistant", "content": "<think>\nwell\n</think>\n\nGood. "},
+    {"role": "user", "content": "<r>ok</r>"},
+]
+IN_PARTS = [
+    {**message, "content": [{"type": "text", "text": message["content"]}]} for message in MESSAGES
 ]
 
 TEMPLATES = {
@@ -48,17 +53,48 @@ TEMPLATES = {
         "{% if loop.index > 3 %}{% break %}{% endif %}{{ m.content }}|{% endfor %}"
         "{%- macro shout(x) -%}{{ x | upper }}!{%- endmacro -%}{{ shout(messages[-1].content) }}"
     ),
+    "thinking": (
+        "{%- set ns = namespace(multi=true, last=messages | length - 1) %}"
+        "{%- for m in messages[::-1] %}{% set index = messages | length - 1 - loop.index0 %}"
+        "{%- if ns.multi and m.role == 'user' and m.content is string and not ("
+        "m.content.startswith('<r>') and m.content.endswith('</r>')) %}"
+        "{%- set ns.multi = false %}{% set ns.last = index %}{% endif %}{% endfor %}{{ ns.last }}"
+        "{%- for m in messages %}{% set thought = '' %}"
+        "{%- if m.reasoning_content is string %}{% set thought = m.reasoning_content %}"
+        "{%- elif '</think>' in m.content %}"
+        "{%- set thought = m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1] %}"
+        "{%- endif %}{{ thought.strip('\n') }}|{{ m.thinking }}|"
+        "{{ m.content.rsplit('</think>', 1)[-1].lstrip('\n') }}{% endfor %}"
+    ),
+    "parts": (
+        "{% for m in messages[1:] %}{% if m['content'] is string %}{{ m['content'] | trim }}"
+        "{% elif m['content'] is iterable %}{% for part in m['content'] %}"
+        "{{ part['text'] if part['type'] == 'text' else raise_exception('only texts') }}"
+        "{% endfor %}{% endif %}{{ loop.previtem.role if loop.previtem is defined }}{% endfor %}"
+    ),
+    "settings": (
+        "{%- if not date_string is defined %}{% if strftime_now is defined %}"
+        "{%- set date_string = strftime_now('%d %b %Y') %}{% else %}"
+        "{%- set date_string = '26 Jul 2024' %}{% endif %}{% endif %}{{ date_string }}"
+        "{%- if not tools is defined %}{% set tools = none %}{% endif %}{{ tools is none }}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}never{% endif %}"
+        "{%- set roles = messages | map(attribute='role') | list %}{{ roles | tojson }}"
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
+        "{%- for key, value in messages[0] | items %}{{ key ~ '=' ~ value }}{% endfor %}"
+        "{%- macro turn(role, text='none') %}{{ role }}: {{ text }}{% endmacro %}"
+        "{{ turn('user', text=messages[-1].content) }}{{ caller is defined }}"
+    ),
     "date": "{{ strftime_now('%Y-%m') | length }} {{ messages | length }}",
 }
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def of_transformers(template: str, prompt: bool) -> Any:
+def of_transformers(template: str, prompt: bool, messages: Any = MESSAGES) -> Any:
     from tokenizers import Tokenizer, models
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **SPECIAL)
     tokenizer.chat_template = template
-    return tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=prompt)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
 
 @pytest.mark.parametrize("prompt", [False, True])
@@ -66,6 +102,13 @@ def of_transformers(template: str, prompt: bool) -> Any:
 def test_texts_equal_those_of_transformers(name: str, prompt: bool) -> None:
     template = TEMPLATES[name]
     assert render_chat(template, MESSAGES, SPECIAL, prompt) == of_transformers(template, prompt)
+
+
+def test_contents_in_parts_equal_those_of_transformers() -> None:
+    template = TEMPLATES["parts"]
+    assert render_chat(template, IN_PARTS, SPECIAL, True) == of_transformers(
+        template, True, IN_PARTS
+    )
 
 
 def test_a_template_may_refuse() -> None:
