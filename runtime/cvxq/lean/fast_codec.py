@@ -44,7 +44,8 @@ def read_fast_codec(
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     if any(token not in added or not added[token].special for token in named.values()):
         return None
-    for entry in (config.get("added_tokens_decoder") or {}).values():
+    listed = [*(config.get("added_tokens_decoder") or {}).values(), *_extra_tokens(config)]
+    for entry in listed:
         token = added.get(entry["content"])
         if token is None or any(
             getattr(token, flag) != entry.get(flag, getattr(token, flag))
@@ -53,6 +54,17 @@ def read_fast_codec(
             return None
     codec = FastCodec(tokenizer)
     return codec if _ends_agree(codec, config, named) else None
+
+
+def _extra_tokens(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the special tokens that the config lists without a name, with all their flags."""
+    names = ("additional_special_tokens", "extra_special_tokens")
+    entries = [entry for name in names for entry in config.get(name) or ()]
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    return [
+        {**plain, "special": True, **({"content": entry} if isinstance(entry, str) else entry)}
+        for entry in entries
+    ]
 
 
 def _ends_agree(codec: FastCodec, config: Mapping[str, Any], named: Mapping[str, str]) -> bool:

@@ -94,8 +94,11 @@ class LeanTokenizer:
 
 def read_tokenizer(reader: Reader) -> LeanTokenizer | None:
     """Build the tokenizer of an open file, or return None where only transformers can."""
-    config = json_part(reader, "tokenizer_config.json")
-    named = _special_tokens({**json_part(reader, "special_tokens_map.json"), **config})
+    config = {
+        **json_part(reader, "special_tokens_map.json"),
+        **json_part(reader, "tokenizer_config.json"),
+    }
+    named = _special_tokens(config)
     if named is None or "auto_map" in config:
         return None
     if any(name in reader.files for name in _STRANGERS):
@@ -110,7 +113,7 @@ def read_tokenizer(reader: Reader) -> LeanTokenizer | None:
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the named special tokens, or None where there are others that a template may know."""
-    if config.get("additional_special_tokens") or config.get("extra_special_tokens"):
+    if isinstance(config.get("extra_special_tokens"), Mapping):
         return None
     named = {}
     for name in _NAMED:

@@ -67,6 +67,9 @@ def byte_files(*, begins: bool = False, **changes: Any) -> dict[str, bytes]:
 ACCEPTED: dict[str, Callable[[], dict[str, bytes]]] = {
     "bytes": byte_files,
     "bytes with a beginning": lambda: byte_files(begins=True),
+    "bytes and extra tokens": lambda: byte_files(
+        additional_special_tokens=["</s>", {"__type": "AddedToken", "content": "<s>"}]
+    ),
     "bytes and flags": lambda: byte_files(begins=True, add_bos_token=True, add_eos_token=False),
 }
 
@@ -103,6 +106,10 @@ def test_tokens_and_texts_equal_those_of_transformers(
 LEFT: dict[str, Callable[[], dict[str, bytes]]] = {
     "a sentencepiece model": lambda: {"tokenizer.model": b"pieces"},
     "extra special tokens": lambda: byte_files(additional_special_tokens=["<x>"]),
+    "named special tokens": lambda: byte_files(extra_special_tokens={"image_token": "<s>"}),
+    "extra tokens of another kind": lambda: byte_files(
+        additional_special_tokens=[{"content": "<s>", "lstrip": True}]
+    ),
     "a flag that the file contradicts": lambda: byte_files(add_bos_token=True),
     "a special token that is none": lambda: byte_files(pad_token="the"),
     "code": lambda: byte_files(auto_map={"AutoTokenizer": ["evil.Evil", None]}),
