@@ -42,8 +42,6 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "cvxq_pool_new": (c_void_p, [c_int]),
     "cvxq_pool_free": (None, [c_void_p]),
     "cvxq_pool_threads": (c_int, [c_void_p]),
-    "cvxq_pool_begin": (None, [c_void_p]),
-    "cvxq_pool_end": (None, [c_void_p]),
     "cvxq_matrix_pack": (c_void_p, [c_void_p, POINTER(Companded)]),
     "cvxq_matrix_dense": (c_void_p, [c_void_p, c_void_p, c_int, c_int64, c_int64, c_void_p]),
     "cvxq_matrix_free": (None, [c_void_p]),

@@ -7,19 +7,21 @@ typedef uint64_t words __attribute__((vector_size(32), aligned(8)));
  * and reach half as much again as with one. */
 enum { PAGE = 4096 / sizeof(words), STREAMS = 8 };
 
+enum { PIECE = 1024 * PAGE }; /* words read at a time */
+
 typedef struct {
     const words *memory;
     int64_t count;
-    atomic_ullong sum;
+    atomic_ullong *sum;
 } reading;
 
-static void read_part(void *context, int part, int parts) {
-    reading *job = context;
-    const int64_t from = job->count / parts * part;
-    const int64_t to = part + 1 < parts ? job->count / parts * (part + 1) : job->count;
+static void read_piece(const void *context, int64_t chunk, int thread) {
+    const reading *job = context;
+    const int64_t from = chunk * PIECE, to = min_of(job->count, from + PIECE);
     const words *at = job->memory;
     words a = {0}, b = a;
     int64_t i = from;
+    (void)thread;
     for (; i + STREAMS * PAGE <= to; i += STREAMS * PAGE)
         for (int64_t line = i; line < i + PAGE; line += 2)
             for (int64_t k = line; k < line + STREAMS * PAGE; k += PAGE) {
@@ -28,11 +30,12 @@ static void read_part(void *context, int part, int parts) {
             }
     for (; i < to; i++) a ^= at[i];
     a ^= b;
-    atomic_fetch_xor(&job->sum, a[0] ^ a[1] ^ a[2] ^ a[3]);
+    atomic_fetch_xor(job->sum, a[0] ^ a[1] ^ a[2] ^ a[3]);
 }
 
 uint64_t cvxq_read_through(cvxq_pool *pool, const void *memory, int64_t bytes) {
-    reading job = {memory, bytes / (int64_t)sizeof(words), 0};
-    cvxq_pool_run(pool, read_part, &job);
-    return job.sum;
+    atomic_ullong sum = 0;
+    const reading job = {memory, bytes / (int64_t)sizeof(words), &sum};
+    cvxq_pool_each(pool, read_piece, &job, ceil_div(job.count, PIECE));
+    return sum;
 }

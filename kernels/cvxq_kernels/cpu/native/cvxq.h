@@ -20,23 +20,12 @@
 /* ---- threads ------------------------------------------------------------------------------- */
 
 /* A fixed set of threads, the caller's among them, and the scratch memory of each. One pool serves
- * one caller at a time. Between begin and end (one token, say) idle workers spin for a bounded time
- * before they sleep; otherwise they sleep at once. begin and end are optional and do not nest. */
+ * one caller at a time. Threads without work spin for a fraction of a millisecond, then sleep. */
 typedef struct cvxq_pool cvxq_pool;
 
 CVXQ_API cvxq_pool *cvxq_pool_new(int threads);
 CVXQ_API void cvxq_pool_free(cvxq_pool *pool);
 CVXQ_API int cvxq_pool_threads(const cvxq_pool *pool);
-CVXQ_API void cvxq_pool_begin(cvxq_pool *pool);
-CVXQ_API void cvxq_pool_end(cvxq_pool *pool);
-
-/* Call task(context, part, parts) for part = 0 … parts − 1, each on its own thread, parts = the
- * pool's threads; returns when all have returned. Must not be called from inside a task. */
-typedef void (*cvxq_task)(void *context, int part, int parts);
-CVXQ_API void cvxq_pool_run(cvxq_pool *pool, cvxq_task task, void *context);
-
-/* Inside a task: wait until every part has come here. All parts must call it equally often. */
-CVXQ_API void cvxq_pool_barrier(cvxq_pool *pool);
 
 /* ---- matrices ------------------------------------------------------------------------------ */
 

@@ -1,5 +1,6 @@
-/* The forward pass; see decoder.h. Decoding one token runs everything between the matrix products
- * on the calling thread, unless attention is long: waking threads would cost more. */
+/* The forward pass; see decoder.h. It is a program of the pool (pool.h): a list of steps, each of
+ * which does its work at once or has it shared. For one token everything between the matrix
+ * products is done at once, unless attention is long: waking threads would cost more. */
 #if !defined(_POSIX_C_SOURCE)
 #define _POSIX_C_SOURCE 200809L
 #endif
@@ -9,8 +10,7 @@
 
 #include "decoder_state.h"
 
-#define SERIAL_ELEMENTS 4096   /* below this many, activations stay on one thread */
-#define SERIAL_PRODUCTS 60000  /* likewise for the multiplications of attention */
+#define SERIAL_PRODUCTS 60000 /* of attention: fewer multiplications stay on one thread */
 
 static int64_t now(void) {
     struct timespec time;
@@ -18,18 +18,23 @@ static int64_t now(void) {
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-static void run(cvxq_decoder *decoder, void (*task)(void *, int, int), int alone) {
-    if (alone || decoder->threads == 1)
-        task(decoder, 0, 1);
+/* Let all threads do `chunk` for each row of this call, which is not worth it for one. */
+static void share_rows(cvxq_decoder *decoder, cvxq_work *work, cvxq_chunk chunk, int rows) {
+    if (rows == 1)
+        chunk(&decoder, 0, 0);
     else
-        cvxq_pool_run(decoder->pool, task, decoder);
+        cvxq_work_fill(work, chunk, NULL, rows, &decoder, sizeof decoder);
 }
 
+static cvxq_decoder *decoder_of(const void *context) { return *(cvxq_decoder *const *)context; }
+
+/* Begin a product; its jobs come before the next step. */
 static void multiply(cvxq_decoder *decoder, const cvxq_matrix *const *weights, int count,
                      const float *x, int rows, float *const *y) {
-    const int64_t begin = now();
-    cvxq_matmul(decoder->pool, weights, count, x, rows, y, decoder->exact);
-    decoder->products += now() - begin;
+    decoder->since = now();
+    decoder->spent_on = &decoder->products;
+    cvxq_product_begin(&decoder->product, decoder->pool, weights, count, x, rows, y, decoder->exact,
+                       0);
 }
 
 static void normalize(const cvxq_decoder *decoder, const cvxq_norm *norm, const float *x,
@@ -41,66 +46,72 @@ static void normalize(const cvxq_decoder *decoder, const cvxq_norm *norm, const 
         memcpy(out, x, (size_t)n * sizeof *x);
 }
 
-/* A range of `count` rows for this part. */
-static int first_of(int count, int part, int parts) { return (int)((int64_t)count * part / parts); }
-
 /* Add the branch to the stream and prepare the input of the next one. */
-static void settle_rows(void *context, int part, int parts) {
-    cvxq_decoder *decoder = context;
-    const int hidden = decoder->shape.hidden, end = first_of(decoder->count, part + 1, parts);
-    for (int row = first_of(decoder->count, part, parts); row < end; row++) {
-        float *branch = decoder->branch + (int64_t)row * hidden;
-        float *stream = decoder->stream + (int64_t)row * hidden;
-        if (decoder->norms[0] != NULL) {
-            normalize(decoder, decoder->norms[0], branch, branch);
-            decoder->math->add(stream, branch, decoder->shape.residual_scale, hidden);
-            normalize(decoder, decoder->norms[1], stream, stream);
-        }
-        if (decoder->norms[2] != NULL)
-            normalize(decoder, decoder->norms[2], stream, decoder->input + (int64_t)row * hidden);
-        if (decoder->norms[3] != NULL)
-            normalize(decoder, decoder->norms[3], stream, decoder->beside + (int64_t)row * hidden);
+static void settle_row(const void *context, int64_t row, int thread) {
+    cvxq_decoder *decoder = decoder_of(context);
+    const int hidden = decoder->shape.hidden;
+    float *branch = decoder->branch + row * hidden, *stream = decoder->stream + row * hidden;
+    (void)thread;
+    if (decoder->norms[0] != NULL) {
+        normalize(decoder, decoder->norms[0], branch, branch);
+        decoder->math->add(stream, branch, decoder->shape.residual_scale, hidden);
+        normalize(decoder, decoder->norms[1], stream, stream);
     }
+    if (decoder->norms[2] != NULL)
+        normalize(decoder, decoder->norms[2], stream, decoder->input + row * hidden);
+    if (decoder->norms[3] != NULL)
+        normalize(decoder, decoder->norms[3], stream, decoder->beside + row * hidden);
 }
 
 /* out NULL: there is no branch yet. in, beside NULL: nothing reads this input. */
-static void settle(cvxq_decoder *decoder, const cvxq_norm *out, const cvxq_norm *sum,
-                   const cvxq_norm *in, const cvxq_norm *beside) {
+static void settle(cvxq_decoder *decoder, cvxq_work *work, const cvxq_norm *out,
+                   const cvxq_norm *sum, const cvxq_norm *in, const cvxq_norm *beside) {
     decoder->norms[0] = out;
     decoder->norms[1] = sum;
     decoder->norms[2] = in;
     decoder->norms[3] = beside;
-    run(decoder, settle_rows, decoder->count == 1);
+    share_rows(decoder, work, settle_row, decoder->count);
+}
+
+static const cvxq_layer *layer_of(const cvxq_decoder *decoder) {
+    return decoder->layers + decoder->layer;
+}
+
+static void project_in(cvxq_decoder *decoder, cvxq_work *work) {
+    const cvxq_layer *layer = layer_of(decoder);
+    const cvxq_matrix *const weights[] = {layer->q, layer->k, layer->v};
+    const int is_one = layer->k == NULL;
+    float *const results[] = {is_one ? decoder->together : decoder->query, decoder->key,
+                              decoder->value};
+    (void)work;
+    multiply(decoder, weights, is_one ? 1 : 3, decoder->input, decoder->count, results);
 }
 
 /* Take the results for queries, keys and values apart, and normalize over all heads at once. */
-static void part_rows(void *context, int part, int parts) {
-    cvxq_decoder *decoder = context;
+static void part_row(const void *context, int64_t row, int thread) {
+    cvxq_decoder *decoder = decoder_of(context);
     const cvxq_decoder_shape *s = &decoder->shape;
-    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    const cvxq_layer *layer = layer_of(decoder);
     const int64_t wide = (int64_t)s->heads * s->head_dim,
                   narrow = (int64_t)s->kv_heads * s->head_dim;
-    const int end = first_of(decoder->count, part + 1, parts);
-    for (int row = first_of(decoder->count, part, parts); row < end; row++) {
-        float *query = decoder->query + row * wide, *key = decoder->key + row * narrow;
-        if (layer->k == NULL) {
-            const float *from = decoder->together + row * (wide + 2 * narrow);
-            memcpy(query, from, (size_t)wide * sizeof *from);
-            memcpy(key, from + wide, (size_t)narrow * sizeof *from);
-            memcpy(decoder->value + row * narrow, from + wide + narrow,
-                   (size_t)narrow * sizeof *from);
-        }
-        if (!layer->wide_norms) continue;
-        if (layer->q_norm.kind != CVXQ_NO_NORM)
-            decoder->math->normalize(&layer->q_norm, query, (int)wide, query);
-        if (layer->k_norm.kind != CVXQ_NO_NORM)
-            decoder->math->normalize(&layer->k_norm, key, (int)narrow, key);
+    float *query = decoder->query + row * wide, *key = decoder->key + row * narrow;
+    (void)thread;
+    if (layer->k == NULL) {
+        const float *from = decoder->together + row * (wide + 2 * narrow);
+        memcpy(query, from, (size_t)wide * sizeof *from);
+        memcpy(key, from + wide, (size_t)narrow * sizeof *from);
+        memcpy(decoder->value + row * narrow, from + wide + narrow, (size_t)narrow * sizeof *from);
     }
+    if (!layer->wide_norms) return;
+    if (layer->q_norm.kind != CVXQ_NO_NORM)
+        decoder->math->normalize(&layer->q_norm, query, (int)wide, query);
+    if (layer->k_norm.kind != CVXQ_NO_NORM)
+        decoder->math->normalize(&layer->k_norm, key, (int)narrow, key);
 }
 
 static void prepare_head(cvxq_decoder *decoder, const cvxq_norm *norm, float *x, int row) {
     const cvxq_decoder_shape *s = &decoder->shape;
-    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    const cvxq_layer *layer = layer_of(decoder);
     if (norm->kind != CVXQ_NO_NORM && !layer->wide_norms)
         decoder->math->normalize(norm, x, s->head_dim, x);
     if (layer->rope < 0) return;
@@ -114,7 +125,7 @@ static void prepare_head(cvxq_decoder *decoder, const cvxq_norm *norm, float *x,
  * cache. */
 static void prepare_group(cvxq_decoder *decoder, int row, int head) {
     const cvxq_decoder_shape *s = &decoder->shape;
-    const cvxq_layer *layer = decoder->layers + decoder->layer;
+    const cvxq_layer *layer = layer_of(decoder);
     const int width = s->head_dim, group = s->heads / s->kv_heads;
     const int64_t position = decoder->start + row;
     const int64_t block = position / CVXQ_BLOCK, place = position % CVXQ_BLOCK;
@@ -132,129 +143,165 @@ static void prepare_group(cvxq_decoder *decoder, int row, int head) {
     memcpy(values + place * padded(width), decoder->value + at, (size_t)width * sizeof(float));
 }
 
-static void prepare_rows(void *context, int part, int parts) {
-    cvxq_decoder *decoder = context;
-    const int heads = decoder->shape.kv_heads, all = decoder->count * heads;
-    const int end = first_of(all, part + 1, parts);
-    for (int i = first_of(all, part, parts); i < end; i++)
-        prepare_group(decoder, i / heads, i % heads);
+static void prepare_row(const void *context, int64_t row, int thread) {
+    cvxq_decoder *decoder = decoder_of(context);
+    (void)thread;
+    if (layer_of(decoder)->k == NULL || layer_of(decoder)->wide_norms) part_row(context, row, 0);
+    for (int head = 0; head < decoder->shape.kv_heads; head++)
+        prepare_group(decoder, (int)row, head);
 }
 
-/* Rows of one key head that a task takes: few enough that every thread has some. */
-static int attention_rows(const cvxq_decoder *decoder, int parts) {
-    const int all = decoder->count * decoder->shape.heads;
-    const int rows = (all + parts - 1) / parts;
-    return rows < ROWS ? rows : ROWS;
+static void prepare(cvxq_decoder *decoder, cvxq_work *work) {
+    share_rows(decoder, work, prepare_row, decoder->count);
 }
 
-/* Steps in which the rows of one key head are taken. */
-static int attention_steps(const cvxq_decoder *decoder, int parts) {
-    const int rows = decoder->count * (decoder->shape.heads / decoder->shape.kv_heads);
-    const int step = attention_rows(decoder, parts);
-    return (rows + step - 1) / step;
+/* Attention of a call, for threads that may be late: nothing here changes. */
+typedef struct {
+    const cvxq_decoder *decoder;
+    const cvxq_layer *layer;
+    const float *const *keys, *const *values; /* of the layer */
+    int64_t start;
+    int count, step; /* rows; those of a key head that are computed together */
+} attention_job;
+
+/* Number of steps in which the rows of one key head are taken. */
+static int attention_steps(const attention_job *job) {
+    const cvxq_decoder_shape *s = &job->decoder->shape;
+    return (job->count * (s->heads / s->kv_heads) + job->step - 1) / job->step;
 }
 
-/* Attention of the chunk; the results replace the queries. */
-static void attend_rows(void *context, int part, int parts) {
-    cvxq_decoder *decoder = context;
+/* The rows of a chunk: places of their queries, later of their results. Returns their number. */
+static int attention_rows(const attention_job *job, int64_t chunk, float **places,
+                          int64_t *positions) {
+    const cvxq_decoder *decoder = job->decoder;
     const cvxq_decoder_shape *s = &decoder->shape;
-    const int group = s->heads / s->kv_heads, width = s->head_dim;
-    const int rows_per_head = decoder->count * group, step = attention_rows(decoder, parts);
-    const int steps = attention_steps(decoder, parts);
-    const cvxq_layer *layer = decoder->layers + decoder->layer;
-    const int64_t window = layer->window;
-    float *tile = decoder->parts + part * decoder->part_floats;
-    float *scratch = tile + span(ROWS, width);
+    const int group = s->heads / s->kv_heads, all = job->count * group;
+    const int head = (int)(chunk % s->kv_heads), begin = (int)(chunk / s->kv_heads) * job->step;
+    const int rows = all - begin < job->step ? all - begin : job->step;
+    for (int r = 0; r < rows; r++) {
+        const int row = (begin + r) / group, member = (begin + r) % group;
+        positions[r] = job->start + row;
+        places[r] = decoder->query +
+                    ((int64_t)row * s->heads + head * group + member) * s->head_dim;
+    }
+    return rows;
+}
+
+static void attend_rows(const void *context, int64_t chunk, int thread) {
+    const attention_job *job = context;
+    const cvxq_decoder *decoder = job->decoder;
+    const int width = decoder->shape.head_dim, head = (int)(chunk % decoder->shape.kv_heads);
+    const int64_t window = job->layer->window, index = (int64_t)head * decoder->blocks;
+    float *tile = decoder->parts + thread * decoder->part_floats;
     float *out[ROWS];
     int64_t first[ROWS], last[ROWS];
-    /* Later rows attend to more: dealing them out in turn gives every thread its share. */
-    for (int task = part; task < s->kv_heads * steps; task += parts) {
-        const int head = task % s->kv_heads, begin = task / s->kv_heads * step;
-        const int rows = rows_per_head - begin < step ? rows_per_head - begin : step;
-        if (decoder->prepares) {
-            const int64_t from = part == 0 ? now() : 0;
-            prepare_group(decoder, 0, head);
-            if (part == 0) decoder->attended -= now() - from; /* is not attention */
-        }
-        for (int r = 0; r < rows; r++) {
-            const int row = (begin + r) / group, member = (begin + r) % group;
-            out[r] = decoder->query + ((int64_t)row * s->heads + head * group + member) * width;
-            memcpy(tile + r * width, out[r], (size_t)width * sizeof *tile);
-            last[r] = decoder->start + row;
-            first[r] = window > 0 && last[r] >= window ? last[r] - window + 1 : 0;
-        }
-        const int64_t index = ((int64_t)decoder->layer * s->kv_heads + head) * decoder->blocks;
-        decoder->math->attend(tile, rows, width, decoder->keys + index, decoder->values + index,
-                              first, last, layer->cap, out, scratch);
+    const int rows = attention_rows(job, chunk, out, last);
+    for (int r = 0; r < rows; r++) {
+        memcpy(tile + r * width, out[r], (size_t)width * sizeof *tile);
+        out[r] = tile + r * width; /* read before it is written */
+        first[r] = window > 0 && last[r] >= window ? last[r] - window + 1 : 0;
     }
+    decoder->math->attend(tile, rows, width, job->keys + index, job->values + index, first, last,
+                          job->layer->cap, out, tile + span(ROWS, width));
 }
 
-static void attention(cvxq_decoder *decoder) {
+/* The results replace the queries. */
+static void commit_rows(const void *context, int64_t chunk, int thread) {
+    const attention_job *job = context;
+    const int width = job->decoder->shape.head_dim;
+    const float *tile = job->decoder->parts + thread * job->decoder->part_floats;
+    float *out[ROWS];
+    int64_t positions[ROWS];
+    const int rows = attention_rows(job, chunk, out, positions);
+    for (int r = 0; r < rows; r++) memcpy(out[r], tile + r * width, (size_t)width * sizeof *tile);
+}
+
+static void attend(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_decoder_shape *s = &decoder->shape;
-    const cvxq_layer *layer = decoder->layers + decoder->layer;
-    const cvxq_matrix *const weights[] = {layer->q, layer->k, layer->v};
-    const int is_one = layer->k == NULL;
-    float *const results[] = {is_one ? decoder->together : decoder->query, decoder->key,
-                              decoder->value};
-    multiply(decoder, weights, is_one ? 1 : 3, decoder->input, decoder->count, results);
-    if (is_one || layer->wide_norms) run(decoder, part_rows, decoder->count == 1);
     const int64_t seen = decoder->start + decoder->count;
-    const int64_t work = seen * decoder->count * s->heads * s->head_dim * 2;
-    const int alone = work < SERIAL_PRODUCTS;
-    /* A single token's heads need nothing of each other: prepare each where it is attended to. */
-    decoder->prepares = decoder->count == 1 &&
-                        attention_steps(decoder, alone ? 1 : decoder->threads) == 1;
-    if (!decoder->prepares) run(decoder, prepare_rows, decoder->count == 1);
-    const int64_t begin = now();
-    run(decoder, attend_rows, alone);
-    decoder->attended += now() - begin;
-    multiply(decoder, &layer->o, 1, decoder->query, decoder->count, &decoder->branch);
-}
-
-static void activate_part(void *context, int part, int parts) {
-    cvxq_decoder *decoder = context;
-    const int64_t lines = (span(decoder->count, decoder->shape.ffn)) / 16;
-    const int64_t all = (int64_t)decoder->count * decoder->shape.ffn;
-    const int64_t begin = lines * part / parts * 16, limit = lines * (part + 1) / parts * 16;
-    const int64_t end = limit < all ? limit : all;
-    const cvxq_layer *layer = decoder->layers + decoder->layer;
-    const int gated = layer->gate != NULL;
-    float *x = gated ? decoder->gate : decoder->up;
-    if (end > begin)
-        decoder->math->activate(x + begin, gated ? decoder->up + begin : NULL, layer->activation,
-                                (int)(end - begin));
-}
-
-/* Likewise of rows (count, 2, ffn) of gate and up, which it takes apart. */
-static void activate_rows(void *context, int part, int parts) {
-    cvxq_decoder *decoder = context;
-    const int64_t ffn = decoder->shape.ffn;
-    const int activation = decoder->layers[decoder->layer].activation;
-    const int end = first_of(decoder->count, part + 1, parts);
-    for (int row = first_of(decoder->count, part, parts); row < end; row++) {
-        float *gate = decoder->gate + row * ffn;
-        const float *from = decoder->together + row * 2 * ffn;
-        memcpy(gate, from, (size_t)ffn * sizeof *gate);
-        decoder->math->activate(gate, from + ffn, activation, (int)ffn);
+    const int alone = seen * decoder->count * s->heads * s->head_dim * 2 < SERIAL_PRODUCTS;
+    const int parts = alone ? 1 : decoder->threads, all = decoder->count * s->heads;
+    const int64_t index = (int64_t)decoder->layer * s->kv_heads * decoder->blocks;
+    attention_job job = {decoder, layer_of(decoder), decoder->keys + index, decoder->values + index,
+                         decoder->start, decoder->count,
+                         /* few enough that every thread has some */
+                         (int)min_of((all + parts - 1) / parts, ROWS)};
+    const int64_t chunks = (int64_t)s->kv_heads * attention_steps(&job);
+    decoder->since = now();
+    decoder->spent_on = &decoder->attended;
+    if (!alone) {
+        cvxq_work_fill(work, attend_rows, commit_rows, chunks, &job, sizeof job);
+        return;
+    }
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        attend_rows(&job, chunk, 0);
+        commit_rows(&job, chunk, 0);
     }
 }
 
-static void feed_forward(cvxq_decoder *decoder) {
-    const cvxq_layer *layer = decoder->layers + decoder->layer;
+static void project_out(cvxq_decoder *decoder, cvxq_work *work) {
+    (void)work;
+    multiply(decoder, &layer_of(decoder)->o, 1, decoder->query, decoder->count, &decoder->branch);
+}
+
+static void settle_attention(cvxq_decoder *decoder, cvxq_work *work) {
+    const cvxq_layer *layer = layer_of(decoder);
+    settle(decoder, work, &layer->attention_out, &layer->attention_sum,
+           layer->is_parallel ? NULL : &layer->ffn_in, NULL);
+}
+
+static void project_up(cvxq_decoder *decoder, cvxq_work *work) {
+    const cvxq_layer *layer = layer_of(decoder);
     const float *input = layer->is_parallel ? decoder->beside : decoder->input;
     const int gated = layer->gate != NULL;
-    const int alone = (int64_t)decoder->count * decoder->shape.ffn < SERIAL_ELEMENTS;
-    if (gated && layer->up == NULL) {
+    const cvxq_matrix *const weights[] = {layer->up, layer->gate};
+    float *const results[] = {decoder->up, decoder->gate};
+    (void)work;
+    if (gated && layer->up == NULL)
         multiply(decoder, &layer->gate, 1, input, decoder->count, &decoder->together);
-        run(decoder, activate_rows, alone || decoder->count == 1);
-    } else {
-        const cvxq_matrix *const weights[] = {layer->up, layer->gate};
-        float *const results[] = {decoder->up, decoder->gate};
+    else
         multiply(decoder, weights, 1 + gated, input, decoder->count, results);
-        run(decoder, activate_part, alone);
+}
+
+static void activate_row(const void *context, int64_t row, int thread) {
+    cvxq_decoder *decoder = decoder_of(context);
+    const cvxq_layer *layer = layer_of(decoder);
+    const int ffn = decoder->shape.ffn;
+    float *up = decoder->up + row * ffn, *gate = decoder->gate + row * ffn;
+    (void)thread;
+    if (layer->gate == NULL) {
+        decoder->math->activate(up, NULL, layer->activation, ffn);
+        return;
     }
-    multiply(decoder, &layer->down, 1, gated ? decoder->gate : decoder->up, decoder->count,
-             &decoder->branch);
+    if (layer->up == NULL) { /* both side by side */
+        memcpy(gate, decoder->together + row * 2 * ffn, (size_t)ffn * sizeof *gate);
+        up = decoder->together + (row * 2 + 1) * ffn;
+    }
+    decoder->math->activate(gate, up, layer->activation, ffn);
+}
+
+static void activate(cvxq_decoder *decoder, cvxq_work *work) {
+    share_rows(decoder, work, activate_row, decoder->count);
+}
+
+static void project_down(cvxq_decoder *decoder, cvxq_work *work) {
+    const cvxq_layer *layer = layer_of(decoder);
+    (void)work;
+    multiply(decoder, &layer->down, 1, layer->gate != NULL ? decoder->gate : decoder->up,
+             decoder->count, &decoder->branch);
+}
+
+/* The norm of what a layer's feed-forward block reads beside its attention, if it does. */
+static const cvxq_norm *beside(const cvxq_layer *layer) {
+    return layer->is_parallel ? &layer->ffn_in : NULL;
+}
+
+static void settle_block(cvxq_decoder *decoder, cvxq_work *work) {
+    const cvxq_layer *layer = layer_of(decoder), *next = layer + 1;
+    if (++decoder->layer < decoder->shape.layers)
+        settle(decoder, work, &layer->ffn_out, &layer->ffn_sum, &next->attention_in, beside(next));
+    else
+        settle(decoder, work, &layer->ffn_out, &layer->ffn_sum, &decoder->shape.final, NULL);
 }
 
 /* Angles in float32, position times frequency, as transformers computes them. */
@@ -275,50 +322,118 @@ static void turn(cvxq_decoder *decoder) {
 
 void cvxq_decoder_turn(cvxq_decoder *decoder, int is_long) { decoder->is_long = is_long; }
 
-/* The norm of what a layer's feed-forward block reads beside its attention, if it does. */
-static const cvxq_norm *beside(const cvxq_layer *layer) {
-    return layer->is_parallel ? &layer->ffn_in : NULL;
+static void embed(cvxq_decoder *decoder, cvxq_work *work) {
+    const cvxq_decoder_shape *s = &decoder->shape;
+    turn(decoder);
+    decoder->since = now();
+    decoder->spent_on = &decoder->products;
+    cvxq_rows_fill(work, s->embed, decoder->ids, decoder->count,
+                   s->project_in != NULL ? decoder->input : decoder->stream);
 }
 
-static void embed(cvxq_decoder *decoder, const int64_t *ids) {
+static void scale_embedding(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const int64_t all = (int64_t)decoder->count * s->embedding;
-    float *target = s->project_in != NULL ? decoder->input : decoder->stream;
-    const int64_t begin = now();
-    cvxq_rows(decoder->pool, s->embed, ids, decoder->count, target);
-    decoder->products += now() - begin;
-    if (s->embedding_scale != 1.0f) decoder->math->scale(target, s->embedding_scale, (int)all);
+    float *x = s->project_in != NULL ? decoder->input : decoder->stream;
+    (void)work;
+    if (s->embedding_scale != 1.0f) decoder->math->scale(x, s->embedding_scale, (int)all);
     if (s->project_in != NULL)
-        multiply(decoder, &s->project_in, 1, decoder->input, decoder->count, &decoder->stream);
-    for (int row = 0; s->positions != NULL && row < decoder->count; row++) {
-        const int64_t position = decoder->start + row + s->position_offset;
-        cvxq_rows(decoder->pool, s->positions, &position, 1, decoder->branch);
-        decoder->math->add(decoder->stream + (int64_t)row * s->hidden, decoder->branch, 1.0f,
-                           s->hidden);
-    }
+        multiply(decoder, &s->project_in, 1, x, decoder->count, &decoder->stream);
 }
 
-static void cut_part(void *context, int part, int parts) {
-    cvxq_decoder *decoder = context;
+static void add_position(const void *context, int64_t row, int thread) {
+    cvxq_decoder *decoder = decoder_of(context);
     const cvxq_decoder_shape *s = &decoder->shape;
-    const int64_t begin = decoder->cut_count * part / parts;
-    const int n = (int)(decoder->cut_count * (part + 1) / parts - begin);
-    if (s->logit_scale != 1.0f) decoder->math->scale(decoder->cut + begin, s->logit_scale, n);
-    if (s->logit_cap > 0) decoder->math->soft_cap(decoder->cut + begin, s->logit_cap, n);
+    const int64_t position = decoder->start + row + s->position_offset;
+    float *place = decoder->branch + row * s->hidden;
+    (void)thread;
+    cvxq_rows(decoder->pool, s->positions, &position, 1, place); /* of one row: at once */
+    decoder->math->add(decoder->stream + row * s->hidden, place, 1.0f, s->hidden);
 }
 
-static void predict(cvxq_decoder *decoder, int wanted, float *logits) {
+static void add_positions(cvxq_decoder *decoder, cvxq_work *work) {
+    if (decoder->shape.positions != NULL) share_rows(decoder, work, add_position, decoder->count);
+}
+
+static void settle_embedding(cvxq_decoder *decoder, cvxq_work *work) {
+    decoder->layer = 0;
+    settle(decoder, work, NULL, NULL, &decoder->layers[0].attention_in, beside(decoder->layers));
+}
+
+/* What comes before the vocabulary: rows of the tokens whose logits are wanted. */
+static const float *last_inputs(const cvxq_decoder *decoder) {
+    return decoder->input + (int64_t)(decoder->count - decoder->wanted) * decoder->shape.hidden;
+}
+
+static void project_last(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_decoder_shape *s = &decoder->shape;
-    const float *input = decoder->input + (int64_t)(decoder->count - wanted) * s->hidden;
-    if (s->project_out != NULL) {
-        multiply(decoder, &s->project_out, 1, input, wanted, &decoder->branch);
-        input = decoder->branch;
+    (void)work;
+    if (decoder->wanted && s->project_out != NULL)
+        multiply(decoder, &s->project_out, 1, last_inputs(decoder), decoder->wanted,
+                 &decoder->branch);
+}
+
+static void predict(cvxq_decoder *decoder, cvxq_work *work) {
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const float *input = s->project_out != NULL ? decoder->branch : last_inputs(decoder);
+    (void)work;
+    if (decoder->wanted) multiply(decoder, &s->head, 1, input, decoder->wanted, &decoder->logits);
+}
+
+/* Scale and cap a piece of the logits. */
+static void finish_logits(const void *context, int64_t piece, int thread) {
+    cvxq_decoder *decoder = decoder_of(context);
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const int64_t all = (int64_t)decoder->wanted * s->vocabulary, begin = piece * LOGITS;
+    const int n = (int)min_of(LOGITS, all - begin);
+    (void)thread;
+    if (s->logit_scale != 1.0f) decoder->math->scale(decoder->logits + begin, s->logit_scale, n);
+    if (s->logit_cap > 0) decoder->math->soft_cap(decoder->logits + begin, s->logit_cap, n);
+}
+
+static void finish(cvxq_decoder *decoder, cvxq_work *work) {
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const int64_t all = (int64_t)decoder->wanted * s->vocabulary;
+    if (all && (s->logit_scale != 1.0f || s->logit_cap > 0))
+        share_rows(decoder, work, finish_logits, (int)ceil_div(all, LOGITS));
+}
+
+typedef void (*step)(cvxq_decoder *, cvxq_work *);
+static const step FIRST[] = {embed, scale_embedding, add_positions, settle_embedding};
+static const step LAYER[] = {project_in, prepare,  attend,       project_out, settle_attention,
+                             project_up, activate, project_down, settle_block};
+static const step LAST[] = {project_last, predict, finish};
+enum {
+    FIRST_STEPS = sizeof FIRST / sizeof *FIRST,
+    LAYER_STEPS = sizeof LAYER / sizeof *LAYER,
+    LAST_STEPS = sizeof LAST / sizeof *LAST,
+};
+
+/* Step `index` of a call, NULL at its end. */
+static step step_at(const cvxq_decoder *decoder, int64_t index) {
+    if (index < FIRST_STEPS) return FIRST[index];
+    index -= FIRST_STEPS;
+    const int64_t all = (int64_t)decoder->shape.layers * LAYER_STEPS;
+    if (index < all) return LAYER[index % LAYER_STEPS];
+    return index - all < LAST_STEPS ? LAST[index - all] : NULL;
+}
+
+/* Count the time since the product or the attention that just ended was begun. */
+static void stop_clock(cvxq_decoder *decoder) {
+    if (decoder->spent_on != NULL) *decoder->spent_on += now() - decoder->since;
+    decoder->spent_on = NULL;
+}
+
+static int next_work(void *program, cvxq_work *work) {
+    cvxq_decoder *decoder = program;
+    for (work->chunks = 0; !work->chunks;) {
+        if (cvxq_product_next(&decoder->product, work)) return 1;
+        stop_clock(decoder);
+        const step next = step_at(decoder, decoder->step++);
+        if (next == NULL) return 0;
+        next(decoder, work);
     }
-    multiply(decoder, &s->head, 1, input, wanted, &logits);
-    decoder->cut = logits;
-    decoder->cut_count = (int64_t)wanted * s->vocabulary;
-    if (s->logit_scale != 1.0f || s->logit_cap > 0)
-        run(decoder, cut_part, decoder->cut_count < SERIAL_ELEMENTS);
+    return 1;
 }
 
 static int in_range(const cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
@@ -333,32 +448,18 @@ static int in_range(const cvxq_decoder *decoder, const int64_t *ids, int count, 
 
 int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
                       int wanted, int exact, float *logits) {
-    const int layers = decoder->shape.layers;
     if (!in_range(decoder, ids, count, start, wanted)) return 2;
     if (cvxq_decoder_hold(decoder, start + count)) return 1;
     const int64_t begin = now();
     decoder->count = count;
     decoder->start = start;
     decoder->exact = exact;
-    cvxq_pool_begin(decoder->pool);
-    turn(decoder);
-    embed(decoder, ids);
-    settle(decoder, NULL, NULL, &decoder->layers[0].attention_in, beside(decoder->layers));
-    for (int i = 0; i < layers; i++) {
-        const cvxq_layer *layer = decoder->layers + i;
-        decoder->layer = i;
-        attention(decoder);
-        settle(decoder, &layer->attention_out, &layer->attention_sum,
-               layer->is_parallel ? NULL : &layer->ffn_in, NULL);
-        feed_forward(decoder);
-        if (i + 1 < layers)
-            settle(decoder, &layer->ffn_out, &layer->ffn_sum, &layer[1].attention_in,
-                   beside(layer + 1));
-        else
-            settle(decoder, &layer->ffn_out, &layer->ffn_sum, &decoder->shape.final, NULL);
-    }
-    if (wanted) predict(decoder, wanted, logits);
-    cvxq_pool_end(decoder->pool);
+    decoder->ids = ids;
+    decoder->wanted = wanted;
+    decoder->logits = logits;
+    decoder->step = 0;
+    decoder->product.stage = PRODUCT_DONE;
+    cvxq_pool_run(decoder->pool, next_work, decoder);
     decoder->total += now() - begin;
     return 0;
 }

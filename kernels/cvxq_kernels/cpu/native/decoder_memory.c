@@ -93,6 +93,7 @@ cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
 
 void cvxq_decoder_free(cvxq_decoder *decoder) {
     if (decoder == NULL) return;
+    cvxq_pool_settle(decoder->pool); /* a late thread may still read it */
     for (int i = 0; i < decoder->held; i++)
         cvxq_arena_free(decoder->memory[i], (size_t)block_floats(decoder) * sizeof(float));
     free(decoder->memory);

@@ -6,7 +6,8 @@
 #include "decoder_math.h"
 #include "internal.h"
 
-#define ROWS 16 /* rows of attention that one task computes together */
+#define ROWS 16     /* rows of attention that one thread computes together */
+#define LOGITS 8192 /* that one thread finishes together */
 
 struct cvxq_decoder {
     cvxq_decoder_shape shape;
@@ -25,12 +26,14 @@ struct cvxq_decoder {
     float *together;      /* (chunk, …): results of one matrix for several parts */
     int is_long;
     int64_t products, attended, total;
-    /* what the tasks of this call work on */
-    int count, layer, exact, prepares;
-    int64_t start;
+    /* this call, and how far it has come */
+    const int64_t *ids;
+    float *logits;
+    int count, layer, exact, wanted;
+    int64_t start, step;
+    cvxq_product product;      /* under way, or done */
+    int64_t since, *spent_on;  /* when the clock of products or attention began to run */
     const cvxq_norm *norms[4]; /* of branch, branch + stream, the next input, the one beside it */
-    float *cut;                /* logits that are capped */
-    int64_t cut_count;
 };
 
 static inline int padded(int width) {

@@ -5,7 +5,7 @@
 
 static size_t width_of(int dtype) { return dtype == CVXQ_F32 ? 4 : 2; }
 
-void cvxq_dense_item(const cvxq_job *job, const cvxq_item *item) {
+void cvxq_dense_item(const cvxq_job *job, const cvxq_item *item, float *results) {
     const cvxq_matrix *w = job->weight;
     const cvxq_ops *ops = job->exact ? &cvxq_ops_scalar : cvxq_ops_in_use();
     const size_t pitch = (size_t)w->inputs * width_of(w->dtype);
@@ -17,7 +17,8 @@ void cvxq_dense_item(const cvxq_job *job, const cvxq_item *item) {
             ops->dense(w->codes + (size_t)n * pitch, w->dtype, w->inputs, job->x + m * w->inputs,
                        w->inputs, batch, sums);
             for (int b = 0; b < batch; b++)
-                job->y[(m + b) * w->outputs + n] = sums[b] + (w->bias ? w->bias[n] : 0);
+                results[(m + b) * item->tiles + n - item->first_tile] = sums[b] +
+                                                                        (w->bias ? w->bias[n] : 0);
         }
     }
 }

@@ -20,6 +20,7 @@
 #include <string.h>
 
 #include "cvxq.h"
+#include "pool.h"
 
 enum {
     STRIP = 16,        /* rows of a strip */
@@ -64,7 +65,6 @@ typedef struct {
 } cvxq_cluster;
 
 typedef struct {
-    int64_t cost; /* bytes of all items before */
     int32_t cluster, first_tile, tiles;
 } cvxq_item;
 
@@ -173,10 +173,6 @@ extern const cvxq_ops cvxq_ops_neon;
 #endif
 const cvxq_ops *cvxq_ops_in_use(void);
 
-/* pool.c: memory of one part, or shared by all (part −1), 64-byte aligned; grows between tasks
- * only, and what it held is then lost. Never NULL: without memory the process ends. */
-void *cvxq_pool_scratch(cvxq_pool *pool, int part, size_t bytes);
-
 /* arena.c: large read-only memory on huge pages where the system has them. */
 void *cvxq_arena_new(size_t bytes);
 void cvxq_arena_free(void *memory, size_t bytes);
@@ -211,21 +207,23 @@ void cvxq_tables_fill(cvxq_tables *tables, const float *levels);
 void cvxq_spread(const uint8_t *planes, int depth, int64_t plane_bytes, int64_t first_byte,
                  int64_t bytes, uint8_t *codes);
 
-/* The kinds of matrices: what one item of work adds to the result. x is in order where the kind
- * has one: (M, K) for packed matrices that share an order, (M, K) as given otherwise. */
+/* The kinds of matrices: what one item of work adds to the result, (M, rows of the item), in
+ * memory of the thread's own. */
 typedef struct {
     const cvxq_matrix *weight;
-    const float *x; /* (M, K), in the matrix's order */
+    const float *x; /* (M, K), in the matrix's order if it has one */
     float *y;       /* (M, N) */
     int64_t m;
     int exact;
 } cvxq_job;
-void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, void *scratch);
+void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, float *results, void *scratch);
+void cvxq_packed_commit(const cvxq_job *job, const cvxq_item *item, const float *results);
 size_t cvxq_packed_scratch(const cvxq_matrix *w, int exact);
 void cvxq_packed_row(const cvxq_matrix *w, int64_t row, float *out);
-void cvxq_dense_item(const cvxq_job *job, const cvxq_item *item);
+void cvxq_dense_item(const cvxq_job *job, const cvxq_item *item, float *results);
 void cvxq_dense_row(const cvxq_matrix *w, int64_t row, float *out);
-void cvxq_transposed_item(const cvxq_job *job, const cvxq_item *item, void *scratch);
+void cvxq_transposed_item(const cvxq_job *job, const cvxq_item *item, float *results,
+                          void *scratch);
 size_t cvxq_transposed_scratch(const cvxq_matrix *w);
 void cvxq_transposed_row(const cvxq_matrix *w, int64_t row, float *out);
 
@@ -244,7 +242,36 @@ void cvxq_wide_round(const cvxq_wide *wide, const int32_t *order, int64_t count,
                      int64_t row);
 void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
                     void *scratch);
+void cvxq_wide_commit(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
+                      const void *scratch);
 /* y (N,) = the results of row `row`, and the bias. */
 void cvxq_wide_collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *y);
+
+/* matmul.c: a product of a few matrices with at most CHUNK inputs, as some jobs of a program. */
+enum { MOST_FACTORS = 8 };
+typedef struct {
+    cvxq_job job;
+    float *ordered; /* (M, K) to fill, or NULL */
+    cvxq_wide wide; /* the same, for matrices that take many inputs at once */
+} cvxq_factor;
+typedef struct {
+    cvxq_pool *pool;
+    const float *x;
+    int64_t m, inputs;
+    int32_t count;
+    enum { PRODUCT_ORDERS, PRODUCT_COMPUTES, PRODUCT_COLLECTS, PRODUCT_DONE } stage;
+    cvxq_factor factors[MOST_FACTORS];
+} cvxq_product;
+_Static_assert(sizeof(cvxq_product) <= CVXQ_CONTEXT_BYTES, "a job's context must hold a product");
+/* is_passing: x may be gone when the pool has not settled yet, and is copied. */
+void cvxq_product_begin(cvxq_product *p, cvxq_pool *pool, const cvxq_matrix *const *weights,
+                        int count, const float *x, int64_t m, float *const *y, int exact,
+                        int is_passing);
+/* Fill `work` with the next job; 0 when the product is done. */
+int cvxq_product_next(cvxq_product *p, cvxq_work *work);
+
+/* Let `work` be what cvxq_rows does. */
+void cvxq_rows_fill(cvxq_work *work, const cvxq_matrix *matrix, const int64_t *ids, int64_t count,
+                    float *out);
 
 #endif

@@ -3,7 +3,7 @@
 
 #include "repack.h"
 
-enum { DENSE_ROWS = 64, TRANSPOSED_OUTPUTS = 256 };
+enum { DENSE_ROWS = 64, TRANSPOSED_OUTPUTS = ITEM_TILES * TILE };
 
 static void *copy_of(const void *from, size_t bytes) {
     void *made = malloc(bytes ? bytes : 1);
@@ -44,14 +44,13 @@ static int copy_side(cvxq_matrix *w, const cvxq_companded *source) {
     return 1;
 }
 
-/* Cut [0, count) into items of `step`, all of the cost of `bytes` per piece. */
-static int even_items(cvxq_matrix *w, int64_t count, int64_t step, int64_t bytes) {
+/* Cut [0, count) into items of `step`. */
+static int even_items(cvxq_matrix *w, int64_t count, int64_t step) {
     w->item_count = ceil_div(count, step);
     w->items = calloc((size_t)w->item_count, sizeof *w->items);
     if (!w->items) return 0;
     for (int64_t i = 0; i < w->item_count; i++)
-        w->items[i] = (cvxq_item){.cost = i * step * bytes,
-                                  .first_tile = (int32_t)(i * step),
+        w->items[i] = (cvxq_item){.first_tile = (int32_t)(i * step),
                                   .tiles = (int32_t)min_of(step, count - i * step)};
     w->bytes += w->item_count * (int64_t)sizeof *w->items;
     return 1;
@@ -70,7 +69,7 @@ static int copy_transposed(cvxq_matrix *w, const cvxq_companded *source) {
     w->codes = cvxq_arena_new((size_t)source->code_bytes);
     if (!w->depths || !w->scale_codes || (source->mean_codes && !w->mean_codes) ||
         (source->permutation && !w->order) || !w->codes ||
-        !even_items(w, source->columns, TRANSPOSED_OUTPUTS, source->rows / 2))
+        !even_items(w, source->columns, TRANSPOSED_OUTPUTS))
         return 0;
     memcpy(w->codes, source->codes, (size_t)source->code_bytes);
     for (int64_t k = 0; source->permutation && k < source->rows; k++)
@@ -115,7 +114,7 @@ cvxq_matrix *cvxq_matrix_dense(cvxq_pool *pool, const void *weights, int dtype, 
     w->dtype = dtype;
     w->code_bytes = outputs * pitch;
     w->codes = cvxq_arena_new((size_t)w->code_bytes);
-    if (!w->codes || !even_items(w, outputs, DENSE_ROWS, pitch)) {
+    if (!w->codes || !even_items(w, outputs, DENSE_ROWS)) {
         cvxq_matrix_free(w);
         return NULL;
     }
@@ -126,6 +125,7 @@ cvxq_matrix *cvxq_matrix_dense(cvxq_pool *pool, const void *weights, int dtype, 
 
 void cvxq_matrix_free(cvxq_matrix *w) {
     if (!w) return;
+    cvxq_pools_settle(); /* a late thread may still read it */
     if (w->codes) cvxq_arena_free(w->codes, (size_t)w->code_bytes);
     free(w->bias);
     free(w->row_scales);

@@ -3,7 +3,7 @@
 
 #include "internal.h"
 
-/* Scratch of one part: the inputs of a batch as a cluster wants them, and a tile's sums. */
+/* Scratch of one thread: the inputs of a batch as a cluster wants them, and a tile's sums. */
 typedef struct {
     cvxq_input inputs[BATCH];
     float *sums;     /* (BATCH, 64) */
@@ -45,15 +45,14 @@ size_t cvxq_packed_scratch(const cvxq_matrix *w, int exact) {
     return lay_out(w, exact, NULL, &space);
 }
 
-static void store(const cvxq_job *job, int64_t tile, int64_t m, const float *sums, float mean) {
+/* Values of one tile's lanes from sums of products, whatever stands in lanes without an output. */
+static void finish(const cvxq_job *job, int64_t tile, const float *sums, float mean, float *out) {
     const cvxq_matrix *w = job->weight;
     const int32_t *targets = w->targets + tile * TILE;
-    float *y = job->y + m * w->outputs;
     for (int lane = 0; lane < w->tiles[tile].strips * STRIP; lane++) {
-        const int32_t target = targets[lane];
-        if (target < 0) continue;
+        const int64_t target = max_of(targets[lane], 0);
         const float scale = w->row_scales ? w->row_scales[target] : 1;
-        y[target] = (sums[lane] + mean) * scale + (w->bias ? w->bias[target] : 0);
+        out[lane] = (sums[lane] + mean) * scale + (w->bias ? w->bias[target] : 0);
     }
 }
 
@@ -89,11 +88,12 @@ static void exact_tile(const cvxq_matrix *w, const cvxq_cluster *cluster, const 
     }
 }
 
-void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, void *scratch) {
+void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, float *results, void *scratch) {
     const cvxq_matrix *w = job->weight;
     const cvxq_ops *ops = cvxq_ops_in_use();
     const cvxq_cluster *cluster = &w->clusters[item->cluster];
     const int64_t groups = item->cluster * w->inputs;
+    const int64_t pitch = item->tiles * TILE;
     const uint8_t *soon = w->codes + w->tiles[item->first_tile].codes;
     workspace space;
     lay_out(w, job->exact, scratch, &space);
@@ -119,7 +119,21 @@ void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, void *scratch)
                 ops->tile(w, cluster, &w->tiles[t], space.inputs, batch, space.sums);
             }
             for (int b = 0; b < batch; b++)
-                store(job, t, m + b, space.sums + b * TILE, space.inputs[b].mean);
+                finish(job, t, space.sums + b * TILE, space.inputs[b].mean,
+                       results + (m + b) * pitch + (t - item->first_tile) * TILE);
+        }
+    }
+}
+
+void cvxq_packed_commit(const cvxq_job *job, const cvxq_item *item, const float *results) {
+    const cvxq_matrix *w = job->weight;
+    const int64_t first = item->first_tile;
+    for (int64_t m = 0; m < job->m; m++) {
+        float *y = job->y + m * w->outputs;
+        for (int64_t t = first; t < first + item->tiles; t++, results += TILE) {
+            const int32_t *targets = w->targets + t * TILE;
+            for (int lane = 0; lane < w->tiles[t].strips * STRIP; lane++)
+                if (targets[lane] >= 0) y[targets[lane]] = results[lane];
         }
     }
 }

@@ -15,8 +15,7 @@ typedef struct {
     cluster_depths *found;     /* (clusters,) */
     const int64_t *code_start; /* (clusters,): first byte in the file */
     const int64_t *first_row;  /* (clusters + 1,): first stored position */
-    int64_t *scratch;          /* (parts, 2, K) */
-    atomic_llong next;
+    int64_t *scratch;          /* (threads, 2, K) */
 } repack_job;
 
 static void look_at_depths(const uint8_t *depths, const int32_t *order, int64_t columns,
@@ -114,7 +113,7 @@ static int plan_tiles(cvxq_matrix *w, const cvxq_companded *source, const int64_
             const int64_t strips_left = ceil_div(first_row[c + 1] - row, STRIP);
             const int strips = strips_left >= 4 ? 4 : strips_left >= 2 ? 2 : 1;
             if (in_cluster % ITEM_TILES == 0)
-                w->items[item++] = (cvxq_item){bytes, (int32_t)c, (int32_t)tile, 0};
+                w->items[item++] = (cvxq_item){(int32_t)c, (int32_t)tile, 0};
             w->items[item - 1].tiles++;
             w->tiles[tile] = (cvxq_tile){bytes, strips};
             w->tile_cluster[tile] = (int32_t)c;
@@ -210,22 +209,16 @@ static void repack_cluster(const repack_job *job, int64_t c, int64_t *scratch) {
     }
 }
 
-static void look_task(void *context, int part, int parts) {
-    repack_job *job = context;
+static void look_at_cluster(const void *context, int64_t c, int thread) {
+    const repack_job *job = context;
     const int64_t columns = job->w->inputs;
-    for (int64_t c = part; c < job->w->cluster_count; c += parts)
-        look_at_depths(job->source->depths + c * columns, job->source->order, columns,
-                       &job->found[c]);
+    (void)thread;
+    look_at_depths(job->source->depths + c * columns, job->source->order, columns, &job->found[c]);
 }
 
-static void repack_task(void *context, int part, int parts) {
-    repack_job *job = context;
-    (void)parts;
-    for (;;) {
-        const int64_t c = atomic_fetch_add(&job->next, 1);
-        if (c >= job->w->cluster_count) return;
-        repack_cluster(job, c, job->scratch + part * 2 * job->w->inputs);
-    }
+static void repack_on(const void *context, int64_t c, int thread) {
+    const repack_job *job = context;
+    repack_cluster(job, c, job->scratch + thread * 2 * job->w->inputs);
 }
 
 /* First stored position and first code byte of each cluster; the bytes of all codes. */
@@ -262,15 +255,15 @@ int cvxq_repack(cvxq_pool *pool, cvxq_matrix *w, const cvxq_companded *source) {
         memcpy(w->order, source->order, sizeof *w->order * (size_t)columns);
     cluster_depths *found = malloc(sizeof *found * (size_t)count);
     is_whole = is_whole && found;
-    repack_job job = {w, source, found, first_row + count + 1, first_row, scratch, 0};
-    if (is_whole) cvxq_pool_run(pool, look_task, &job);
+    repack_job job = {w, source, found, first_row + count + 1, first_row, scratch};
+    if (is_whole) cvxq_pool_each(pool, look_at_cluster, &job, count);
     is_whole = is_whole &&
                find_clusters(source, found, first_row, first_row + count + 1) ==
                    source->code_bytes &&
                plan_clusters(w, source, found) && plan_tiles(w, source, first_row) &&
                (w->codes = cvxq_arena_new((size_t)w->code_bytes));
     if (is_whole) {
-        cvxq_pool_run(pool, repack_task, &job);
+        cvxq_pool_each(pool, repack_on, &job, count);
         w->bytes += (int64_t)groups * (1 + !!source->mean_codes) + (w->order ? 4 * columns : 0);
     }
     free(found);

@@ -10,13 +10,14 @@
 
 size_t cvxq_transposed_scratch(const cvxq_matrix *w) { return (size_t)w->group_size + 8; }
 
-void cvxq_transposed_item(const cvxq_job *job, const cvxq_item *item, void *scratch) {
+void cvxq_transposed_item(const cvxq_job *job, const cvxq_item *item, float *results,
+                          void *scratch) {
     const cvxq_matrix *w = job->weight;
     const int64_t end = item->first_tile + item->tiles;
     uint8_t *codes = scratch;
     for (int64_t m = 0; m < job->m; m++)
         for (int64_t n = item->first_tile; n < end; n++)
-            job->y[m * w->outputs + n] = w->bias ? w->bias[n] : 0;
+            results[m * item->tiles + n - item->first_tile] = w->bias ? w->bias[n] : 0;
     for (int64_t c = 0; c < w->cluster_count; c++) {
         const int64_t first = c * w->group_size;
         const int64_t height = min_of(w->group_size, w->inputs - first);
@@ -34,7 +35,7 @@ void cvxq_transposed_item(const cvxq_job *job, const cvxq_item *item, void *scra
                 const float *x = job->x + m * w->inputs + first;
                 float sum = 0;
                 for (int64_t k = 0; k < height; k++) sum += x[k] * (levels[codes[k]] + mean);
-                job->y[m * w->outputs + n] += scale * sum;
+                results[m * item->tiles + n - item->first_tile] += scale * sum;
             }
         }
     }

@@ -35,7 +35,7 @@ enum {
 
 typedef struct {
     uint8_t *weights, *rest; /* (ROOM, 4 strips, 16 rows, 2) bfloat16 */
-    float *sums;             /* (padded M, 64) */
+    float *sums;             /* (padded M, 64) of the tile in work */
     const cvxq_wide *wide;
     int64_t first; /* first step expanded */
     int64_t split; /* first step that has a rest */
@@ -82,7 +82,7 @@ size_t cvxq_wide_lay_out(const cvxq_matrix *w, int64_t m, char *memory, cvxq_wid
 }
 
 size_t cvxq_wide_scratch(int64_t m) {
-    return 2 * ROOM * PAIR + (size_t)padded_rows(m) * TILE * sizeof(float);
+    return 2 * ROOM * PAIR + ITEM_TILES * (size_t)padded_rows(m) * TILE * sizeof(float);
 }
 
 TARGET void cvxq_wide_round(const cvxq_wide *wide, const int32_t *order, int64_t count,
@@ -319,11 +319,20 @@ TARGET void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvx
     for (int64_t t = item->first_tile; t < item->first_tile + item->tiles; t++) {
         const cvxq_tile *tile = &w->tiles[t];
         multiply_tile(w, &w->clusters[item->cluster], tile, item->cluster * w->inputs, &b);
-        for (int64_t m = 0; m < job->m; m++)
-            memcpy(wide->results + m * wide->pitch + t * TILE, b.sums + m * TILE,
-                   (size_t)tile->strips * STRIP * sizeof(float));
+        b.sums += wide->rows * TILE;
     }
     _tile_release();
+}
+
+void cvxq_wide_commit(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
+                      const void *scratch) {
+    const float *sums = (const float *)((const uint8_t *)scratch + 2 * ROOM * PAIR);
+    for (int64_t t = item->first_tile; t < item->first_tile + item->tiles; t++) {
+        const size_t bytes = (size_t)job->weight->tiles[t].strips * STRIP * sizeof(float);
+        for (int64_t m = 0; m < job->m; m++)
+            memcpy(wide->results + m * wide->pitch + t * TILE, sums + m * TILE, bytes);
+        sums += wide->rows * TILE;
+    }
 }
 
 #else
@@ -342,6 +351,10 @@ void cvxq_wide_collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row,
 }
 void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
                     void *scratch) {
+    (void)wide, (void)job, (void)item, (void)scratch;
+}
+void cvxq_wide_commit(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
+                      const void *scratch) {
     (void)wide, (void)job, (void)item, (void)scratch;
 }
 #endif
