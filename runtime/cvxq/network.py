@@ -26,6 +26,7 @@ from cvxq.modules import can_pack, pack_module
 from cvxq.names import match_names, resolve_alias, tied_groups
 from cvxq.parts import json_part, needed_part
 from cvxq.tensors import raw_to_torch
+from cvxq.threads import set_torch_threads
 
 
 def load_network(
@@ -38,15 +39,15 @@ def load_network(
     """Build the network of the open file, every parameter from the file.
 
     keep_packed: keep matrices packed instead of expanding all of them now.  dtype: floating type
-    to compute in, float32 if None.  threads: torch's from now on, as they are if None.
+    to compute in, float32 if None.  threads: torch's from now on, as they are if None, but
+    no more than there are processors.
     Raises UnsupportedModelError when transformers lacks the architecture, InconsistentFileError
     when tensors and architecture do not fit each other.
     """
     dtype = dtype or torch.float32
     if not dtype.is_floating_point:
         raise ArgumentError(f"dtype is {dtype}, allowed: a floating type such as torch.float32")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_torch_threads(threads)
     needed_part(reader, "config.json")
     settings = json_part(reader, "config.json")
     network = build_network(settings, f"{reader.path}: config.json of the file", dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from cvxq_format import Codebook, CompandedTensor
 
 from cvxq_kernels.cpu.loader import Companded, native
+from cvxq_kernels.cpu.processors import available_processors
 from cvxq_kernels.tables import decoding_tables
 
 Floats = npt.NDArray[np.float32]
@@ -46,8 +46,7 @@ class Pool:
 @cache
 def default_pool() -> Pool:
     """The pool that is used when none is given: a thread for each processor allowed to us."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Pool(count or 1)
+    return Pool(available_processors())
 
 
 class Matrix:

@@ -67,7 +67,8 @@ _MEASURING = (
     click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
                  default="float32", show_default=True, help="Type to compute in."),
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all cores."),
+    click.option("--threads", type=click.IntRange(min=1),
+                 help="CPU threads; default: all cores allowed."),
 )  # fmt: skip
 
 
@@ -96,13 +97,13 @@ def conversion_options(choices: dict[str, Any]) -> Any:
 
 def prepare(threads: int | None) -> None:
     """Set the threads, quieten transformers, and let `kill` unwind like Ctrl-C."""
-    import torch
     import transformers
+
+    from cvxq.threads import set_torch_threads
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_torch_threads(threads)
     signal.signal(signal.SIGTERM, _stop)
 
 

@@ -68,15 +68,14 @@ def command(
     text = read_text(text_file, "a text file")
     summary = summarize(path) if path.is_file() else None
     quiet_transformers()
-    import torch
     from cvxq_format.text import start_tokens
 
     from cvxq import evaluate
     from cvxq.original import load_subject
+    from cvxq.threads import set_torch_threads
     from cvxq.tokenizer import check_tokens
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_torch_threads(threads)
     subject = load_subject(
         file, weights="packed" if weights == "packed" else "dense", device=device, threads=threads
     )

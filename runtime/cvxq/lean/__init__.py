@@ -16,6 +16,7 @@ from cvxq.lean.errors import NotLeanError
 from cvxq.lean.products import Tensors
 from cvxq.parts import json_part
 from cvxq.summary import json_file, reason_without_record
+from cvxq.threads import useful_threads
 
 if TYPE_CHECKING:
     from cvxq.lean.native_decoder import NativeDecoder
@@ -70,8 +71,6 @@ def _open(
         from cvxq.lean.cuda.opening import open_torch_decoder
 
         return open_torch_decoder(record, reader, device, config)
-    from cvxq.lean.native_decoder import useful_threads
-
     return open_native(record, reader, threads or useful_threads(reader.path.stat().st_size))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +20,6 @@ from cvxq.lean.products import DecoderProducts, Product, Tensors, find_products
 from cvxq.lean.rope import Turning
 from cvxq.lean.weights import read_norm, read_product
 
-BYTES_PER_THREAD = 4 << 20  # of a file: what a core reads in less time than threads take to meet
 CHUNK_TOKENS = 256  # read per call of a prompt; Ctrl-C is felt between two calls
 
 Floats = npt.NDArray[np.float32]
@@ -119,15 +117,6 @@ def _dense(value: RawTensor) -> npt.NDArray[Any]:
     if value.dtype in ("bf16", "f16", "f32"):
         return value.data.reshape(value.shape)
     return value.to_float32().reshape(value.shape)
-
-
-def useful_threads(file_bytes: int) -> int:
-    """How many threads decode fastest: a core for every few megabytes of weights, all at most.
-
-    Threads meet a dozen times in a layer, which costs small models more than it gains.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, 1 + file_bytes // BYTES_PER_THREAD)
 
 
 def _load_matrices(
