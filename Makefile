@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 CHAT_FILE ?= demo/$(notdir $(patsubst %/,%,$(MODEL))).cvxq
 RUN = $(VENV)/bin
-C_SOURCES = $(wildcard kernels/cvxq_kernels/cpu/native/*.[chi]*) tests/kernels/cpu/driver.c
+C_SOURCES = $(wildcard kernels/cvxq_kernels/cpu/native/*.[chi]*) $(wildcard tests/kernels/cpu/*.c)
 # A worker holds PyTorch and a share of the tests' models: more than a few would want much memory.
 WORKERS = --numprocesses auto --maxprocesses 4 --dist loadscope
 

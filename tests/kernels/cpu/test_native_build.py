@@ -26,38 +26,37 @@ def compiler(name: str) -> str:
 
 
 def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def sanitizing(folder: Path, kinds: str) -> list[str]:
+    """The compiler with sanitizers, and its options; skips where it has none."""
+    command = [compiler("cc"), f"-fsanitize={kinds}", "-fno-sanitize-recover=all"]
+    probe = folder / "probe.c"
+    probe.write_text("int main(void) { return 0; }")
+    probing = [*command, str(probe), "-o", str(folder / "probe")]
+    if subprocess.run(probing, capture_output=True, check=False).returncode:
+        pytest.skip(f"this compiler has no sanitizers for {kinds}")
+    return [*command, *FLAGS, "-O1", "-g", f"-I{NATIVE}"]
 
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """Addresses, leaks and undefined behaviour, on every instruction set of this machine."""
-    cc = compiler("cc")
-    probe = tmp_path / "probe.c"
-    probe.write_text("int main(void) { return 0; }")
-    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    probing = [cc, *checks, str(probe), "-o", str(tmp_path / "probe")]
-    if subprocess.run(probing, capture_output=True, check=False).returncode:
-        pytest.skip("this compiler has no sanitizers")
-    driver = tmp_path / "driver"
-    sources = [*kernel_sources(), str(DRIVER)]
-    run(
-        [
-            cc,
-            *FLAGS,
-            "-O1",
-            "-g",
-            "-DONE_INPUT",
-            *checks,
-            f"-I{NATIVE}",
-            *sources,
-            "-lm",
-            "-o",
-            str(driver),
-        ]
-    )
-    run([str(driver)])
+    command = sanitizing(tmp_path, "address,undefined")
+    driver = str(tmp_path / "driver")
+    run([*command, "-DONE_INPUT", *kernel_sources(), str(DRIVER), "-lm", "-o", driver])
+    run([driver])
+
+
+@pytest.mark.parametrize("kinds", ["thread", "address,undefined"])
+def test_pool_under_stress(tmp_path: Path, kinds: str) -> None:
+    """Every chunk is done once, in turn, and a thread that is stopped holds nobody up."""
+    driver = str(tmp_path / "driver")
+    sources = [str(NATIVE / "pool.c"), str(DRIVER.with_name("pool_driver.c"))]
+    run([*sanitizing(tmp_path, kinds), *sources, "-o", driver])
+    run([driver])
 
 
 @pytest.mark.slow
