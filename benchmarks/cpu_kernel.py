@@ -2,7 +2,7 @@
 
 Matrices of random codes, 5632 × 2048 as in a Llama's feed-forward block, more of them than any
 cache holds, are multiplied with one input, one after the other; then as much memory is read
-through.
+through. Square ones of other widths show what a width costs that is no multiple of 256.
 """
 
 import statistics
@@ -20,6 +20,7 @@ ROWS, COLUMNS, CLUSTER = 5632, 2048, 64
 PACKED_BYTES = 400e6
 MIX = (0.01, 0.04, 0.15, 0.37, 0.36, 0.05, 0.01, 0.005, 0.005)  # of depths 0 … 8 at 3.3 bits
 DEPTHS = ("2", "3", "4", "8", "mixed")
+WIDTHS = ((576, 768), (640, 768), (896, 1024))  # of small models, and the next multiple of 256
 GB = 1e9
 
 
@@ -47,53 +48,95 @@ def read_once(pool: Pool, memory: np.ndarray) -> float:
     return memory.nbytes / (time.perf_counter() - started)
 
 
-def random_tensor(depth: str) -> CompandedTensor:
+def random_tensor(depth: str, rows: int = ROWS, columns: int = COLUMNS) -> CompandedTensor:
     """A matrix of random codes: all columns of one depth, or mixed as on a model."""
     rng = np.random.default_rng(0)
-    columns = np.full(COLUMNS, 0 if depth == "mixed" else int(depth), np.uint8)
+    terms = np.full(columns, 0 if depth == "mixed" else int(depth), np.uint8)
     if depth == "mixed":
-        columns = rng.choice(np.arange(9), COLUMNS, p=MIX).astype(np.uint8)
-    depths = np.tile(columns, (1, ROWS // CLUSTER, 1))
+        terms = rng.choice(np.arange(9), columns, p=MIX).astype(np.uint8)
+    depths = np.tile(terms, (1, rows // CLUSTER, 1))
     size = int(depths.sum(dtype=np.int64)) * CLUSTER // 8
     return CompandedTensor(
-        shape=(ROWS, COLUMNS),
+        shape=(rows, columns),
         group_size=CLUSTER,
         partitions=1,
         scale_unit=np.float32(0.02),
         depths=depths,
         scale_codes=rng.integers(0, 64, depths.shape, dtype=np.uint8),
         packed_codes=rng.integers(0, 256, size, dtype=np.uint8),
-        column_terms=columns[None],
-        cluster_terms=np.zeros((1, ROWS // CLUSTER), np.int16),
+        column_terms=terms[None],
+        cluster_terms=np.zeros((1, rows // CLUSTER), np.int16),
         column_bits=4,
     )
 
 
+class Products:
+    """As many equal matrices as no cache holds, to be multiplied with one input, one by one."""
+
+    def __init__(self, tensor: CompandedTensor, pool: Pool, packed_bytes: float) -> None:
+        """Repack them on one thread; `repack` is its speed in bytes/s."""
+        rows, columns = tensor.shape
+        single, count = Pool(1), max(1, int(packed_bytes / tensor.packed_codes.size))
+        started = time.perf_counter()
+        self._matrices = [
+            Matrix.from_tensor(tensor, Codebook.default(), pool=single) for _ in range(count)
+        ]
+        self.repack = count * tensor.packed_codes.size / (time.perf_counter() - started)
+        self.held = sum(matrix.nbytes for matrix in self._matrices)
+        self.weights = count * rows * columns
+        self._x = np.random.default_rng(1).standard_normal((1, columns)).astype(np.float32)
+        self._y = np.empty((1, rows), np.float32)
+        self._pool = pool
+        # Called as the decoder calls them, not by way of Python's checks.
+        self._calls = [
+            ((c_void_p * 1)(matrix.handle.value), (c_void_p * 1)(self._y.ctypes.data))
+            for matrix in self._matrices
+        ]
+
+    def seconds(self) -> float:
+        """Multiply all of them once."""
+        multiply, handle, source = native().cvxq_matmul, self._pool.handle, self._x.ctypes.data
+        started = time.perf_counter()
+        for weight, result in self._calls:
+            multiply(handle, weight, 1, source, 1, result, 0)
+        return time.perf_counter() - started
+
+
 def measure_products(depth: str, threads: int, passes: int = 40) -> Iterator[Product]:
     """Yield one measurement per pass, each between two of reading as many bytes."""
-    tensor, codebook, pool = random_tensor(depth), Codebook.default(), Pool(threads)
-    count = int(PACKED_BYTES / tensor.packed_codes.size)
-    single = Pool(1)
-    started = time.perf_counter()
-    weights = [Matrix.from_tensor(tensor, codebook, pool=single) for _ in range(count)]
-    repack = count * tensor.packed_codes.size / (time.perf_counter() - started)
-    held = sum(weight.nbytes for weight in weights)
-    x = np.random.default_rng(1).standard_normal((1, COLUMNS)).astype(np.float32)
-    y = np.empty((1, ROWS), np.float32)
-    # Called as the decoder calls them, not by way of Python's checks.
-    products = [((c_void_p * 1)(w.handle.value), (c_void_p * 1)(y.ctypes.data)) for w in weights]
-    multiply, source = native().cvxq_matmul, x.ctypes.data
-    memory = np.ones(held // 8, np.uint64)
+    pool = Pool(threads)
+    products = Products(random_tensor(depth), pool, PACKED_BYTES)
+    memory = np.ones(products.held // 8, np.uint64)
     before = read_once(pool, memory)
     for _ in range(passes):
-        started = time.perf_counter()
-        for weight, result in products:
-            multiply(pool.handle, weight, 1, source, 1, result, 0)
-        seconds = time.perf_counter() - started
-        amount, after = ROWS * COLUMNS * count, read_once(pool, memory)
+        seconds, after = products.seconds(), read_once(pool, memory)
         between = (before + after) / 2  # other tenants of a machine come and go
-        yield Product(8 * held / amount, held / seconds, between, amount / seconds, repack)
+        yield Product(
+            8 * products.held / products.weights,
+            products.held / seconds,
+            between,
+            products.weights / seconds,
+            products.repack,
+        )
         before = after
+
+
+def measure_widths(
+    threads: int, passes: int = 20, packed_bytes: float = PACKED_BYTES / 4
+) -> dict[int, float]:
+    """Time per weight of square matrices of each width, as a share of that of its next multiple.
+
+    Depths are mixed; the passes of both take turns, and the share is the median over them.
+    """
+    pool, shares = Pool(threads), {}
+    for width, multiple in WIDTHS:
+        both = [
+            Products(random_tensor("mixed", size, size), pool, packed_bytes)
+            for size in (width, multiple)
+        ]
+        per_weight = [[p.seconds() / p.weights for p in both] for _ in range(passes)]
+        shares[width] = statistics.median(one / other for one, other in per_weight)
+    return shares
 
 
 def product_line(depth: str, products: list[Product]) -> str:

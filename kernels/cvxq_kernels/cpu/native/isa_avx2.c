@@ -9,6 +9,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "prepare.h"
+
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
@@ -178,5 +180,10 @@ TARGET static void multiply_dense(const void *row, int dtype, int64_t inputs, co
     }
 }
 
-const cvxq_ops cvxq_ops_avx2 = {"avx2", cvxq_prepare_portable, multiply_tile, multiply_dense};
+TARGET static void prepare(const cvxq_matrix *w, const cvxq_cluster *cluster, int64_t groups,
+                           const float *x, const uint8_t *soon, cvxq_input *out) {
+    prepare_input(w, cluster, groups, x, soon, out);
+}
+
+const cvxq_ops cvxq_ops_avx2 = {"avx2", prepare, multiply_tile, multiply_dense};
 #endif
