@@ -4,6 +4,8 @@
     python benchmarks/cpu.py                        # measure everything: 20 minutes
     python benchmarks/cpu.py --only 3 --rounds 2    # two rounds more of the models near 3 bits
     python benchmarks/cpu.py --rounds 0 --output docs/cpu.md   # no more rounds; write the page
+    python benchmarks/cpu.py --real FILES --gguf GGUFS --output docs/cpu-real.md
+    python benchmarks/cpu.py --load model.cvxq --gguf model.gguf   # while others are busy
 
 A Llama of 1.1 billion random weights (`random_model.py`) is converted at several rates without
 calibration, and made into llama.cpp's types; the demo model is converted and made into F16. Models
@@ -13,6 +15,10 @@ tokens, after measuring what plain loads from memory reach. On a machine that ot
 such rounds can be compared; one in which other processes took more than 15 % of the processors is
 thrown away. Rounds are kept in the work folder, and a later run adds to them unless the kernels
 have changed; the page has medians over all of them.
+
+`--real` takes a folder of real models' files, NAME-3.2.cvxq and NAME-4.25.cvxq, and measures them
+beside `--gguf` FOLDER/NAME.gguf and what llama-quantize makes of that. `--load` takes one file, and
+measures it on one thread and on several while other processes keep processors busy.
 """
 
 import argparse
@@ -20,17 +26,18 @@ import datetime
 import json
 import os
 import resource
-import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from cpu_kernel import DEPTHS, Product, measure_products, read_bandwidth
+from cpu_kernel import DEPTHS, Product, measure_products, measure_widths, read_bandwidth
+from cpu_load import load_page
 from cpu_page import Model, Round, Sample, page
+from cpu_real import real_page
+from cpu_runs import Amount, measure_ours, measure_theirs, run, say
 from cvxq_kernels.cpu import Pool, isa
 from cvxq_kernels.cpu.loader import find_library
 from packing import cpu_name
@@ -47,22 +54,7 @@ GROUPS = {
     "2": ("cvxq-2.2.cvxq", "cvxq-3.2.cvxq"),
     "demo": ("demo-3.cvxq", "demo-F16.gguf"),
 }
-PROMPT, TOKENS = 128, 64
 MOST_OTHERS = 0.15  # of the processors' time, that other processes may take from a round
-
-
-def say(text: str) -> None:
-    print(f"cpu: {text}", file=sys.stderr, flush=True)
-
-
-def run(command: Sequence[object], **options: Any) -> str:
-    """Run a command and return what it printed; it ends this program if it fails."""
-    words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-        raise SystemExit(f"cpu: {' '.join(words[:3])} … failed, saying {said!r}")
-    return done.stdout
 
 
 def make(path: Path, peer: LlamaCpp) -> None:
@@ -85,63 +77,6 @@ def make(path: Path, peer: LlamaCpp) -> None:
             make(source, peer)
         run([peer.tool("llama-quantize"), source, part, kind])
         part.rename(path)
-
-
-def measure_ours(path: Path, threads: int | None) -> Sample:
-    """One container with `cvxq bench`; threads None: as many as it chooses."""
-    command: list[object] = [sys.executable, "-m", "cvxq.cli", "bench", path, "--repeats", 1]
-    command += ["--prompt-tokens", PROMPT, "--tokens", TOKENS]
-    command += [] if threads is None else ["--threads", threads]
-    got = json.loads(run(command).strip().splitlines()[-1])
-    if got["path"] != "lean":
-        raise SystemExit(f"cpu: {path} did not take the lean path but {got['path']}")
-    return Sample(
-        got["decode_tokens_per_second"]["mean"],
-        got["prefill_tokens_per_second"]["mean"],
-        got["peak_memory_bytes"],
-        got["load_seconds"],
-        got["overhead_seconds_per_layer"],
-    )
-
-
-def measure_theirs(path: Path, threads: int, peer: LlamaCpp) -> Sample:
-    """One GGUF file with `llama-bench`, whose process is watched for its memory."""
-    command: list[object] = [peer.tool("llama-bench"), "-m", path, "-t", threads, "-o", "json"]
-    started = time.perf_counter()
-    tests, peak = watch([*command, "-r", 1, "-p", PROMPT, "-n", TOKENS])
-    spent = time.perf_counter() - started
-    by_kind = {test["n_gen"] > 0: test for test in tests}
-    measured = sum(sum(test["samples_ns"]) for test in tests) / 1e9
-    warming = by_kind[False]["avg_ns"] / 1e9  # llama-bench warms up with a prompt of that length
-    return Sample(
-        by_kind[True]["avg_ts"],
-        by_kind[False]["avg_ts"],
-        peak,
-        max(0.0, spent - measured - warming),
-    )
-
-
-def watch(command: Sequence[object]) -> tuple[list[dict[str, Any]], int]:
-    """Run llama-bench: what it reports, and its peak memory in bytes."""
-    words = [str(word) for word in command]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, resident_bytes(process.pid))
-        time.sleep(0.05)
-    said = process.stdout.read() if process.stdout else b""
-    if process.returncode:
-        raise SystemExit(f"cpu: {' '.join(words[:3])} failed")
-    return json.loads(said), peak
-
-
-def resident_bytes(process: int) -> int:
-    """Resident memory of a running process; 0 once it has ended."""
-    try:
-        text = Path(f"/proc/{process}/statm").read_text()
-    except OSError:
-        return 0
-    return int(text.split()[1]) * 4096
 
 
 def measure_round(group: str, work: Path, threads: int, turn: int, peer: LlamaCpp) -> Round:
@@ -210,6 +145,8 @@ class Kept:
             for depth, products in mine.get("products", {}).items()
         }
 
+        self.widths: dict[str, list[float]] = mine.get("widths", {})
+
     def save(self) -> None:
         record = {
             "key": self._key,
@@ -217,6 +154,7 @@ class Kept:
                 (r.group, r.date, r.bandwidth, {n: values(s) for n, s in r.samples.items()})
                 for r in self.rounds
             ],
+            "widths": self.widths,
             "products": {d: [values(p) for p in several] for d, several in self.products.items()},
         }
         self._path.write_text(json.dumps(record) + "\n")
@@ -247,12 +185,35 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="to measure now; 0: only the page")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prepare", action="store_true", help="only make what is missing")
+    parser.add_argument("--real", type=Path, help="folder of NAME-RATE.cvxq files to measure")
+    parser.add_argument("--load", type=Path, help="a .cvxq file to measure while others are busy")
+    parser.add_argument("--gguf", type=Path, help="of --real: folder of NAME.gguf; of --load: file")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="of --real and --load")
+    parser.add_argument("--tokens", type=int, default=64, help="of --real and --load")
     parser.add_argument("--output", type=Path, help="write the page here, too")
     return parser.parse_args()
 
 
+def own_page(options: argparse.Namespace) -> str:
+    """The page of files that the user has; llama.cpp is built only to be compared with."""
+    machine = f"{cpu_name()}, {isa()} kernels"
+    peer = build(FOLDER) if options.gguf else None
+    amount = Amount(options.prompt_tokens, options.tokens)
+    common = (options.gguf, options.threads, options.rounds, amount, peer, machine)
+    if options.load:
+        return load_page(options.load, *common)
+    options.work.mkdir(parents=True, exist_ok=True)
+    return real_page(options.real, *common, options.work)
+
+
 def main() -> int:
     options = arguments()
+    if options.real or options.load:
+        text = own_page(options)
+        print(text)
+        if options.output:
+            options.output.write_text(text)
+        return 0
     peer = build(FOLDER)
     chosen = options.only or [*GROUPS, "kernel"]
     options.work.mkdir(parents=True, exist_ok=True)
@@ -272,6 +233,9 @@ def main() -> int:
             if others.are_quiet():
                 kept.products[depth] = [*kept.products.get(depth, []), *products]
                 kept.save()
+        say("products of other widths")
+        kept.widths = measure_widths(options.threads)
+        kept.save()
     for turn in range(options.rounds):
         for group in (group for group in chosen if group in GROUPS):
             say(f"round {turn + 1} of {options.rounds}, group {group}")
@@ -284,7 +248,7 @@ def main() -> int:
     known = list(models(options.work, kept))
     names = {model.name for model in known}
     missing = [name for group in GROUPS.values() for name in group if name not in names]
-    text = page(kept.rounds, kept.products, known, machine, peer.version, missing)
+    text = page(kept.rounds, kept.products, kept.widths, known, machine, peer.version, missing)
     print(text)
     if options.output:
         options.output.write_text(text)

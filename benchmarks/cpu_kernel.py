@@ -2,7 +2,7 @@
 
 Matrices of random codes, 5632 × 2048 as in a Llama's feed-forward block, more of them than any
 cache holds, are multiplied with one input, one after the other; then as much memory is read
-through. Square ones of other widths show what a width costs that is no multiple of 256.
+through. Narrower ones show what a width costs that is no multiple of 64 or 256.
 """
 
 import statistics
@@ -20,7 +20,8 @@ ROWS, COLUMNS, CLUSTER = 5632, 2048, 64
 PACKED_BYTES = 400e6
 MIX = (0.01, 0.04, 0.15, 0.37, 0.36, 0.05, 0.01, 0.005, 0.005)  # of depths 0 … 8 at 3.3 bits
 DEPTHS = ("2", "3", "4", "8", "mixed")
-WIDTHS = ((576, 768), (640, 768), (896, 1024))  # of small models, and the next multiple of 256
+WIDTHS = ((576, 768), (600, 640), (640, 768), (896, 1024))  # and the multiple that is next
+WIDTH_DEPTHS = ("4", "mixed")
 GB = 1e9
 
 
@@ -122,21 +123,20 @@ def measure_products(depth: str, threads: int, passes: int = 40) -> Iterator[Pro
 
 
 def measure_widths(
-    threads: int, passes: int = 20, packed_bytes: float = PACKED_BYTES / 4
-) -> dict[int, float]:
-    """Time per weight of square matrices of each width, as a share of that of its next multiple.
+    threads: int, passes: int = 20, rows: int = ROWS, packed_bytes: float = PACKED_BYTES / 8
+) -> dict[str, list[float]]:
+    """Time per weight of each of WIDTHS, as a share of that of the multiple: by depth, in order.
 
-    Depths are mixed; the passes of both take turns, and the share is the median over them.
+    The passes of both take turns, and the share is the median over them.
     """
-    pool, shares = Pool(threads), {}
-    for width, multiple in WIDTHS:
-        both = [
-            Products(random_tensor("mixed", size, size), pool, packed_bytes)
-            for size in (width, multiple)
-        ]
+    pool = Pool(threads)
+
+    def share(depth: str, pair: tuple[int, int]) -> float:
+        both = [Products(random_tensor(depth, rows, k), pool, packed_bytes) for k in pair]
         per_weight = [[p.seconds() / p.weights for p in both] for _ in range(passes)]
-        shares[width] = statistics.median(one / other for one, other in per_weight)
-    return shares
+        return statistics.median(one / other for one, other in per_weight)
+
+    return {depth: [share(depth, pair) for pair in WIDTHS] for depth in WIDTH_DEPTHS}
 
 
 def product_line(depth: str, products: list[Product]) -> str:
