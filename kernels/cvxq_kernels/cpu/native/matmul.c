@@ -1,58 +1,83 @@
-/* Products and rows of any kind of matrix, cut into items of work for the pool's threads.
+/* Products and rows of any kind of matrix, cut into chunks for the pool's threads.
  *
- * Every thread starts with its own stretch of items, so that memory is read in long runs, and then
- * helps the others. An item computes its outputs alone, in one order of operations, so who does it
+ * Every thread starts with its own stretch of chunks, so that memory is read in long runs, and then
+ * helps the others. A chunk computes its outputs alone, in one order of operations, so who does it
  * changes nothing.
  */
 #include <stdlib.h>
 
 #include "internal.h"
 
+enum { PIECE = 32 }; /* inputs of a chunk: more would only make the last chunks longer */
+
 static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
+/* Results of a chunk. */
 static size_t results_bytes(int64_t m) {
-    return aligned(sizeof(float) * (size_t)(m * ITEM_TILES * TILE));
+    return aligned(sizeof(float) * (size_t)(min_of(m, PIECE) * ITEM_TILES * TILE));
 }
 
-/* The factor that item `*index` of all belongs to; the index becomes the factor's own. */
-static const cvxq_factor *factor_of(const cvxq_product *p, int64_t *index) {
+/* Chunks that an item is cut into, each for some of the inputs. */
+static int64_t pieces_of(const cvxq_factor *factor, int64_t m) {
+    return factor->wide.high ? 1 : ceil_div(m, PIECE);
+}
+
+/* What one chunk is about. */
+typedef struct {
+    const cvxq_wide *wide; /* NULL for matrices that take few inputs */
+    const cvxq_item *item;
+    cvxq_job job; /* of the chunk's inputs only */
+} chunk_job;
+
+static chunk_job job_of(const cvxq_product *p, int64_t chunk) {
     const cvxq_factor *factor = p->factors;
-    while (*index >= factor->job.weight->item_count) *index -= factor++->job.weight->item_count;
-    return factor;
+    int64_t pieces, count;
+    while (pieces = pieces_of(factor, p->m), count = factor->job.weight->item_count * pieces,
+           chunk >= count) {
+        chunk -= count;
+        factor++;
+    }
+    const cvxq_matrix *w = factor->job.weight;
+    chunk_job found = {factor->wide.high ? &factor->wide : NULL, &w->items[chunk / pieces],
+                       factor->job};
+    if (!found.wide) {
+        const int64_t first = chunk % pieces * PIECE;
+        found.job.x += first * w->inputs;
+        found.job.y += first * w->outputs;
+        found.job.m = min_of(PIECE, p->m - first);
+    }
+    return found;
 }
 
-static void compute_item(const void *context, int64_t chunk, int thread) {
+static void compute_chunk(const void *context, int64_t chunk, int thread) {
     const cvxq_product *p = context;
-    const cvxq_factor *factor = factor_of(p, &chunk);
-    const cvxq_job *job = &factor->job;
-    const cvxq_item *item = &job->weight->items[chunk];
+    const chunk_job c = job_of(p, chunk);
     float *results = cvxq_pool_scratch(p->pool, thread, 0);
     void *scratch = (char *)results + results_bytes(p->m);
-    if (factor->wide.high) {
-        cvxq_wide_item(&factor->wide, job, item, scratch);
-    } else if (job->weight->kind == KIND_PACKED) {
-        cvxq_packed_item(job, item, results, scratch);
-    } else if (job->weight->kind == KIND_DENSE) {
-        cvxq_dense_item(job, item, results);
+    if (c.wide) {
+        cvxq_wide_item(c.wide, &c.job, c.item, scratch);
+    } else if (c.job.weight->kind == KIND_PACKED) {
+        cvxq_packed_item(&c.job, c.item, results, scratch);
+    } else if (c.job.weight->kind == KIND_DENSE) {
+        cvxq_dense_item(&c.job, c.item, results);
     } else {
-        cvxq_transposed_item(job, item, results, scratch);
+        cvxq_transposed_item(&c.job, c.item, results, scratch);
     }
 }
 
-static void commit_item(const void *context, int64_t chunk, int thread) {
+static void commit_chunk(const void *context, int64_t chunk, int thread) {
     const cvxq_product *p = context;
-    const cvxq_factor *factor = factor_of(p, &chunk);
-    const cvxq_job *job = &factor->job;
-    const cvxq_item *item = &job->weight->items[chunk];
+    const chunk_job c = job_of(p, chunk);
     const float *results = cvxq_pool_scratch(p->pool, thread, 0);
-    if (factor->wide.high) {
-        cvxq_wide_commit(&factor->wide, job, item, (const char *)results + results_bytes(p->m));
-    } else if (job->weight->kind == KIND_PACKED) {
-        cvxq_packed_commit(job, item, results);
+    if (c.wide) {
+        cvxq_wide_commit(c.wide, &c.job, c.item, (const char *)results + results_bytes(p->m));
+    } else if (c.job.weight->kind == KIND_PACKED) {
+        cvxq_packed_commit(&c.job, c.item, results);
     } else {
-        for (int64_t m = 0; m < job->m; m++)
-            memcpy(job->y + m * job->weight->outputs + item->first_tile, results + m * item->tiles,
-                   sizeof(float) * (size_t)item->tiles);
+        float *y = c.job.y + c.item->first_tile;
+        for (int64_t m = 0; m < c.job.m; m++)
+            memcpy(y + m * c.job.weight->outputs, results + m * c.item->tiles,
+                   sizeof(float) * (size_t)c.item->tiles);
     }
 }
 
@@ -136,14 +161,14 @@ void cvxq_product_begin(cvxq_product *p, cvxq_pool *pool, const cvxq_matrix *con
 
 int cvxq_product_next(cvxq_product *p, cvxq_work *work) {
     const size_t bytes = offsetof(cvxq_product, factors) + (size_t)p->count * sizeof *p->factors;
-    int64_t rows = 0, items = 0;
+    int64_t rows = 0, chunks = 0;
     int any_wide = 0;
     for (int i = 0; i < p->count; i++) {
         const cvxq_factor *factor = &p->factors[i];
         any_wide |= factor->wide.high != NULL;
         if (factor->ordered) rows = max_of(rows, p->m);
         if (factor->wide.high) rows = max_of(rows, factor->wide.rows);
-        items += factor->job.weight->item_count;
+        chunks += factor->job.weight->item_count * pieces_of(factor, p->m);
     }
     switch (p->stage) {
     case PRODUCT_ORDERS:
@@ -156,7 +181,7 @@ int cvxq_product_next(cvxq_product *p, cvxq_work *work) {
         /* fall through */
     case PRODUCT_COMPUTES:
         p->stage = any_wide ? PRODUCT_COLLECTS : PRODUCT_DONE;
-        cvxq_work_fill(work, compute_item, commit_item, items, p, bytes);
+        cvxq_work_fill(work, compute_chunk, commit_chunk, chunks, p, bytes);
         return 1;
     case PRODUCT_COLLECTS:
         p->stage = PRODUCT_DONE;
