@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from cvxq_kernels.cpu.processors import available_processors
 
-BYTES_PER_THREAD = 4 << 20  # of a file: what a core reads in less time than threads take to meet
+BYTES_PER_THREAD = 1 << 19  # of a file: what a core reads in less time than sharing takes
 
 
 def useful_threads(file_bytes: int) -> int:
-    """How many threads decode fastest: a core for every few megabytes of weights, all at most.
+    """How many threads decode fastest: one for every half megabyte of weights, all at most.
 
-    Threads meet some five times in a layer, which costs small models more than it gains.
+    Work is shared out five times in a layer, which costs tiny models more than it gains.
     """
     return min(available_processors(), 1 + file_bytes // BYTES_PER_THREAD)
 

@@ -16,7 +16,7 @@ def unchanged_torch() -> Iterator[None]:
 
 def test_small_files_and_small_quotas_take_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "available_processors", lambda: 4)
-    assert [threads.useful_threads(size << 20) for size in (1, 7, 1000)] == [1, 2, 4]
+    assert [threads.useful_threads(size << 10) for size in (100, 900, 9000)] == [1, 2, 4]
     monkeypatch.setattr(threads, "available_processors", lambda: 1)
     assert threads.useful_threads(1 << 30) == 1
 
