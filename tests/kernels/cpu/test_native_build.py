@@ -54,7 +54,8 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
 def test_pool_under_stress(tmp_path: Path, kinds: str) -> None:
     """Every chunk is done once, in turn, and a thread that is stopped holds nobody up."""
     driver = str(tmp_path / "driver")
-    sources = [str(NATIVE / "pool.c"), str(DRIVER.with_name("pool_driver.c"))]
+    names = ("pool.c", "pool_work.c")
+    sources = [*(str(NATIVE / name) for name in names), str(DRIVER.with_name("pool_driver.c"))]
     run([*sanitizing(tmp_path, kinds), *sources, "-o", driver])
     run([driver])
 

@@ -10,29 +10,28 @@
 
 #include "decoder_state.h"
 
-#define SERIAL_PRODUCTS 60000 /* of attention: fewer multiplications stay on one thread */
-
 static int64_t now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
-/* Let all threads do `chunk` for each row of this call, which is not worth it for one. */
-static void share_rows(cvxq_decoder *decoder, cvxq_work *work, cvxq_chunk chunk, int rows) {
+void cvxq_decoder_share(cvxq_decoder *decoder, cvxq_work *work, cvxq_chunk chunk, int rows) {
     if (rows == 1)
         chunk(&decoder, 0, 0);
     else
         cvxq_work_fill(work, chunk, NULL, rows, &decoder, sizeof decoder);
 }
 
-static cvxq_decoder *decoder_of(const void *context) { return *(cvxq_decoder *const *)context; }
+void cvxq_decoder_start_clock(cvxq_decoder *decoder, int64_t *spent_on) {
+    decoder->since = now();
+    decoder->spent_on = spent_on;
+}
 
 /* Begin a product; its jobs come before the next step. */
 static void multiply(cvxq_decoder *decoder, const cvxq_matrix *const *weights, int count,
                      const float *x, int rows, float *const *y) {
-    decoder->since = now();
-    decoder->spent_on = &decoder->products;
+    cvxq_decoder_start_clock(decoder, &decoder->products);
     cvxq_product_begin(&decoder->product, decoder->pool, weights, count, x, rows, y, decoder->exact,
                        0);
 }
@@ -70,11 +69,7 @@ static void settle(cvxq_decoder *decoder, cvxq_work *work, const cvxq_norm *out,
     decoder->norms[1] = sum;
     decoder->norms[2] = in;
     decoder->norms[3] = beside;
-    share_rows(decoder, work, settle_row, decoder->count);
-}
-
-static const cvxq_layer *layer_of(const cvxq_decoder *decoder) {
-    return decoder->layers + decoder->layer;
+    cvxq_decoder_share(decoder, work, settle_row, decoder->count);
 }
 
 static void project_in(cvxq_decoder *decoder, cvxq_work *work) {
@@ -85,158 +80,6 @@ static void project_in(cvxq_decoder *decoder, cvxq_work *work) {
                               decoder->value};
     (void)work;
     multiply(decoder, weights, is_one ? 1 : 3, decoder->input, decoder->count, results);
-}
-
-/* Take the results for queries, keys and values apart, and normalize over all heads at once. */
-static void part_row(const void *context, int64_t row, int thread) {
-    cvxq_decoder *decoder = decoder_of(context);
-    const cvxq_decoder_shape *s = &decoder->shape;
-    const cvxq_layer *layer = layer_of(decoder);
-    const int64_t wide = (int64_t)s->heads * s->head_dim,
-                  narrow = (int64_t)s->kv_heads * s->head_dim;
-    float *query = decoder->query + row * wide, *key = decoder->key + row * narrow;
-    (void)thread;
-    if (layer->k == NULL) {
-        const float *from = decoder->together + row * (wide + 2 * narrow);
-        memcpy(query, from, (size_t)wide * sizeof *from);
-        memcpy(key, from + wide, (size_t)narrow * sizeof *from);
-        memcpy(decoder->value + row * narrow, from + wide + narrow, (size_t)narrow * sizeof *from);
-    }
-    if (!layer->wide_norms) return;
-    if (layer->q_norm.kind != CVXQ_NO_NORM)
-        decoder->math->normalize(&layer->q_norm, query, (int)wide, query);
-    if (layer->k_norm.kind != CVXQ_NO_NORM)
-        decoder->math->normalize(&layer->k_norm, key, (int)narrow, key);
-}
-
-static void prepare_head(cvxq_decoder *decoder, const cvxq_norm *norm, float *x, int row) {
-    const cvxq_decoder_shape *s = &decoder->shape;
-    const cvxq_layer *layer = layer_of(decoder);
-    if (norm->kind != CVXQ_NO_NORM && !layer->wide_norms)
-        decoder->math->normalize(norm, x, s->head_dim, x);
-    if (layer->rope < 0) return;
-    const int pairs = s->rope[layer->rope].pairs;
-    int64_t at = (int64_t)row * pairs;
-    for (int i = 0; i < layer->rope; i++) at += (int64_t)decoder->count * s->rope[i].pairs;
-    if (pairs) decoder->math->rotate(x, decoder->cosine + at, decoder->sine + at, pairs);
-}
-
-/* Norms and rotation of one key and its queries; keys (width, 64), values (64, width) to the
- * cache. */
-static void prepare_group(cvxq_decoder *decoder, int row, int head) {
-    const cvxq_decoder_shape *s = &decoder->shape;
-    const cvxq_layer *layer = layer_of(decoder);
-    const int width = s->head_dim, group = s->heads / s->kv_heads;
-    const int64_t position = decoder->start + row;
-    const int64_t block = position / CVXQ_BLOCK, place = position % CVXQ_BLOCK;
-    const int64_t at = ((int64_t)row * s->kv_heads + head) * width;
-    const int64_t index = ((int64_t)decoder->layer * s->kv_heads + head) * decoder->blocks + block;
-    float *key = decoder->key + at;
-    float *keys = (float *)decoder->keys[index], *values = (float *)decoder->values[index];
-    for (int member = 0; member < group; member++) {
-        float *query = decoder->query + at * group + member * width;
-        prepare_head(decoder, &layer->q_norm, query, row);
-        decoder->math->scale(query, layer->scale, width);
-    }
-    prepare_head(decoder, &layer->k_norm, key, row);
-    for (int i = 0; i < width; i++) keys[i * CVXQ_BLOCK + place] = key[i];
-    memcpy(values + place * padded(width), decoder->value + at, (size_t)width * sizeof(float));
-}
-
-static void prepare_row(const void *context, int64_t row, int thread) {
-    cvxq_decoder *decoder = decoder_of(context);
-    (void)thread;
-    if (layer_of(decoder)->k == NULL || layer_of(decoder)->wide_norms) part_row(context, row, 0);
-    for (int head = 0; head < decoder->shape.kv_heads; head++)
-        prepare_group(decoder, (int)row, head);
-}
-
-static void prepare(cvxq_decoder *decoder, cvxq_work *work) {
-    share_rows(decoder, work, prepare_row, decoder->count);
-}
-
-/* Attention of a call, for threads that may be late: nothing here changes. */
-typedef struct {
-    const cvxq_decoder *decoder;
-    const cvxq_layer *layer;
-    const float *const *keys, *const *values; /* of the layer */
-    int64_t start;
-    int count, step; /* rows; those of a key head that are computed together */
-} attention_job;
-
-/* Number of steps in which the rows of one key head are taken. */
-static int attention_steps(const attention_job *job) {
-    const cvxq_decoder_shape *s = &job->decoder->shape;
-    return (job->count * (s->heads / s->kv_heads) + job->step - 1) / job->step;
-}
-
-/* The rows of a chunk: places of their queries, later of their results. Returns their number. */
-static int attention_rows(const attention_job *job, int64_t chunk, float **places,
-                          int64_t *positions) {
-    const cvxq_decoder *decoder = job->decoder;
-    const cvxq_decoder_shape *s = &decoder->shape;
-    const int group = s->heads / s->kv_heads, all = job->count * group;
-    const int head = (int)(chunk % s->kv_heads), begin = (int)(chunk / s->kv_heads) * job->step;
-    const int rows = all - begin < job->step ? all - begin : job->step;
-    for (int r = 0; r < rows; r++) {
-        const int row = (begin + r) / group, member = (begin + r) % group;
-        positions[r] = job->start + row;
-        places[r] = decoder->query +
-                    ((int64_t)row * s->heads + head * group + member) * s->head_dim;
-    }
-    return rows;
-}
-
-static void attend_rows(const void *context, int64_t chunk, int thread) {
-    const attention_job *job = context;
-    const cvxq_decoder *decoder = job->decoder;
-    const int width = decoder->shape.head_dim, head = (int)(chunk % decoder->shape.kv_heads);
-    const int64_t window = job->layer->window, index = (int64_t)head * decoder->blocks;
-    float *tile = decoder->parts + thread * decoder->part_floats;
-    float *out[ROWS];
-    int64_t first[ROWS], last[ROWS];
-    const int rows = attention_rows(job, chunk, out, last);
-    for (int r = 0; r < rows; r++) {
-        memcpy(tile + r * width, out[r], (size_t)width * sizeof *tile);
-        out[r] = tile + r * width; /* read before it is written */
-        first[r] = window > 0 && last[r] >= window ? last[r] - window + 1 : 0;
-    }
-    decoder->math->attend(tile, rows, width, job->keys + index, job->values + index, first, last,
-                          job->layer->cap, out, tile + span(ROWS, width));
-}
-
-/* The results replace the queries. */
-static void commit_rows(const void *context, int64_t chunk, int thread) {
-    const attention_job *job = context;
-    const int width = job->decoder->shape.head_dim;
-    const float *tile = job->decoder->parts + thread * job->decoder->part_floats;
-    float *out[ROWS];
-    int64_t positions[ROWS];
-    const int rows = attention_rows(job, chunk, out, positions);
-    for (int r = 0; r < rows; r++) memcpy(out[r], tile + r * width, (size_t)width * sizeof *tile);
-}
-
-static void attend(cvxq_decoder *decoder, cvxq_work *work) {
-    const cvxq_decoder_shape *s = &decoder->shape;
-    const int64_t seen = decoder->start + decoder->count;
-    const int alone = seen * decoder->count * s->heads * s->head_dim * 2 < SERIAL_PRODUCTS;
-    const int parts = alone ? 1 : decoder->threads, all = decoder->count * s->heads;
-    const int64_t index = (int64_t)decoder->layer * s->kv_heads * decoder->blocks;
-    attention_job job = {decoder, layer_of(decoder), decoder->keys + index, decoder->values + index,
-                         decoder->start, decoder->count,
-                         /* few enough that every thread has some */
-                         (int)min_of((all + parts - 1) / parts, ROWS)};
-    const int64_t chunks = (int64_t)s->kv_heads * attention_steps(&job);
-    decoder->since = now();
-    decoder->spent_on = &decoder->attended;
-    if (!alone) {
-        cvxq_work_fill(work, attend_rows, commit_rows, chunks, &job, sizeof job);
-        return;
-    }
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        attend_rows(&job, chunk, 0);
-        commit_rows(&job, chunk, 0);
-    }
 }
 
 static void project_out(cvxq_decoder *decoder, cvxq_work *work) {
@@ -281,7 +124,7 @@ static void activate_row(const void *context, int64_t row, int thread) {
 }
 
 static void activate(cvxq_decoder *decoder, cvxq_work *work) {
-    share_rows(decoder, work, activate_row, decoder->count);
+    cvxq_decoder_share(decoder, work, activate_row, decoder->count);
 }
 
 static void project_down(cvxq_decoder *decoder, cvxq_work *work) {
@@ -325,8 +168,7 @@ void cvxq_decoder_turn(cvxq_decoder *decoder, int is_long) { decoder->is_long = 
 static void embed(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_decoder_shape *s = &decoder->shape;
     turn(decoder);
-    decoder->since = now();
-    decoder->spent_on = &decoder->products;
+    cvxq_decoder_start_clock(decoder, &decoder->products);
     cvxq_rows_fill(work, s->embed, decoder->ids, decoder->count,
                    s->project_in != NULL ? decoder->input : decoder->stream);
 }
@@ -352,7 +194,8 @@ static void add_position(const void *context, int64_t row, int thread) {
 }
 
 static void add_positions(cvxq_decoder *decoder, cvxq_work *work) {
-    if (decoder->shape.positions != NULL) share_rows(decoder, work, add_position, decoder->count);
+    if (decoder->shape.positions != NULL)
+        cvxq_decoder_share(decoder, work, add_position, decoder->count);
 }
 
 static void settle_embedding(cvxq_decoder *decoder, cvxq_work *work) {
@@ -395,13 +238,14 @@ static void finish(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const int64_t all = (int64_t)decoder->wanted * s->vocabulary;
     if (all && (s->logit_scale != 1.0f || s->logit_cap > 0))
-        share_rows(decoder, work, finish_logits, (int)ceil_div(all, LOGITS));
+        cvxq_decoder_share(decoder, work, finish_logits, (int)ceil_div(all, LOGITS));
 }
 
 typedef void (*step)(cvxq_decoder *, cvxq_work *);
 static const step FIRST[] = {embed, scale_embedding, add_positions, settle_embedding};
-static const step LAYER[] = {project_in, prepare,  attend,       project_out, settle_attention,
-                             project_up, activate, project_down, settle_block};
+static const step LAYER[] = {project_in,  cvxq_decoder_prepare, cvxq_decoder_attend,
+                             project_out, settle_attention,     project_up,
+                             activate,    project_down,         settle_block};
 static const step LAST[] = {project_last, predict, finish};
 enum {
     FIRST_STEPS = sizeof FIRST / sizeof *FIRST,

@@ -46,4 +46,23 @@ static inline int64_t span(int64_t count, int64_t width) { return (count * width
 /* Hold keys and values of all layers for the first `positions` positions; 1 without memory. */
 int cvxq_decoder_hold(cvxq_decoder *decoder, int64_t positions);
 
+static inline const cvxq_layer *layer_of(const cvxq_decoder *decoder) {
+    return decoder->layers + decoder->layer;
+}
+
+/* The decoder of a chunk that cvxq_decoder_share gave out. */
+static inline cvxq_decoder *decoder_of(const void *context) {
+    return *(cvxq_decoder *const *)context;
+}
+
+/* Let all threads do `chunk` for each of some rows, which is not worth it for one. */
+void cvxq_decoder_share(cvxq_decoder *decoder, cvxq_work *work, cvxq_chunk chunk, int rows);
+
+/* Count time as spent on products, or attention, until the next step. */
+void cvxq_decoder_start_clock(cvxq_decoder *decoder, int64_t *spent_on);
+
+/* decoder_attention.c: steps of a layer. */
+void cvxq_decoder_prepare(cvxq_decoder *decoder, cvxq_work *work);
+void cvxq_decoder_attend(cvxq_decoder *decoder, cvxq_work *work);
+
 #endif
