@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import (  # type: ignore[import-not-found]
+from gguf import (
     GGMLQuantizationType,
     GGUFReader,
     GGUFWriter,
     TokenType,
 )
-from gguf.quants import dequantize  # type: ignore[import-not-found]
+from gguf.quants import dequantize
 from safetensors.torch import load_file
 
 from peers.grid import Parts

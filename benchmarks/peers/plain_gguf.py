@@ -38,7 +38,7 @@ def gguf_name(name: str) -> str:
 
 def write(model: Path, output: Path) -> None:
     """Write `model`, a folder of safetensors shards, to `output`."""
-    from gguf import GGUFWriter  # type: ignore[import-not-found]
+    from gguf import GGUFWriter
 
     config = json.loads((model / "config.json").read_text())
     writer = GGUFWriter(output, "llama")
