@@ -111,6 +111,8 @@ class Chat:
         )
         self.conversation.shifts = shift
         self.is_terminal = sys.stdin.isatty()
+        if not self.is_terminal and hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(encoding="utf-8-sig")  # in any locale; a mark may come first
         self.turns = 0
         self.has_answered = False
         self.failure: CvxqError | None = None

@@ -271,6 +271,35 @@ def test_input_that_is_not_utf8(fails: Callable[..., str], chat_file: Path, cvxq
     assert "not UTF-8" in result.stderr.splitlines()[-1]
 
 
+def test_a_mark_at_the_beginning_of_piped_lines_never_reaches_the_model(
+    cvxq: Cvxq, chat_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    take = Chat.take_turn
+
+    def note(self: Chat, text: str) -> None:
+        asked.append(text)
+        take(self, text)
+
+    monkeypatch.setattr(Chat, "take_turn", note)
+    lines = b"\xef\xbb\xbf/help\nHi \xc3\xa9\xf0\x9f\x98\x80\n"
+    options = ("--max-tokens", 1, "--seed", 1)
+    result = cvxq("chat", chat_file, *options, input=lines)
+    assert result.exit_code == 0, result.stderr
+    assert "/clear  forget" in result.stderr
+    cvxq("chat", chat_file, *options, input=b"\xef\xbb\xbfHi\r\n\xef\xbb\xbf")
+    assert asked == ["Hi é😀", "Hi", "\ufeff"]
+
+
+@pytest.mark.slow
+def test_piped_lines_are_utf8_in_every_locale(chat_file: Path) -> None:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.PIPE}
+    locale = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    process = start(chat_file, "--max-tokens", "1", env=locale, **streams)
+    answers, _ = process.communicate("\ufeff/exit\n")
+    assert (process.returncode, answers) == (0, "")
+
+
 def start(path: Path, *options: str, **streams: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "cvxq.cli", "chat", str(path), "--threads", "1", *options],
