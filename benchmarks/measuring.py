@@ -18,14 +18,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from comparison import Run
 from cvxq import evaluate, load
-from cvxq.original import load_checkpoint, load_subject
 from cvxq_converter.measure import calibration
 from cvxq_converter.measure.calibration import make_sequences
 from cvxq_converter.options import Calibration
+from cvxq_converter.source.checkpoint import load_network, load_tokenizer, open_source
 from cvxq_converter.source.matrices import find_matrices
 from cvxq_format import Reader
+from cvxq_format.model_config import context_length
 from peers.catalogue import Peer, Settings
 from peers.environment import requirements
 from safetensors.torch import load_file, save_file
@@ -135,10 +137,11 @@ class Bench:
         model = model.resolve()
         self.model, self.work = str(model), work
         self.name = model.parent.name if model.name == "model" else model.name
-        self.original = load_checkpoint(self.model)
-        subject = load_subject(self.model)
-        self.tokenizer = subject.tokenizer
-        self.context = min(context, subject.context_length or context)
+        self.source = open_source(self.model)
+        self.original = load_network(self.source, torch.float32)
+        self.tokenizer = load_tokenizer(self.source)
+        longest = context_length(self.original.config.to_dict())
+        self.context = min(context, longest or context)
         self.texts = [self._cut(text, windows) for text in texts]
         self.parameters = sum(p.numel() for p in self.original.parameters())
         self.embedding, self.shapes = self._matrices()
@@ -221,7 +224,7 @@ class Bench:
                 raise BenchmarkError(f"{folder}: {name} is no matrix of the model")
 
         def quantized() -> PreTrainedModel:
-            network = load_checkpoint(self.model)
+            network: PreTrainedModel = load_network(self.source, torch.float32)
             network.load_state_dict(matrices, strict=False)
             return network
 

@@ -25,12 +25,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
 from cvxq import evaluate
-from cvxq.original import load_subject
+from cvxq.cli.subject import load_subject
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.job import convert
 from cvxq_converter.options import ConversionOptions, Method
@@ -71,11 +71,9 @@ def announce(estimate: str) -> None:
 
 def measure(source: str, text: str, context: int, device: str) -> evaluate.PerplexityResult:
     """Perplexity over non-overlapping windows of `context` tokens."""
-    subject = load_subject(source)
-    windows = evaluate.windows(evaluate.token_ids(subject.tokenizer, text), context)
-    # With expanded weights, what predicts is always a network.
-    network = cast(transformers.PreTrainedModel, subject.network)
-    return evaluate.perplexity(network.to(device), windows, show_progress)
+    subject = load_subject(source, device=device)
+    windows = evaluate.windows(evaluate.token_ids(subject.read_tokenizer(), text), context)
+    return evaluate.perplexity(subject.network, windows, show_progress)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import cvxq
@@ -12,7 +11,6 @@ import pytest
 import torch
 from cvxq.architecture import build_network
 from cvxq.errors import InconsistentFileError, UnsupportedModelError
-from cvxq.original import load_subject
 
 MakeFile = Callable[..., Any]
 
@@ -124,15 +122,3 @@ def test_a_name_that_transformers_does_not_know_is_unsupported() -> None:
     settings = {"model_type": "gpt2", "n_layer": 1, "n_embd": 12, "activation_function": "new"}
     with pytest.raises(UnsupportedModelError, match=r'activation_function is "new"; .*KeyError'):
         build_network(settings, "config.json", torch.float32)
-
-
-@pytest.mark.parametrize(("field", "value"), [("hidden_size", "big"), ("rope_theta", [])])
-def test_a_folder_with_a_wrong_value(
-    field: str, value: Any, make_file: MakeFile, tmp_path: Path
-) -> None:
-    made = make_file("llama")
-    made.network.save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
-    path.write_bytes(with_field(made, field, value)["config.json"])
-    text = refusal(lambda: load_subject(str(path.parent), with_tokenizer=False))
-    assert text.startswith(f"{path}: {field} is {json.dumps(value)};")

@@ -111,7 +111,7 @@ def open_source(model: str, revision: str | None = None) -> Source:
         whole, config = config, text_config_of(config, name)
         made["config.json"] = text_config_json(config).encode()
         tensors = {key: info for key, info in tensors.items() if not _OF_IMAGES.search(key)}
-        notices.append("only its text part is converted; images are left out")
+        notices.append("only its text part is used; images are left out")
     elif quantization is not None:
         made["config.json"] = without_quantization(folder / "config.json")
     for file in made:
@@ -134,7 +134,7 @@ def _carried_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, 
 
 
 def load_network(source: Source, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
-    """Build the network in evaluation mode, with every weight taken from the checkpoint.
+    """Build the network for evaluation, without gradients, every weight from the checkpoint.
 
     transformers is handed the weights, and so cannot put an adapter on them that lies beside.
     Raises ConversionError if a weight is missing, misshapen, NaN or infinite in `dtype`.
@@ -169,7 +169,7 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
         raise ConversionError(f"{source.name}: weight {key} is missing from the checkpoint")
     for key in sorted(str(item) for item in info.get("mismatched_keys", ())):
         raise ConversionError(f"{source.name}: weight {key} does not have the configured shape")
-    network = network.to(device).eval()
+    network = network.to(device).eval().requires_grad_(False)
     _check_finite(source, network, dtype)
     return network
 

@@ -152,7 +152,7 @@ def adapter_notice(folder: Path, name: str) -> str | None:
     if not path.is_file():
         return None
     if any((folder / file).is_file() for file in _WEIGHT_FILES):
-        return f"{path.name} is not applied: the weights beside it are converted as they are"
+        return f"{path.name} is not applied: the weights beside it are taken as they are"
     raw = _read_json(path, name)
     base = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
     raise ConversionError(

@@ -59,7 +59,7 @@ def open_gguf(path: Path) -> Source:
     if types:
         notices.append(
             f"{name}: the source was quantized already ({', '.join(types)}); "
-            "its values are converted as they are"
+            "its values are taken as they are"
         )
     _refuse_unused(stored, empty, settings["general.architecture"], name)
     tokenizer, unread = made_tokenizer(path.parent, gguf_file=path.name)

@@ -20,6 +20,8 @@ def leftover_notice(source: Source, network: Any, names: Mapping[str, str]) -> s
     Raises ConversionError if one that is not zero belongs to a layer that the network does have: a
     trained bias that config.json does not mention, a scale that nothing applies.
     """
+    if source.is_gguf:  # which is refused where it has more than the network
+        return None
     used = {_core(name) for name in names.values()}
     used |= {_core(name) for name in network.state_dict()}
     prefix = f"{network.base_model_prefix}."

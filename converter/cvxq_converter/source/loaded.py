@@ -118,7 +118,6 @@ def load_model(source: Source, options: ConversionOptions) -> LoadedModel:
     Raises ConversionError for an unsupported model, or a `keep` pattern that matches nothing.
     """
     network = load_network(source, options.place.dtype, options.place.device)
-    network.requires_grad_(False)
     names = source_names(source, network)
     found = find_matrices(network, names)
     for pattern in options.method.keep:
@@ -145,7 +144,7 @@ def load_model(source: Source, options: ConversionOptions) -> LoadedModel:
         original_biases=biases,
         original_vectors=_vectors(network, matrices),
         aliases={alias: m.name for m in found for alias in m.aliases},
-        leftovers=None if source.is_gguf else leftover_notice(source, network, names),
+        leftovers=leftover_notice(source, network, names),
     )
 
 

@@ -72,12 +72,12 @@ def quantization_notice(quantization: Any, scales: Mapping[str, Scale]) -> str |
     if scales:
         return (
             f"the source was quantized already: {len(scales)} of its matrices are float8; "
-            "their values are converted as they are"
+            "their values are taken as they are"
         )
     if quantization is not None:
         return (
             f"config.json has a quantization_config ({_method(quantization)}), but the weights "
-            "are floats; they are converted as they are"
+            "are floats; they are taken as they are"
         )
     return None
 

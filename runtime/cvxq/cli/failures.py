@@ -1,7 +1,8 @@
 """Every exception as one line and one exit code.
 
 The codes are those of the group's help: 1 unexpected, 2 usage, 3 file missing or unreadable,
-4 corrupt or truncated, 5 unsupported, 6 conversion failed or does not fit, 130 interrupted.
+4 corrupt or truncated, 5 unsupported, 6 checkpoint refused, conversion failed or does not fit,
+130 interrupted.
 """
 
 from __future__ import annotations

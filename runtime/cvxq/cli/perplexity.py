@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvxq.cli.failures import FileProblem, existing_file, read_text
+from cvxq.cli.failures import FileProblem, read_text
 from cvxq.cli.inspect import rates_text
-from cvxq.cli.options import quiet_transformers, running_options, say_path
+from cvxq.cli.options import running_options
 from cvxq.cli.output import Progress, emit_json, print_table
+from cvxq.cli.subject import is_cvxq_file, load_subject
 from cvxq.summary import FileSummary, summarize
 
 if TYPE_CHECKING:
-    from cvxq.evaluate import DivergenceResult, Estimate, PerplexityResult, Predictor
+    from cvxq.evaluate import DivergenceResult, Estimate, PerplexityResult
 
 LONGEST_CONTEXT = 2048  # tokens; what published tables use unless they say otherwise
 START_TOKENS = {
@@ -26,7 +27,7 @@ START_TOKENS = {
 
 
 @click.command("perplexity", short_help="Measure perplexity, and KL to the original.")
-@click.argument("file")
+@click.argument("model")
 @click.option(
     "--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text."
 )
@@ -34,11 +35,11 @@ START_TOKENS = {
 @click.option("--stride", type=int, help="Tokens between windows; default: end to end.")
 @click.option("--windows", "most", type=click.IntRange(min=1), help="Only the first N windows.")
 @click.option("--no-bos", is_flag=True, help="A start token at the beginning of the text alone.")
-@click.option("--against", metavar="ORIGINAL", help="Model folder, hub id, .gguf or .cvxq file.")
+@click.option("--against", metavar="ORIGINAL", help="To compare with, like MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @running_options
 def command(
-    file: str,
+    model: str,
     text_file: Path,
     context: int | None,
     stride: int | None,
@@ -50,7 +51,7 @@ def command(
     device: str,
     threads: int | None,
 ) -> None:
-    """Measure the perplexity of FILE, a .cvxq file or a model folder, on a text.
+    """Measure the perplexity of MODEL, a .cvxq or GGUF file, a folder or a hub id, on a text.
 
     The text is tokenized once and cut into windows. If the tokenizer adds a start token (BOS),
     every window begins with it, within its context, and scores all tokens that follow; else, and
@@ -62,30 +63,23 @@ def command(
     Example:
       cvxq perplexity model.cvxq --text wiki.test.raw --against path/to/model
     """
-    path = Path(file)
-    if not path.is_dir():
-        existing_file(path, "a .cvxq file or a model folder")
     text = read_text(text_file, "a text file")
-    summary = summarize(path) if path.is_file() else None
-    quiet_transformers()
     from cvxq_format.text import start_tokens
 
     from cvxq import evaluate
-    from cvxq.original import load_subject
     from cvxq.threads import set_torch_threads
     from cvxq.tokenizer import check_tokens
 
     set_torch_threads(threads)
-    subject = load_subject(
-        file, weights="packed" if weights == "packed" else "dense", device=device, threads=threads
-    )
-    say_path(path, subject.transformers_reason)
+    subject = load_subject(model, weights, device, threads)
+    summary = summarize(Path(model)) if is_cvxq_file(Path(model)) else None
     context = context or min(subject.context_length or LONGEST_CONTEXT, LONGEST_CONTEXT)
     _check_context(context, subject.context_length)
-    added = start_tokens(subject.tokenizer)
+    tokenizer = subject.read_tokenizer()
+    added = start_tokens(tokenizer)
     start = [] if no_bos else added
-    ids = evaluate.token_ids(subject.tokenizer, text, with_special_tokens=not start)
-    check_tokens(ids, subject.vocabulary, subject.tokenizer)
+    ids = evaluate.token_ids(tokenizer, text, with_special_tokens=not start)
+    check_tokens(ids, subject.vocabulary, tokenizer)
     if len(ids) < 2:
         raise FileProblem(f"{text_file}: {len(ids)} tokens, at least 2 are needed to score one")
     every = evaluate.windows(ids, context, stride, start)
@@ -100,22 +94,11 @@ def command(
     }
     if against is None:
         result = evaluate.perplexity(subject.network, windows, progress)
-        _report(file, result, None, summary, setting, as_json)
+        _report(model, result, None, summary, setting, as_json)
         return
-    divergence = evaluate.divergence(subject.network, _original(against), windows, progress)
-    _report(file, divergence.perplexity, divergence, summary, setting, as_json)
-
-
-def _original(against: str) -> Predictor:
-    """Load what to compare with; a GGUF file as conversion does."""
-    from cvxq.original import load_subject
-
-    if Path(against).suffix != ".gguf":
-        return load_subject(against, with_tokenizer=False).network
-    import torch
-    from cvxq_converter.source.checkpoint import load_network, open_source
-
-    return load_network(open_source(against), torch.float32).requires_grad_(False)
+    original = load_subject(against, device=device, threads=threads)
+    divergence = evaluate.divergence(subject.network, original.network, windows, progress)
+    _report(model, divergence.perplexity, divergence, summary, setting, as_json)
 
 
 def _check_context(context: int, limit: int | None) -> None:

@@ -150,6 +150,13 @@ def test_a_quantized_file_becomes_a_container_that_runs(tmp_path: Path) -> None:
     asked = [str(tmp_path / "tiny.cvxq"), "--text", str(text), "--against", str(path), "--json"]
     compared = CliRunner().invoke(perplexity.command, asked)
     assert 0 < json.loads(compared.stdout)["kl"]["mean"] < 1e-3
+    itself = [str(path), "--text", str(text), "--against", str(path), "--json"]
+    measured = CliRunner().invoke(perplexity.command, itself)
+    assert "tiny.gguf: the source was quantized already (Q8_0)" in measured.stderr
+    figures = json.loads(measured.stdout)
+    assert figures["kl"]["mean"] == 0
+    original = json.loads(compared.stdout)["original_perplexity"]
+    assert figures["perplexity"] == pytest.approx(original)
     path.unlink()
     assert "tiny.gguf: the source was quantized already (Q8_0)" in lines[0]
     with cvxq.load(tmp_path / "tiny.cvxq") as model:

@@ -118,7 +118,7 @@ def test_a_file_of_the_text_part_is_whole_in_itself(
     path, lines = tmp_path / "a.cvxq", list[str]()
     options = ConversionOptions.of(bits=5.0, calibration="none", group_size=16)
     report = convert(str(folder), path, options, announce=lines.append)
-    assert lines[0] == "whole: only its text part is converted; images are left out"
+    assert lines[0] == "whole: only its text part is used; images are left out"
     assert report.decoder.is_proved
     with Reader(path) as reader:
         config = json.loads(bytes(reader.file("config.json")))

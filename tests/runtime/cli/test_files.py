@@ -219,9 +219,8 @@ def test_missing_file_and_folder(
     missing = tmp_path / "missing.cvxq"
     line = fails(3, *arguments(command, missing, text_file))
     assert f"{missing} does not exist, expected a .cvxq file" in line
-    line = fails(3, *arguments(command, tmp_path, text_file))
-    expected = "has no config.json" if command == "perplexity" else "is a folder"
-    assert expected in line
+    code, expected = (6, "no config.json") if command == "perplexity" else (3, "is a folder")
+    assert expected in fails(code, *arguments(command, tmp_path, text_file))
 
 
 @pytest.mark.parametrize("command", READERS)
