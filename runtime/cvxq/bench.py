@@ -119,23 +119,25 @@ def device_copy_bandwidth(device: str) -> float:
     """Bytes per second, read plus written, of the fastest of a few large copies on a GPU."""
     import torch
 
+    from cvxq import cuda
+
     source = torch.zeros(DEVICE_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     seconds = []
     for _ in range(COPY_REPEATS):
-        torch.cuda.synchronize(device)
+        cuda.synchronize(device)
         begin = time.perf_counter()
         target.copy_(source)
-        torch.cuda.synchronize(device)
+        cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return 2 * DEVICE_COPY_BYTES / min(seconds)
 
 
 def device_peak_memory_bytes(device: str) -> int:
     """Most memory that tensors have held on a GPU so far."""
-    import torch
+    from cvxq import cuda
 
-    return torch.cuda.max_memory_allocated(device)
+    return cuda.peak_bytes(device)
 
 
 def peak_memory_bytes() -> int | None:

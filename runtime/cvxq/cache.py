@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from cvxq import cuda
 from cvxq.angles import Angles
 from cvxq.session import Logits, Session
 
@@ -81,6 +82,7 @@ class NetworkSession(Session):
 
     def _forward(self, ids: Sequence[int]) -> Logits:
         device = self.network.device
+        cuda.use(device)
         seen = len(ids) + (len(self.ids) if self._has_keys else 0)
         output = self.network(
             input_ids=torch.tensor([list(ids)], device=device),

@@ -7,14 +7,16 @@ import re
 from cvxq.errors import ArgumentError, UnsupportedModelError
 
 
-def check_device(device: str) -> None:
-    """Check that `device` ("cpu", "cuda" or "cuda:N") can be used; "cpu" without importing torch.
+def resolve_device(device: str) -> str:
+    """Return `device` ("cpu", "cuda" or "cuda:N") if it can be used, as "cpu" or "cuda:N".
+
+    torch is imported for a CUDA device only.
 
     Raises ArgumentError for another name or a number that no device has, UnsupportedModelError
     when there is no CUDA device at all.
     """
     if device == "cpu":
-        return
+        return device
     if not re.fullmatch(r"cuda(:\d+)?", device):
         raise ArgumentError(f"device is {device!r}, allowed: cpu, cuda, cuda:N")
     import torch
@@ -24,7 +26,10 @@ def check_device(device: str) -> None:
             f"PyTorch {torch.__version__} finds no CUDA device here; use --device cpu, or install "
             "a CUDA build of PyTorch on a machine with an NVIDIA GPU"
         )
+    from cvxq import cuda
+
     _, _, number = device.partition(":")
     count = torch.cuda.device_count()
     if number and int(number) >= count:
         raise ArgumentError(f"device is {device!r}, but there are {count}, from cuda:0")
+    return str(cuda.resolve(device))

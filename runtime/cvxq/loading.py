@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from cvxq_format import Reader
 from cvxq_kernels.cpu import crc32
 
-from cvxq.device import check_device
+from cvxq.device import resolve_device
 from cvxq.errors import ArgumentError
 from cvxq.lean import NotLeanError, open_decoder
 from cvxq.model import Model, NetworkOptions
@@ -51,14 +51,14 @@ def load(
         raise ArgumentError(f"weights is {weights!r}, allowed: 'packed', 'dense'")
     if context is not None and not 2 <= context <= LONGEST_CONTEXT:
         raise ArgumentError(f"context is {context} tokens, allowed: 2 to {LONGEST_CONTEXT}")
-    check_device(str(device))
-    options = NetworkOptions(weights == "packed", device, dtype, threads)
+    place = resolve_device(str(device))
+    options = NetworkOptions(weights == "packed", place, dtype, threads)
     reader = Reader(path, check=check, crc32=crc32)
     decoder, reason = None, None
     try:
         if weights == "packed" and dtype is None:
             try:
-                decoder = open_decoder(reader, str(device), threads, context)
+                decoder = open_decoder(reader, place, threads, context)
             except NotLeanError as error:
                 reason = str(error)
         model = Model(reader, decoder, reason, options, context)

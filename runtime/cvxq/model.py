@@ -30,7 +30,7 @@ class NetworkOptions(NamedTuple):
     """How the transformers network is to be built, see `cvxq.load`."""
 
     keep_packed: bool = True
-    device: str | torch.device = "cpu"
+    device: str = "cpu"
     dtype: torch.dtype | None = None
     threads: int | None = None
 
@@ -70,8 +70,8 @@ class Model:
 
     @property
     def device(self) -> str:
-        """Where the model computes: "cpu", "cuda" or "cuda:N"."""
-        return str(self._options.device)
+        """Where the model computes: "cpu" or "cuda:N"."""
+        return self._options.device
 
     @property
     def config(self) -> Any:

@@ -68,7 +68,8 @@ def describe(error: BaseException) -> str:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is Python's or torch's way to say that memory ran out."""
-    return isinstance(error, MemoryError) or (
+    torch = sys.modules.get("torch")
+    return isinstance(error, (MemoryError, getattr(torch, "OutOfMemoryError", ()))) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 

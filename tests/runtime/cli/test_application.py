@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 from cvxq.cli import failures
 from cvxq.cli.application import COMMANDS, application
@@ -130,6 +131,7 @@ def _break_inspect(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Non
             "(SurpriseError): first second; --traceback",
         ),
         (MemoryError(), 6, "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), 6, "not enough memory: CUDA out"),
         (PermissionError(13, "Permission denied", "a.cvxq"), 3, "a.cvxq: Permission denied"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

@@ -19,6 +19,7 @@ from weakref import ReferenceType
 
 import torch
 
+from cvxq import cuda
 from cvxq.errors import ContextError
 from cvxq.lean.cuda.network import KeyValueCache, TorchNetwork
 from cvxq.lean.cuda.sample import DeviceSampler
@@ -72,6 +73,7 @@ class TorchDecoder:
 
         The next call overwrites them.  Raises ContextError when they do not fit.
         """
+        cuda.use(self.network.device)
         self._make_room(len(ids))
         if self._turning.crosses(self.length + len(ids)):
             ids = self._cross(ids)
@@ -87,6 +89,7 @@ class TorchDecoder:
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Read `ids` as a text of its own; return logits (L, V) float32 in main memory."""
+        cuda.use(self.network.device)
         self.rewind(0)
         self._make_room(len(ids))
         if self._turning.crosses(len(ids)):
@@ -115,6 +118,7 @@ class TorchDecoder:
         Each token but one that fills the context has been read when it is yielded.  The first
         comes from the logits of the last `feed`.
         """
+        cuda.use(self.network.device)
         if settings.max_tokens is not None:
             self._make_room(min(settings.max_tokens, self.capacity - self.length))
         sampler, choose = self._prepared(settings)
@@ -122,6 +126,7 @@ class TorchDecoder:
         shown = torch.zeros(1, dtype=torch.int64, pin_memory=self._is_cuda)
         choose()
         while True:
+            cuda.use(self.network.device)  # another thread may have asked for this token
             shown.copy_(self._token, non_blocking=True)
             arrived = self._mark()
             is_full = self.length == self.capacity
@@ -192,7 +197,9 @@ class TorchDecoder:
         if not self._uses_graphs:
             return compute
         try:
-            return capture(compute, generator)
+            return cuda.capture(compute, generator)
+        except torch.OutOfMemoryError:
+            raise  # it would be no smaller without a graph
         except RuntimeError as error:
             self._uses_graphs = False
             self._notify(
@@ -203,34 +210,7 @@ class TorchDecoder:
 
     def _mark(self) -> Callable[[], None]:
         """Return a function that waits until the device has done what was launched so far."""
-        if not self._is_cuda:
-            return lambda: None
-        event = torch.cuda.Event()
-        event.record()
-        return event.synchronize
-
-
-def capture(
-    compute: Callable[[], None], generator: torch.Generator | None = None
-) -> Callable[[], None]:
-    """Capture the launches of `compute` as a CUDA graph; return what replays it.
-
-    generator: one that `compute` draws from.  `compute` runs a few times first, so that kernels
-    are compiled and tuned and libraries have their workspaces; it must bear that.
-    Raises RuntimeError when something in it cannot be captured.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            compute()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        compute()
-    return graph.replay
+        return cuda.mark() if self._is_cuda else lambda: None
 
 
 def _rounded(places: int) -> int:

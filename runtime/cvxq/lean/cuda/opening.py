@@ -14,6 +14,7 @@ import torch
 from cvxq_format.decoder_record import DecoderRecord
 from cvxq_kernels import PackedWeight
 
+from cvxq import cuda
 from cvxq.lean.cuda.decoder import TorchDecoder
 from cvxq.lean.cuda.network import TorchNetwork
 from cvxq.lean.cuda.weights import Weight, load_weights
@@ -34,11 +35,11 @@ def open_torch_decoder(
     config: the file's config.json, for the type to compute in; keep_packed: False expands all
     matrices, as happens anyway on a device that is not CUDA.
     """
-    target = torch.device(device)
+    target = cuda.resolve(device)
     if target.type != "cuda":
         weights = load_weights(record, tensors, target, torch.float32)
         return TorchDecoder(TorchNetwork(record, weights, target, torch.float32))
-    torch.cuda.set_device(target)
+    cuda.use(target)
     dtype = compute_dtype(config)
 
     def pack(weights: Sequence[PackedWeight]) -> Weight:

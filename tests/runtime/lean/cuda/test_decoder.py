@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from cvxq import cuda
 from cvxq.errors import ContextError
 from cvxq.lean import record_of
-from cvxq.lean.cuda import decoder as cuda_decoder
 from cvxq.lean.cuda.decoder import TorchDecoder
 from cvxq.lean.cuda.network import TorchNetwork
 from cvxq.lean.cuda.weights import DenseWeight, Pack, Weight, load_weights
@@ -267,7 +267,7 @@ def test_without_graphs_it_says_so_once_and_goes_on(
     def fail(*arguments: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
 
-    monkeypatch.setattr(cuda_decoder, "capture", fail)
+    monkeypatch.setattr(cuda, "capture", fail)
     said: list[str] = []
     made = make_file("llama")
     decoder = TorchDecoder(network_of(made), notify=said.append)
@@ -282,6 +282,21 @@ def test_without_graphs_it_says_so_once_and_goes_on(
     ]
 
 
+def test_no_memory_is_not_blamed_on_graphs(
+    make_file: MakeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(cuda, "capture", fail)
+    said: list[str] = []
+    decoder = TorchDecoder(network_of(make_file("llama")), notify=said.append)
+    decoder._uses_graphs = True
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.feed(IDS[:1])
+    assert not said
+
+
 def test_a_captured_step_is_replayed(make_file: MakeFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """One capture serves all steps until the cache moves, and one each kind of sampling."""
     captured: list[object] = []
@@ -290,7 +305,7 @@ def test_a_captured_step_is_replayed(make_file: MakeFile, monkeypatch: pytest.Mo
         captured.append(generator)
         return compute
 
-    monkeypatch.setattr(cuda_decoder, "capture", capture)
+    monkeypatch.setattr(cuda, "capture", capture)
     decoder = TorchDecoder(network_of(make_file("llama")))
     decoder._uses_graphs = True
     decoder.cache.grow(16, 0)

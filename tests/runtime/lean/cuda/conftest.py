@@ -1,0 +1,131 @@
+"""A CUDA device that is none: tensors stay on the CPU, and what is asked of the device is recorded.
+
+Everything that names a CUDA device, to make a tensor or to move one, gets the CPU.  The calls of
+`torch.cuda` behave as a device's do where code goes wrong most: an index must be named where torch
+wants one, and nothing may look at a value while a graph is captured.  Replaying a graph computes
+anew.  Triton's kernels run in its interpreter, if it was chosen before Triton was loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cvxq import cuda
+from torch.overrides import TorchFunctionMode
+
+GENERATOR = torch.Generator
+CPU = torch.device("cpu")
+WAITS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero", "unique"}
+
+
+class FakeDevice(TorchFunctionMode):
+    """While entered, `count` devices; `calls` has what was asked of them, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, count: int = 1) -> None:
+        """Put the fake in place of `torch.cuda`; the test's end takes it out again."""
+        super().__init__()
+        self.calls: list[str] = []
+        self.is_capturing = False
+        self.current = 0
+        self._compute: Callable[[], None] = lambda: None
+        capture = cuda.capture
+
+        def remembering(compute: Callable[[], None], *rest: Any) -> Callable[[], None]:
+            self._compute = compute
+            return capture(compute, *rest)
+
+        patch.setattr(cuda, "capture", remembering)
+        patch.setattr(torch, "Generator", lambda device="cpu": _OnDevice(self._place(device)))
+        for name, fake in {
+            "is_available": lambda: True,
+            "device_count": lambda: count,
+            "current_device": lambda: self.current,
+            "set_device": self._set_device,
+            "synchronize": lambda device=None: self.calls.append("synchronize"),
+            "max_memory_allocated": lambda device=None: 1 << 20,
+            "get_device_name": lambda device=None: "Fake",
+            "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "stream": lambda stream: _nothing(),
+            "Event": lambda: SimpleNamespace(
+                record=lambda: None, synchronize=lambda: self.calls.append("wait")
+            ),
+            "CUDAGraph": lambda: _Graph(self),
+            "graph": self._graph,
+        }.items():
+            patch.setattr(torch.cuda, name, fake)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func` with the CPU in place of a CUDA device."""
+        name = getattr(func, "__name__", "")
+        if self.is_capturing and name in WAITS:
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        if func is torch.device:  # code may name the device; no tensor gets there
+            return func(*args, **(kwargs or {}))
+        kwargs = {key: self._place(value) for key, value in (kwargs or {}).items()}
+        kwargs.pop("pin_memory", None)
+        return func(*map(self._place, args), **kwargs)
+
+    @staticmethod
+    def _place(value: Any) -> Any:
+        is_device = isinstance(value, torch.device) and value.type == "cuda"
+        is_name = isinstance(value, str) and value.startswith("cuda")
+        return CPU if is_device or is_name else value
+
+    def _set_device(self, device: torch.device | int) -> None:
+        index = device if isinstance(device, int) else device.index
+        if index is None:
+            raise ValueError(f"Expected a torch.device with a specified index, but got:{device}")
+        self.current = index
+
+    @contextmanager
+    def _graph(self, graph: _Graph, capture_error_mode: str = "global") -> Iterator[None]:
+        self.calls.append(f"capture {capture_error_mode}")
+        graph.compute = self._compute
+        self.is_capturing = True
+        try:
+            yield
+        finally:
+            self.is_capturing = False
+
+
+class _OnDevice(GENERATOR):
+    """A generator made for the device."""
+
+
+class _Graph:
+    def __init__(self, device: FakeDevice) -> None:
+        self._device = device
+        self.compute: Callable[[], None] = lambda: None
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        assert isinstance(generator, _OnDevice)
+
+    def replay(self) -> None:
+        self._device.calls.append("replay")
+        self.compute()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@pytest.fixture
+def fake_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDevice]:
+    """Run the test on a fake device, on which every plan takes a second."""
+    from cvxq_kernels.gpu import tuning
+    from cvxq_kernels.gpu.plan import Plan
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plans = (Plan("matvec", 1, 1), Plan("gemm", 1, 1, 16))
+    monkeypatch.setattr(tuning, "candidates", lambda *_: iter(plans))
+    monkeypatch.setattr(tuning, "_device_seconds", lambda action: 1.0)
+    with FakeDevice(monkeypatch) as fake:
+        yield fake
