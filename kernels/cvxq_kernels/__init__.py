@@ -9,15 +9,15 @@ is used: neither PyTorch, for `cpu` alone, nor Triton, for a machine without it.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cvxq_kernels.packed import PackedWeight
+    from cvxq_kernels.packed import PackedWeight, UnsupportedWeightError
 
-__all__ = ["PackedWeight"]
+__all__ = ["PackedWeight", "UnsupportedWeightError"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `PackedWeight`, and PyTorch with it, when it is first asked for."""
-    if name == "PackedWeight":
-        from cvxq_kernels.packed import PackedWeight
+    """Import what is in `packed`, and PyTorch with it, when it is first asked for."""
+    if name in __all__:
+        from cvxq_kernels import packed
 
-        return PackedWeight
+        return getattr(packed, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,10 @@ from cvxq_kernels.tables import decoding_tables
 CHUNK_WEIGHTS = 1 << 18  # decoded per step: about 3 MB of temporaries
 
 
+class UnsupportedWeightError(ValueError):
+    """A weight that the GPU kernels do not take; the text says why."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A companded matrix (N, K), or E stacked ones (E, N, K), held as torch tensors.

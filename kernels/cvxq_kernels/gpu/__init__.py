@@ -7,7 +7,7 @@ choose among them.  The parts that use PTX are in `snippets`, each beside a plai
 that everything also runs in Triton's interpreter and on GPUs of other makers.
 """
 
-from cvxq_kernels.gpu.matrix import UnsupportedWeightError
 from cvxq_kernels.gpu.weight import GpuWeight
+from cvxq_kernels.packed import UnsupportedWeightError
 
 __all__ = ["GpuWeight", "UnsupportedWeightError"]

@@ -13,11 +13,7 @@ from cvxq_kernels.gpu.layout import CHUNK, SCALES, tile_rows
 from cvxq_kernels.gpu.part import Part, cut
 from cvxq_kernels.gpu.repack import repack
 from cvxq_kernels.gpu.tables import make_tables
-from cvxq_kernels.packed import PackedWeight
-
-
-class UnsupportedWeightError(ValueError):
-    """A weight that the GPU kernels do not take; the text says why."""
+from cvxq_kernels.packed import PackedWeight, UnsupportedWeightError
 
 
 @dataclass(frozen=True, eq=False)

@@ -131,7 +131,11 @@ def _break_inspect(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Non
             "(SurpriseError): first second; --traceback",
         ),
         (MemoryError(), 6, "not enough memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), 6, "not enough memory: CUDA out"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"),
+            6,
+            "not enough memory: CUDA out",
+        ),
         (PermissionError(13, "Permission denied", "a.cvxq"), 3, "a.cvxq: Permission denied"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

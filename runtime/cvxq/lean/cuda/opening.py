@@ -71,6 +71,10 @@ def tune_alike(weights: Iterable[Weight], dtype: torch.dtype) -> None:
 
 
 def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """Return the model's own half precision: bfloat16 where it was stored so, else float16."""
-    stored = config.get("dtype") or config.get("torch_dtype")
-    return torch.bfloat16 if stored == "bfloat16" else torch.float16
+    """Return float16 where the model was stored so, else bfloat16, which has float32's range."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        stored = part.get("dtype") or part.get("torch_dtype")
+        if stored:
+            return torch.float16 if stored in ("float16", "half") else torch.bfloat16
+    return torch.bfloat16

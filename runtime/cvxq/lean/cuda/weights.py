@@ -16,7 +16,7 @@ import torch
 from cvxq_format import CompandedTensor
 from cvxq_format import decoder_record as described
 from cvxq_format.decoder_record import DecoderRecord
-from cvxq_kernels import PackedWeight
+from cvxq_kernels import PackedWeight, UnsupportedWeightError
 from cvxq_kernels.decode import Norm
 from torch.nn import functional
 
@@ -39,7 +39,7 @@ class Weight(Hashable, Protocol):
         """Return rows ids (M,) int64 of W: (M, K)."""
 
 
-# Makes one weight (sum of N_i, K) of packed ones; ValueError where it cannot.
+# Makes one weight (sum of N_i, K) of packed ones; UnsupportedWeightError where none can be.
 Pack = Callable[[Sequence[PackedWeight]], Weight]
 
 
@@ -184,7 +184,7 @@ class _Loader:
     def _weights(self, values: Sequence[Value]) -> tuple[Weight, ...]:
         packed = [self._packed(value) for value in values if isinstance(value, CompandedTensor)]
         if self.pack is not None and len(packed) == len(values):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(UnsupportedWeightError):
                 return (self.pack(packed),)
         if self.pack is not None and packed and len(values) > 1:
             return tuple(weight for value in values for weight in self._weights([value]))

@@ -3,20 +3,24 @@
 Everything that names a CUDA device, to make a tensor or to move one, gets the CPU.  The calls of
 `torch.cuda` behave as a device's do where code goes wrong most: an index must be named where torch
 wants one, and nothing may look at a value while a graph is captured.  Replaying a graph computes
-anew.  Triton's kernels run in its interpreter, if it was chosen before Triton was loaded.
+anew.  The kernels are replaced by the plain operations that define them; that they compute the same
+is shown elsewhere, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cvxq import cuda
+from cvxq_kernels import PackedWeight
+from cvxq_kernels.decode import launch, reference
+from cvxq_kernels.gpu import GpuWeight
+from cvxq_kernels.gpu.matrix import check
 from torch.overrides import TorchFunctionMode
 
 GENERATOR = torch.Generator
@@ -117,15 +121,52 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-@pytest.fixture
-def fake_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDevice]:
-    """Run the test on a fake device, on which every plan takes a second."""
-    from cvxq_kernels.gpu import tuning
-    from cvxq_kernels.gpu.plan import Plan
+class StandIn(GpuWeight):
+    """A weight on the fake device, whose kernels are the plain ones."""
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    plans = (Plan("matvec", 1, 1), Plan("gemm", 1, 1, 16))
-    monkeypatch.setattr(tuning, "candidates", lambda *_: iter(plans))
-    monkeypatch.setattr(tuning, "_device_seconds", lambda action: 1.0)
+    def __init__(self, parts: Sequence[PackedWeight], device: torch.device) -> None:
+        check(parts)
+        assert device.index is not None
+        self.parts = parts
+        self.device = CPU
+        self.plans = {}
+
+    @classmethod
+    def from_packed(cls, weight: PackedWeight, device: torch.device | str) -> StandIn:
+        return cls([weight], torch.device(device))
+
+    @classmethod
+    def fused(cls, weights: Sequence[PackedWeight], device: torch.device | str) -> StandIn:
+        return cls(weights, torch.device(device))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.dense(x.dtype), bias)
+
+    def dense(self, dtype: torch.dtype = torch.float32, **_: Any) -> torch.Tensor:
+        with torch._C.DisableTorchFunction():  # the plain kernels wait, the real ones do not
+            return torch.cat([part.dense(dtype) for part in self.parts])
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.dense(dtype)[ids]
+
+
+@pytest.fixture
+def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
+    """Run the test on a fake device, with plain operations for its kernels."""
+    monkeypatch.setattr("cvxq_kernels.gpu.GpuWeight", StandIn)
+    for name in ("normalize", "add_and_normalize", "rotate_and_store", "attend_one", "activate"):
+        monkeypatch.setattr(launch, name, getattr(reference, name))
     with FakeDevice(monkeypatch) as fake:
+        monkeypatch.setattr(
+            "cvxq.lean.cuda.opening.tune_alike",
+            lambda weights, dtype: fake.calls.append(f"tune {dtype}"),
+        )
         yield fake

@@ -20,7 +20,7 @@ from cvxq.lean.cuda.network import TorchNetwork
 from cvxq.lean.cuda.weights import DenseWeight, Pack, Weight, load_weights
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader
-from cvxq_kernels import PackedWeight
+from cvxq_kernels import PackedWeight, UnsupportedWeightError
 from torch.nn import functional
 
 MakeFile = Callable[..., Any]
@@ -76,7 +76,7 @@ class Packed:
 
     def __init__(self, parts: Sequence[PackedWeight]) -> None:
         if any(part.transposed for part in parts):
-            raise ValueError("transposed")
+            raise UnsupportedWeightError("transposed")
         self.parts = parts
         self.nbytes = sum(part.nbytes for part in parts)
 
@@ -103,6 +103,16 @@ def test_weights_that_stay_packed(kind: str, make_file: MakeFile) -> None:
     found = TorchDecoder(network).logits(IDS)
     assert float((found - expected_logits(made)).abs().max()) < TOLERANCE
     assert {type(weight) for weight in network.weights.multiplied()} == {Packed, DenseWeight}
+
+
+def test_what_breaks_while_packing_is_not_hidden(make_file: MakeFile) -> None:
+    """Only a weight that the kernels do not take is expanded instead."""
+
+    def pack(parts: Sequence[PackedWeight]) -> Weight:
+        raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+    with pytest.raises(ValueError, match="cannot be accessed"):
+        network_of(make_file("llama"), pack=pack)
 
 
 @pytest.mark.parametrize(

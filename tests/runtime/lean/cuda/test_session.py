@@ -150,9 +150,11 @@ def test_one_weight_of_each_kind_is_tuned(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ({"torch_dtype": "bfloat16"}, torch.bfloat16),
         ({"dtype": "bfloat16", "torch_dtype": "float32"}, torch.bfloat16),
-        ({"dtype": "float32"}, torch.float16),
+        ({"dtype": "float32"}, torch.bfloat16),
         ({"torch_dtype": "float16"}, torch.float16),
-        ({}, torch.float16),
+        ({"text_config": {"dtype": "float16"}}, torch.float16),
+        ({"text_config": None}, torch.bfloat16),
+        ({}, torch.bfloat16),
     ],
 )
 def test_gpus_compute_in_the_models_half_precision(
