@@ -226,7 +226,7 @@ def matvec_kernel(
                 part = partial + (other * M + m) * padded + place
                 result += tl.load(part, cache_modifier=".cg")
         if HAS_MEANS:
-            result += tl.load(means + m * clusters + cluster)
+            result += tl.load(means + m * clusters + cluster, mask=m < batch, other=0)
         result *= tl.load(factors + place)
         if HAS_BIAS:
             result += tl.load(bias + target, mask=target >= 0, other=0).to(tl.float32)

@@ -7,7 +7,7 @@ small is replaced, but kept: a captured CUDA graph may hold its address.
 
 from __future__ import annotations
 
-import functools
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -31,7 +31,9 @@ class Workspace:
         return found
 
 
-@functools.cache
+_shared: WeakValueDictionary[torch.device, Workspace] = WeakValueDictionary()
+
+
 def default_workspace(device: torch.device) -> Workspace:
-    """Return the workspace that matrices on `device` share unless told otherwise."""
-    return Workspace(device)
+    """Return the workspace that matrices on `device` share, for as long as there are any."""
+    return _shared.setdefault(device, Workspace(device))

@@ -70,9 +70,59 @@ def make(random_companded: Callable[..., CompandedTensor]) -> Make:
 
 
 @pytest.fixture(autouse=True)
-def poisoned(device: torch.device) -> None:
+def within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter refuse an address outside the tensors that a kernel was given."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    extents: list[tuple[int, int]] = []
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    prepare, load, store = (
+        executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
+    )  # fmt: skip
+
+    def prepared(self: Any, args: Any, kwargs: Any) -> Any:
+        found = prepare(self, args, kwargs)
+        storages = [
+            value.untyped_storage()
+            for value in (*found[0], *found[1].values())
+            if isinstance(value, torch.Tensor)
+        ]
+        extents[:] = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages)
+        return found
+
+    def check(pointers: Any, mask: Any) -> None:
+        live = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        first = pointers.data[live].astype(np.int64)
+        last = first + pointers.get_element_ty().primitive_bitwidth // 8
+        starts, ends = (np.array(side, np.int64) for side in zip(*extents, strict=True))
+        which = np.searchsorted(starts, first, side="right") - 1
+        assert (which >= 0).all(), "an address before any tensor"
+        assert (last <= ends[which]).all(), "an address past the end of a tensor"
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(executor, "_init_args_hst", prepared)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def work(device: torch.device) -> workspace.Workspace:
+    """Keep the scratch that all tests share."""
+    return workspace.default_workspace(device)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(work: workspace.Workspace) -> None:
     """Leave nothing in the shared scratch that a kernel could use by mistake."""
-    work = workspace.default_workspace(device)
     for name, buffer in work.buffers.items():
         if name != "arrived":  # counts that a kernel leaves at zero
             buffer.view(torch.uint8).fill_(255)  # NaN, and −1

@@ -18,7 +18,9 @@ import torch
 from cvxq_format import Codebook
 from cvxq_kernels import PackedWeight
 from cvxq_kernels.gpu import GpuWeight, launch
+from cvxq_kernels.gpu.matrix import arrange
 from cvxq_kernels.gpu.plan import Plan
+from cvxq_kernels.gpu.workspace import Workspace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -130,6 +132,15 @@ def test_split_sums_are_the_same_every_time(
     # Only the order of float32 additions differs.
     assert torch.allclose(found[0], whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
     assert not weight.workspace.take("arrived", 1, torch.int32).any()
+
+
+@pytest.mark.parametrize("plan", [Plan("matvec"), Plan("gemm")])
+def test_rows_that_the_batch_lacks_are_not_read(
+    make: Make, device: torch.device, plan: Plan
+) -> None:
+    """Three rows, where the kernel is compiled for four, and means that end with the third."""
+    weight = GpuWeight(arrange([make((16, 20), 2, means=True)], device), Workspace(device))
+    weight.matmul(inputs(3, 20).to(device), plan=plan)
 
 
 def test_many_rows_are_cut_into_batches(make: Make, device: torch.device, nans: Nans) -> None:
