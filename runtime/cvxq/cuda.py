@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -19,6 +22,30 @@ def use(device: torch.device) -> None:
     """Let this thread launch on `device`, which Triton and streams take from the thread."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+@cache
+def runs_kernels(device: torch.device) -> bool:
+    """Tell whether Triton's kernels run on `device`; where they do not, warn once, saying why.
+
+    Triton is not made for every platform, and needs a C compiler where it runs.
+    """
+    try:
+        from cvxq_kernels.decode import Norm, launch
+
+        launch.normalize(torch.ones(1, 16, device=device), Norm("rms", None, None, 1e-6))
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        found = str(error).splitlines() or [type(error).__name__]
+        warnings.warn(
+            f"Triton's kernels cannot run here ({found[0]}), so matrices are expanded, which takes "
+            "the original model's memory",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def synchronize(device: torch.device | str) -> None:

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from cvxq_kernels import PackedWeight, cpu
+from cvxq_kernels import PackedWeight, UnsupportedWeightError, cpu
 from torch import nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
+
+from cvxq import cuda
 
 if TYPE_CHECKING:
     from cvxq_kernels.gpu import GpuWeight
@@ -46,11 +48,16 @@ def place(packed: PackedWeight, device: torch.device) -> AnyWeight:
     return found[device]
 
 
+def has_kernel(packed: PackedWeight, device: torch.device) -> bool:
+    """Tell whether products with `packed` on `device` need not expand it on a GPU each time."""
+    return device.type != "cuda" or not isinstance(place(packed, device), PackedWeight)
+
+
 def _arrange(packed: PackedWeight, device: torch.device) -> AnyWeight:
-    try:
-        from cvxq_kernels.gpu import GpuWeight, UnsupportedWeightError
-    except ImportError:  # no Triton for this platform
+    if not cuda.runs_kernels(device):
         return packed.to(device)
+    from cvxq_kernels.gpu import GpuWeight
+
     try:
         return GpuWeight.from_packed(packed, device)
     except UnsupportedWeightError:  # stored transposed, or several matrices in one
@@ -191,14 +198,21 @@ def can_pack(module: nn.Module) -> bool:
 
 
 def pack_module(
-    module: nn.Module, packed: PackedWeight, dtype: torch.dtype, native: cpu.Matrix | None = None
+    module: nn.Module,
+    packed: PackedWeight,
+    dtype: torch.dtype,
+    native: cpu.Matrix | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Turn `module` into its packed form, computing in `dtype` with `packed` as its weight.
 
     native: the same matrix in the form of the CPU's kernels, which then compute.
+    device: where to compute, None: where `packed` is.
     """
     plain, form = next(kind for kind in _KINDS if isinstance(module, kind[0]))
     own = type(module)
     new = form if own is plain else type(f"Packed{own.__name__}", (own, form), {})
     module.__class__ = new
     module.hold(packed, dtype, native)  # type: ignore[operator]
+    if device is not None:
+        module.hold(place(packed, device), dtype, native)  # type: ignore[operator]

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from cvxq.architecture import build_network
 from cvxq.config import reason
 from cvxq.errors import ArgumentError, InconsistentFileError
-from cvxq.modules import can_pack, pack_module
+from cvxq.modules import can_pack, has_kernel, pack_module
 from cvxq.names import match_names, resolve_alias, tied_groups
 from cvxq.parts import json_part, needed_part
 from cvxq.tensors import raw_to_torch
@@ -99,11 +99,11 @@ def fill_network(
         value = reader.read(tensor)
         if isinstance(value, CompandedTensor):
             codebook = reader.codebook(value.codebook)
-            packed = PackedWeight.from_tensor(value, codebook).to(device)
+            packed = PackedWeight.from_tensor(value, codebook)
             native = None
             if keep_packed and device.type == "cpu" and dtype == torch.float32:
                 native = _native(value, codebook)
-            _place_packed(network, tensor, packed, native, names, keep_packed, dtype)
+            _place_packed(network, tensor, packed, native, names, keep_packed, device, dtype)
         else:
             raw = raw_to_torch(value)
             raw = raw.to(device, dtype if raw.is_floating_point() else raw.dtype)
@@ -132,10 +132,12 @@ def _place_packed(
     native: cpu.Matrix | None,
     names: list[str],
     keep_packed: bool,
+    device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     """Put a packed matrix where it belongs: as it is in modules that can, else expanded."""
-    dense: torch.Tensor | None = None
+    if keep_packed and not has_kernel(packed, device):
+        keep_packed = False  # expanding it for every token would cost far more than holding it
     flipped: list[str] = []
     expanded: list[str] = []
     for name in names:
@@ -144,11 +146,11 @@ def _place_packed(
         found = packed.shape[::-1] if flips else packed.shape
         _check_shape(tensor, found, getattr(module, attribute), name)
         if keep_packed and attribute == "weight" and can_pack(module):
-            pack_module(module, packed, dtype, native)
+            pack_module(module, packed, dtype, native, device)
         else:
             (flipped if flips else expanded).append(name)
     if flipped or expanded:
-        dense = packed.dense(dtype)
+        dense = packed.to(device).dense(dtype)
         if expanded:
             _place_dense(network, tensor, dense, expanded)
         if flipped:

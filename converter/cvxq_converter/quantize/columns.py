@@ -12,6 +12,7 @@ the weights as they are by then.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -228,4 +229,4 @@ class _Columns:
 
 def runs_fused(device: torch.device) -> bool:
     """Whether a block of columns is quantized by one kernel (NVIDIA, AMD) or by PyTorch."""
-    return device.type == "cuda"
+    return device.type == "cuda" and find_spec("triton") is not None

@@ -16,6 +16,7 @@ from cvxq_format import decoder_record as described
 from cvxq_format.decoder_record import DecoderRecord, Rope
 from cvxq_kernels.decode import Norm, reference
 
+from cvxq import cuda
 from cvxq.lean.cuda.weights import Layer, TorchWeights
 
 
@@ -200,7 +201,7 @@ class TorchNetwork:
 
 def _operations(device: torch.device) -> ModuleType:
     """Return the module of the operations between matrices that suits `device`."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not cuda.runs_kernels(device):
         return reference
     from cvxq_kernels.decode import launch
 

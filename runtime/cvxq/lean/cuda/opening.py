@@ -33,7 +33,7 @@ def open_torch_decoder(
     """Load the tensors that `record` names to `device` and make a decoder of them.
 
     config: the file's config.json, for the type to compute in; keep_packed: False expands all
-    matrices, as happens anyway on a device that is not CUDA.
+    matrices, as happens anyway where the kernels cannot run.
     """
     target = cuda.resolve(device)
     if target.type != "cuda":
@@ -47,8 +47,10 @@ def open_torch_decoder(
 
         return GpuWeight.fused(weights, target)
 
-    weights = load_weights(record, tensors, target, dtype, pack if keep_packed else None)
-    tune_alike(weights.multiplied(), dtype)
+    packs = keep_packed and cuda.runs_kernels(target)
+    weights = load_weights(record, tensors, target, dtype, pack if packs else None)
+    if packs:
+        tune_alike(weights.multiplied(), dtype)
     return TorchDecoder(TorchNetwork(record, weights, target, dtype))
 
 

@@ -127,7 +127,8 @@ class StandIn(GpuWeight):
     def __init__(self, parts: Sequence[PackedWeight], device: torch.device) -> None:
         check(parts)
         assert device.index is not None
-        self.parts = parts
+        self.values = torch.cat([part.dense() for part in parts])
+        self.size = sum(part.nbytes for part in parts)
         self.device = CPU
         self.plans = {}
 
@@ -141,18 +142,18 @@ class StandIn(GpuWeight):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+        outputs, inputs = self.values.shape
+        return outputs, inputs
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        return self.size
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.dense(x.dtype), bias)
 
     def dense(self, dtype: torch.dtype = torch.float32, **_: Any) -> torch.Tensor:
-        with torch._C.DisableTorchFunction():  # the plain kernels wait, the real ones do not
-            return torch.cat([part.dense(dtype) for part in self.parts])
+        return self.values.to(dtype)
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.dense(dtype)[ids]
@@ -164,9 +165,11 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
     monkeypatch.setattr("cvxq_kernels.gpu.GpuWeight", StandIn)
     for name in ("normalize", "add_and_normalize", "rotate_and_store", "attend_one", "activate"):
         monkeypatch.setattr(launch, name, getattr(reference, name))
+    cuda.runs_kernels.cache_clear()
     with FakeDevice(monkeypatch) as fake:
         monkeypatch.setattr(
             "cvxq.lean.cuda.opening.tune_alike",
             lambda weights, dtype: fake.calls.append(f"tune {dtype}"),
         )
         yield fake
+    cuda.runs_kernels.cache_clear()

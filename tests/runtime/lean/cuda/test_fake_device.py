@@ -9,6 +9,8 @@ import cvxq
 import pytest
 import torch
 from cvxq.lean.cuda.decoder import TorchDecoder
+from cvxq_kernels import PackedWeight
+from cvxq_kernels.decode import launch
 
 MakeFile = Callable[..., Any]
 IDS = [(7 * index + 3) % 96 for index in range(40)]
@@ -43,3 +45,49 @@ def test_from_file_to_tokens(kind: str, make_file: MakeFile, fake_device: Any) -
             logits = decoder.feed(IDS[index : index + 1])
             assert float((logits - expected[index]).abs().max()) < bound
         assert fake_device.calls == ["capture thread_local", "replay"] * 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_through_transformers(
+    kind: str, make_file: MakeFile, fake_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is expanded for a token: matrices have a kernel, or were expanded while loading."""
+    made = make_file(kind, with_record=False)
+    with cvxq.load(made.path, device="cuda") as model:
+        assert model.decoder is None
+        held = [module for module in model.network.modules() if hasattr(module, "packed")]
+        assert held
+        assert {type(module.packed).__name__ for module in held} == {"StandIn"}
+
+        def expand(*arguments: object) -> None:
+            raise AssertionError("expanded for a token")
+
+        for form in ("dense", "rows"):
+            monkeypatch.setattr(PackedWeight, form, expand)
+        with torch.inference_mode():
+            found = model.network(input_ids=torch.tensor([IDS])).logits[0]
+    assert float((found - expected_logits(made)).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_without_triton_or_a_compiler(
+    with_record: bool, make_file: MakeFile, fake_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices are expanded once, plain operations run, and one line says why."""
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(launch, "normalize", fail)
+    made = make_file("llama", with_record=with_record)
+    expected = expected_logits(made)
+    with (
+        pytest.warns(RuntimeWarning, match=r"cannot run here \(Failed to find C compiler") as said,
+        cvxq.load(made.path, device="cuda") as model,
+    ):
+        logits = model.session().feed(IDS)
+        assert not any(hasattr(module, "packed") for module in model.network.modules())
+    assert len(said) == 1
+    assert float((torch.as_tensor(logits) - expected[-1]).abs().max()) < 0.1 * float(
+        expected.abs().max()
+    )
