@@ -16,14 +16,14 @@ from cvxq_kernels.gpu.codes import chunk_codes
 @triton.jit
 def expand_kernel(
     words, tiles, runs, chunks, order, scale_codes, mean_codes, scales, mean_steps, levels, row_of,
-    factors, slot_tiles, out, out_stride,
+    factors, slot_tiles, out, out_stride, first_slot, first_row,
     ROWS: tl.constexpr, DEPTHS: tl.constexpr, HAS_MEANS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """Write one chunk of one tile to out[row_of, column], columns in sorted order if not NATURAL.
+    """Write a chunk of a tile to out[row_of − first_row, column], columns sorted if not NATURAL.
 
-    Grid: slots. slot_tiles: (slots,) int32, the tile of every slot. levels: `LevelTables.exact`.
+    Grid: slots from first_slot on. slot_tiles: (slots,) int32, the tile of every slot. levels: `LevelTables.exact`.
     """
-    slot = tl.program_id(0)
+    slot = first_slot + tl.program_id(0)
     tile = tl.load(slot_tiles + slot)
     info = tiles + tile * names.TILE_FIELDS
     ends = runs + tl.load(info + names.CLUSTER) * names.RUN_FIELDS
@@ -53,7 +53,7 @@ def expand_kernel(
         mean = tl.load(mean_codes + chunk * names.CHUNK + lane).to(tl.float32)
         value += (mean * tl.load(mean_steps + matrix))[None, :]
     target = tl.load(row_of + tile * ROWS + row)
-    pointers = out + target.to(tl.int64)[:, None] * out_stride + column[None, :]
+    pointers = out + (target - first_row).to(tl.int64)[:, None] * out_stride + column[None, :]
     value = scale[None, :] * value * tl.load(factors + tile * ROWS + row)[:, None]
     tl.store(pointers, value, mask=(target >= 0)[:, None] & inside[None, :])
 

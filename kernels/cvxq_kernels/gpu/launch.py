@@ -11,7 +11,7 @@ import triton
 from cvxq_kernels.gpu.expand import expand_kernel, rows_kernel
 from cvxq_kernels.gpu.gemm import gemm_kernel, transpose_kernel
 from cvxq_kernels.gpu.layout import ALL_DEPTHS, CHUNK, EIGHTHS, LOW_DEPTHS, MAX_DEPTH, PAIRS
-from cvxq_kernels.gpu.matrix import DeviceMatrix
+from cvxq_kernels.gpu.matrix import BLOCK_WEIGHTS, DeviceMatrix
 from cvxq_kernels.gpu.matvec import matvec_kernel
 from cvxq_kernels.gpu.means import WIDTH, means_kernel
 from cvxq_kernels.gpu.plan import Plan
@@ -178,12 +178,28 @@ def _means(matrix: DeviceMatrix, work: Workspace, x: torch.Tensor) -> torch.Tens
 
 def expand(matrix: DeviceMatrix, out: torch.Tensor, natural: bool) -> torch.Tensor:
     """Write the weights to out (N, K), columns in their own order or sorted by depth."""
-    expand_kernel[(matrix.slots,)](
+    slots = 0, matrix.slots
+    return _expand_slots(matrix, slots, matrix.row_of, 0, out, natural)
+
+
+def _expand_slots(
+    matrix: DeviceMatrix,
+    slots: tuple[int, int],
+    row_of: torch.Tensor,
+    first_row: int,
+    out: torch.Tensor,
+    natural: bool,
+) -> torch.Tensor:
+    """Write the chunks in slots [first, last) to out at row_of (T·rows,) − first_row, if not −1."""
+    first_slot, last_slot = slots
+    expand_kernel[(last_slot - first_slot,)](
         **_exact(matrix),
-        row_of=matrix.row_of,
+        row_of=row_of,
         slot_tiles=matrix.slot_tiles,
         out=out,
         out_stride=out.stride(0),
+        first_slot=first_slot,
+        first_row=first_row,
         DEPTHS=depth_set(matrix.depths),
         NATURAL=natural,
     )
@@ -191,17 +207,39 @@ def expand(matrix: DeviceMatrix, out: torch.Tensor, natural: bool) -> torch.Tens
 
 
 def expand_and_multiply(matrix: DeviceMatrix, work: Workspace, product: Product) -> torch.Tensor:
-    """Multiply by the vendor's GEMM over a scratch that all matrices reuse; return `out`."""
+    """Multiply by the vendor's GEMM over a scratch that all matrices reuse; return `out`.
+
+    A matrix of more than BLOCK_WEIGHTS is expanded and multiplied a block of tiles at a time.
+    """
     x, bias, (outputs, inputs) = product.x, product.bias, matrix.shape
-    scratch = work.take(f"dense {x.dtype}", outputs * inputs, x.dtype)
-    dense = scratch[: outputs * inputs].view(outputs, inputs)
     # Sorted columns are contiguous where they are written; the input is cheaper to permute.
-    expand(matrix, dense, natural=not matrix.shared_order)
+    natural = not matrix.shared_order
     if matrix.shared_order:
         x = x.index_select(1, matrix.order[:inputs])
+    if outputs * inputs > BLOCK_WEIGHTS:
+        return _multiply_blocks(matrix, work, Product(x, bias, product.out), natural)
+    scratch = work.take(f"dense {x.dtype}", outputs * inputs, x.dtype)
+    dense = scratch[: outputs * inputs].view(outputs, inputs)
+    expand(matrix, dense, natural)
     if bias is None:
         return torch.mm(x, dense.t(), out=product.out)
     return torch.addmm(bias.to(x.dtype), x, dense.t(), out=product.out)
+
+
+def _multiply_blocks(
+    matrix: DeviceMatrix, work: Workspace, product: Product, natural: bool
+) -> torch.Tensor:
+    """Multiply by one block of expanded weights after the other; columns of x are as expanded."""
+    x, bias, out = product.x, product.bias, product.out
+    for block in matrix.blocks:
+        first_row, last_row = block.first_tile * matrix.rows, block.last_tile * matrix.rows
+        size = (last_row - first_row) * matrix.inputs
+        dense = work.take(f"dense {x.dtype}", size, x.dtype)[:size].view(-1, matrix.inputs)
+        slots = block.first_slot, block.last_slot
+        _expand_slots(matrix, slots, matrix.stored_place, first_row, dense, natural)
+        found = torch.mm(x, dense.t())
+        out.index_copy_(1, block.outputs, found.index_select(1, block.places))
+    return out if bias is None else out.add_(bias)
 
 
 def rows(matrix: DeviceMatrix, ids: torch.Tensor, out: torch.Tensor) -> None:

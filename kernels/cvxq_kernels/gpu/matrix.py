@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from cvxq_kernels.gpu.layout import CHUNK, SCALES, tile_rows
+from cvxq_kernels.gpu.layout import CHUNK, SCALES, SLOT_BASE, tile_rows
 from cvxq_kernels.gpu.part import Part, cut
 from cvxq_kernels.gpu.repack import repack
 from cvxq_kernels.gpu.tables import make_tables
 from cvxq_kernels.packed import PackedWeight, UnsupportedWeightError
+
+BLOCK_WEIGHTS = 1 << 24  # expanded at a time: 64 MiB of float32
+
+
+class Block(NamedTuple):
+    """Tiles [first_tile, last_tile) of a matrix, whose chunks are slots [first_slot, last_slot).
+
+    places, outputs: int64, its rows that are no padding, and which outputs of the matrix they are.
+    """
+
+    first_tile: int
+    last_tile: int
+    first_slot: int
+    last_slot: int
+    places: torch.Tensor
+    outputs: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +92,28 @@ class DeviceMatrix:
     def device(self) -> torch.device:
         """Where the tensors lie."""
         return self.words.device
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The tiles cut into runs of at most BLOCK_WEIGHTS weights, but of one tile at least.
+
+        The first time waits for the device.
+        """
+        slots = [*self.tiles[:, SLOT_BASE].tolist(), self.slots]
+        step = max(1, BLOCK_WEIGHTS // (self.rows * self.inputs))
+        found = []
+        for first in range(0, len(self.tiles), step):
+            last = min(first + step, len(self.tiles))
+            outputs = self.row_of[first * self.rows : last * self.rows].to(torch.int64)
+            places = (outputs >= 0).nonzero()[:, 0]
+            found.append(Block(first, last, slots[first], slots[last], places, outputs[places]))
+        return found
+
+    @cached_property
+    def stored_place(self) -> torch.Tensor:
+        """(T·rows,) int32: where a row is stored, −1 for padding."""
+        places = torch.arange(len(self.row_of), dtype=torch.int32, device=self.device)
+        return torch.where(self.row_of < 0, -1, places)
 
     @property
     def nbytes(self) -> int:

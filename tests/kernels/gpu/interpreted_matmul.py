@@ -17,7 +17,7 @@ import pytest
 import torch
 from cvxq_format import Codebook
 from cvxq_kernels import PackedWeight
-from cvxq_kernels.gpu import GpuWeight, launch
+from cvxq_kernels.gpu import GpuWeight, launch, matrix
 from cvxq_kernels.gpu.matrix import arrange
 from cvxq_kernels.gpu.plan import Plan
 from cvxq_kernels.gpu.workspace import Workspace
@@ -132,6 +132,24 @@ def test_split_sums_are_the_same_every_time(
     # Only the order of float32 additions differs.
     assert torch.allclose(found[0], whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
     assert not weight.workspace.take("arrived", 1, torch.int32).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_matrices_are_expanded_in_blocks(
+    make: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Two tiles of 16 rows at a time, so the scratch has room for those alone."""
+    for module in (matrix, launch):
+        monkeypatch.setattr(module, "BLOCK_WEIGHTS", 2 * 16 * 24)
+    packed = [make((35, 24), seed=1, means=True, group_size=12), make((6, 24), 3)]
+    work = Workspace(device)
+    weight = GpuWeight(arrange(packed, device), work)
+    assert len(weight.matrix.blocks) == 2
+    x, bias = inputs(3, 24).to(device, dtype), torch.randn(41).to(device, dtype)
+    expected = torch.cat([reference(x, part) for part in packed], 1) + bias.cpu().double()
+    y = weight.matmul(x, bias, plan=EXPAND)
+    assert relative_error(y, expected) < (1e-6 if dtype == torch.float32 else 1e-3)
+    assert [len(buffer) for buffer in work.buffers.values()] == [2 * 16 * 24]
 
 
 @pytest.mark.parametrize("plan", [Plan("matvec"), Plan("gemm")])

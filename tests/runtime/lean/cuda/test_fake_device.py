@@ -81,13 +81,11 @@ def test_without_triton_or_a_compiler(
     monkeypatch.setattr(launch, "normalize", fail)
     made = make_file("llama", with_record=with_record)
     expected = expected_logits(made)
-    with (
-        pytest.warns(RuntimeWarning, match=r"cannot run here \(Failed to find C compiler") as said,
-        cvxq.load(made.path, device="cuda") as model,
-    ):
+    with pytest.warns(RuntimeWarning, match=r"cannot run here \(Failed to find C compiler"):
+        model = cvxq.load(made.path, device="cuda")
+    with model:  # a second warning would be an error
         logits = model.session().feed(IDS)
         assert not any(hasattr(module, "packed") for module in model.network.modules())
-    assert len(said) == 1
     assert float((torch.as_tensor(logits) - expected[-1]).abs().max()) < 0.1 * float(
         expected.abs().max()
     )
