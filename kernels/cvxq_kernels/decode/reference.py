@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from cvxq_kernels.decode.norm import HeadNorms, Norm
 
+SCORES = 1 << 24  # of soft-capped attention at once: 64 MiB of float32
+
 
 def normalize(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """Normalize the last axis of `x` in float32; returns float32."""
@@ -103,20 +105,22 @@ def attend(
     """
     tokens, heads, width = q.shape
     kv_heads, length, _ = keys.shape
-    # The heads of a group become rows of one product with their shared keys: nothing is repeated.
-    rows = q.view(tokens, kv_heads, -1, width).permute(1, 2, 0, 3).reshape(kv_heads, -1, width)
-    seen = mask.expand(heads // kv_heads, tokens, length).reshape(-1, length)
+    step = max(1, SCORES // (heads * length))
+    if softcap is not None and tokens > step:  # nothing bounds these scores but their number
+        parts = zip(q.split(step), mask.split(step), strict=True)
+        return torch.cat([attend(q, keys, values, m, scale, softcap) for q, m in parts])
+    # (KV, H/KV, M, D); keys, values and mask are shared by a group's heads, not repeated for them.
+    rows = q.view(tokens, kv_heads, -1, width).permute(1, 2, 0, 3)
     if softcap is None:
-        result = functional.scaled_dot_product_attention(
-            rows[None], keys[None], values[None], seen, scale=scale
-        )[0]
+        keys, values = (x[:, None].expand(-1, rows.shape[1], -1, -1) for x in (keys, values))
+        result = functional.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
     else:
-        scores = torch.matmul(rows, keys.transpose(1, 2)).float() * scale
-        scores = torch.tanh(scores / softcap) * softcap
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        result = torch.matmul(weights.to(values.dtype), values)
-    result = result.view(kv_heads, -1, tokens, width).permute(2, 0, 1, 3)
-    return result.reshape(tokens, -1)
+        scores = torch.matmul(rows.reshape(kv_heads, -1, width), keys.transpose(1, 2))
+        scores = scores.float().mul_(scale / softcap).tanh_().mul_(softcap)
+        scores = scores.view(*rows.shape[:3], length).masked_fill_(~mask, -torch.inf)
+        weights = scores.softmax(-1).to(values.dtype).view(kv_heads, -1, length)
+        result = torch.matmul(weights, values).view(rows.shape)
+    return result.permute(2, 0, 1, 3).reshape(tokens, -1)
 
 
 def attend_one(

@@ -21,7 +21,8 @@ def expand_kernel(
 ):  # fmt: skip
     """Write a chunk of a tile to out[row_of − first_row, column], columns sorted if not NATURAL.
 
-    Grid: slots from first_slot on. slot_tiles: (slots,) int32, the tile of every slot. levels: `LevelTables.exact`.
+    Grid: slots from first_slot on. slot_tiles: (slots,) int32, the tile of every slot.
+    levels: `LevelTables.exact`.
     """
     slot = first_slot + tl.program_id(0)
     tile = tl.load(slot_tiles + slot)

@@ -28,6 +28,7 @@ from cvxq.sample import SamplingSettings
 
 PREFILL_TOKENS = 512  # read at a time
 FIRST_PLACES = 1024  # of the cache
+LOGITS = 1 << 24  # of several tokens at once, 64 MiB of float32
 PLACES_STEP = 64  # the cache's size is a multiple of this
 _ALIGNMENT = 16  # and the places that a prompt looks at of this, since kernels like aligned masks
 
@@ -161,7 +162,8 @@ class TorchDecoder:
         """Read `ids` in chunks; yield the logits of each chunk, or of its last token."""
         device = self.network.device
         tokens = torch.tensor(ids, device=device)
-        for chunk in tokens.split(self.prefill_tokens):
+        most = self.prefill_tokens if last_only else max(1, LOGITS // self.vocabulary)
+        for chunk in tokens.split(min(self.prefill_tokens, most)):
             positions = torch.arange(self.length, self.length + len(chunk), device=device)
             seen = -(-(self.length + len(chunk)) // _ALIGNMENT) * _ALIGNMENT
             logits = self.network.forward(chunk, positions, self.cache, seen, last_only)

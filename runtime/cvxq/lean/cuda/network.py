@@ -194,9 +194,9 @@ class TorchNetwork:
     def _logits(self, h: torch.Tensor) -> torch.Tensor:
         if self.weights.project_out is not None:
             h = self.weights.project_out(h)
-        logits = self.weights.head(h).float() * self.record.logit_scale
+        logits = self.weights.head(h).float().mul_(self.record.logit_scale)
         cap = self.record.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _operations(device: torch.device) -> ModuleType:

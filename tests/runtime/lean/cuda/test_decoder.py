@@ -15,6 +15,7 @@ import torch
 from cvxq import cuda
 from cvxq.errors import ContextError
 from cvxq.lean import record_of
+from cvxq.lean.cuda import decoder as cuda_decoder
 from cvxq.lean.cuda.decoder import TorchDecoder
 from cvxq.lean.cuda.network import TorchNetwork
 from cvxq.lean.cuda.weights import DenseWeight, Pack, Weight, load_weights
@@ -129,6 +130,25 @@ def test_a_step_whose_length_only_the_device_knows(kind: str, make_file: MakeFil
             token, position = torch.tensor([IDS[index]]), torch.tensor([index])
             logits = decoder.network.forward(token, position, decoder.cache, None)
             assert float((logits[0] - expected[index]).abs().max()) < TOLERANCE
+
+
+def test_logits_of_many_tokens_are_bounded(
+    make_file: MakeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_file("llama")
+    monkeypatch.setattr(cuda_decoder, "LOGITS", 16 * 96)
+    network, sizes = network_of(made), []
+    forward = network.forward
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        logits = forward(*arguments)
+        sizes.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(network, "forward", watched)
+    found = TorchDecoder(network).logits(IDS)
+    assert sizes == [16, 16, 8]
+    assert float((found - expected_logits(made)).abs().max()) < TOLERANCE
 
 
 def test_rewind(decoder: TorchDecoder) -> None:
