@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import cvxq
 import pytest
 import torch
+from click.testing import CliRunner
+from cvxq.cli.application import application
+from cvxq.evaluate import Window, perplexity
 from cvxq.lean.cuda.decoder import TorchDecoder
+from cvxq.sample import SamplingSettings
 from cvxq_kernels import PackedWeight
 from cvxq_kernels.decode import launch
 
@@ -89,3 +94,44 @@ def test_without_triton_or_a_compiler(
     assert float((torch.as_tensor(logits) - expected[-1]).abs().max()) < 0.1 * float(
         expected.abs().max()
     )
+
+
+def test_sampling_is_captured_once_for_its_rules(make_file: MakeFile, fake_device: Any) -> None:
+    rules = {"temperature": 2.0, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
+    with cvxq.load(make_file("llama").path, device="cuda:0") as model:
+
+        def draw(seed: int) -> list[int]:
+            tokens = model.session().draw(IDS, SamplingSettings(seed=seed, **rules))
+            return [next(tokens) for _ in range(8)]
+
+        first = draw(1)
+        captured = fake_device.calls.count("capture thread_local")
+        assert captured == 2  # choosing and the step
+        assert draw(1) == first != draw(2)
+        assert fake_device.calls.count("capture thread_local") == captured
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_bench(with_record: bool, make_file: MakeFile, fake_device: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("cvxq.bench.DEVICE_COPY_BYTES", 1 << 12)
+    made = make_file("llama", with_record=with_record)
+    done = CliRunner().invoke(
+        application,
+        ["bench", str(made.path), "--device", "cuda", "--repeats", "1", "--tokens", "4"],
+    )
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["device"] == "cuda:0"
+    assert record["path"] == ("lean" if with_record else "transformers")
+    assert record["peak_memory_bytes"] == 1 << 20
+    assert "synchronize" in fake_device.calls
+
+
+def test_perplexity(make_file: MakeFile, fake_device: Any) -> None:
+    made = make_file("llama")
+    ids = torch.tensor(IDS)
+    with cvxq.load(made.path, device="cuda") as model:
+        found = perplexity(model.decoder, [Window(ids, 1)])
+    with cvxq.load(made.path) as model:
+        expected = perplexity(model.decoder, [Window(ids, 1)])
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=0.1)
