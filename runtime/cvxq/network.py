@@ -19,6 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from cvxq import cuda
 from cvxq.architecture import build_network
 from cvxq.config import reason
 from cvxq.errors import ArgumentError, InconsistentFileError
@@ -47,11 +48,13 @@ def load_network(
     dtype = dtype or torch.float32
     if not dtype.is_floating_point:
         raise ArgumentError(f"dtype is {dtype}, allowed: a floating type such as torch.float32")
+    device = cuda.resolve(device)
+    cuda.use(device)
     set_torch_threads(threads)
     needed_part(reader, "config.json")
     settings = json_part(reader, "config.json")
     network = build_network(settings, f"{reader.path}: config.json of the file", dtype)
-    fill_network(network, reader, keep_packed, torch.device(device), dtype)
+    fill_network(network, reader, keep_packed, device, dtype)
     network.generation_config = _generation_config(reader, network.config)
     return network
 

@@ -36,7 +36,7 @@ class FakeDevice(TorchFunctionMode):
         super().__init__()
         self.calls: list[str] = []
         self.is_capturing = False
-        self.current = 0
+        self.current, self.count = 0, count
         self._compute: Callable[[], None] = lambda: None
         capture = cuda.capture
 
@@ -48,7 +48,7 @@ class FakeDevice(TorchFunctionMode):
         patch.setattr(torch, "Generator", lambda device="cpu": _OnDevice(self._place(device)))
         for name, fake in {
             "is_available": lambda: True,
-            "device_count": lambda: count,
+            "device_count": lambda: self.count,
             "current_device": lambda: self.current,
             "set_device": self._set_device,
             "synchronize": lambda device=None: self.calls.append("synchronize"),

@@ -96,6 +96,18 @@ def test_without_triton_or_a_compiler(
     )
 
 
+@pytest.mark.parametrize("with_record", [True, False])
+def test_kernels_are_launched_on_the_device_that_was_asked_for(
+    with_record: bool, make_file: MakeFile, fake_device: Any
+) -> None:
+    """Triton and streams take it from the thread, whatever another one left there."""
+    fake_device.count = 2
+    with cvxq.load(make_file("llama", with_record=with_record).path, device="cuda:1") as model:
+        if not with_record:
+            assert model.network is not None
+        assert fake_device.current == 1
+
+
 def test_sampling_is_captured_once_for_its_rules(make_file: MakeFile, fake_device: Any) -> None:
     rules = {"temperature": 2.0, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
     with cvxq.load(make_file("llama").path, device="cuda:0") as model:
