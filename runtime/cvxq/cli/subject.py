@@ -67,9 +67,9 @@ def _load_checkpoint(model: str, device: str) -> Subject:
     from cvxq_converter.source.leftovers import leftover_notice
     from cvxq_format.model_config import context_length
 
-    from cvxq.device import check_device
+    from cvxq.device import resolve_device
 
-    check_device(device)
+    device = resolve_device(device)
     quiet_transformers()
     source = open_source(model)
     for notice in source.notices:
