@@ -46,9 +46,14 @@ class Reach:
     unscaled: int | None = None
 
 
+def full_context(config: Mapping[str, Any], record: DecoderRecord) -> int:
+    """Return the most tokens that a model with this config.json and record was made for."""
+    return context_length(config) or record.context
+
+
 def reach_of(config: Mapping[str, Any], record: DecoderRecord | None) -> Reach:
     """Return how far a model with this config.json and record reaches."""
-    context = context_length(config) or (None if record is None else record.context)
+    context = context_length(config) if record is None else full_context(config, record)
     unscaled = unscaled_length(config)
     return Reach(context, unscaled if unscaled != context else None)
 

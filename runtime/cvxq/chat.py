@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import takewhile
 
+from cvxq.stream import shared_length
 from cvxq.turns import ChatError, Message, TurnFormat, turn_format
 
 __all__ = ["ChatError", "Conversation", "Message", "Prompt", "TurnFormat", "turn_format"]
@@ -79,9 +79,7 @@ class Conversation:
 
     def _opening(self, ids: list[int]) -> int:
         """How many of the tokens `ids` come before the text of the first message."""
-        other = self._render([{"role": "user", "content": "."}])
-        pairs = zip(ids, other, strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return shared_length(ids, self._render([{"role": "user", "content": "."}]))
 
     def answered(self, text: str, thought: str = "") -> None:
         """Add the model's answer, whole or as far as it came, and what it thought before.

@@ -11,6 +11,7 @@ from cvxq_format import Reader
 from cvxq_format.model_config import context_length
 from cvxq_format.text import start_tokens
 
+from cvxq.cache_size import full_context
 from cvxq.errors import ArgumentError, MissingPartError, no_positions
 from cvxq.generate import Generation, generate_text
 from cvxq.lean import Decoder, record_of
@@ -99,8 +100,7 @@ class Model:
     def full_context(self) -> int | None:
         """The most tokens that the model was made for, or None where none are stated."""
         if self.decoder is not None:
-            stated = context_length(json_part(self.reader, "config.json"))
-            return stated or record_of(self.reader).context
+            return full_context(json_part(self.reader, "config.json"), record_of(self.reader))
         return context_length(self.config.get_text_config().to_dict())
 
     def check_positions(self) -> None:

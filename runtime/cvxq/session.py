@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from cvxq.errors import ArgumentError, ContextError
 from cvxq.sample import Sampler, SamplingSettings
+from cvxq.stream import shared_length
 
 Logits = npt.NDArray[np.float32]
 
@@ -53,12 +54,7 @@ class Session(ABC):
                 f"the prompt has {len(ids)} tokens, but the model's context holds "
                 f"{self.context_length}; shorten it, or give it more with --context"
             )
-        shared = 0
-        for ours, theirs in zip(self.ids, ids[:-1], strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        self.rewind(shared)
+        self.rewind(shared_length(self.ids, ids[:-1]))
         return self.feed(ids[len(self.ids) :])
 
     def feed(self, ids: Sequence[int]) -> Logits:

@@ -10,6 +10,7 @@ decoders may drop a space, has always been shown already.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Protocol
 
 _UNKNOWN = "\ufffd"
@@ -28,6 +29,12 @@ class Decoder(Protocol):
         clean_up_tokenization_spaces: bool,
     ) -> str:
         """Return the text of the tokens."""
+
+
+def shared_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Return how many items two sequences have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class TextStream:

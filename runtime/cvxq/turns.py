@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from cvxq.errors import ArgumentError
 from cvxq.specials import hidden_tokens
+from cvxq.stream import shared_length
 from cvxq.thinking import KNOWN_MARKS, USUAL_MARKS, Marks
 
 Message = dict[str, str]
@@ -163,8 +163,7 @@ def _thinking_marks(render: Render, template: str) -> tuple[Marks, ...]:
     thoughtful = {**_ASSISTANT, "reasoning_content": _THOUGHT}
     head, thought, rest = (_try(render, [_USER, thoughtful], False) or "").partition(_THOUGHT)
     closing, answer, _ = rest.partition(_ANSWER)
-    shared = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, head, strict=False))
-    opening = head[len(list(shared)) :].strip()
+    opening = head[shared_length(prompt, head) :].strip()
     if not opening and (last := _LAST_MARK.search(head)):
         opening = last[1]
     if thought and answer and opening and closing.strip():

@@ -53,7 +53,9 @@ class Source:
 
     def carried_file(self, name: str) -> bytes | None:
         """Content of one of them, None where there is no such file."""
-        return next((data for found, data in self.carried() if found == name), None)
+        if name in self.files:
+            return self.files[name].read_bytes()
+        return self.made.get(name)
 
     @cached_property
     def planned_files(self) -> tuple[FileEntry, ...]:

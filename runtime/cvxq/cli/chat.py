@@ -107,9 +107,12 @@ class Chat:
         self.hide_thinking = hide_thinking
         self.session = model.session()
         self.conversation = Conversation(
-            self.format.encode, model.context_length, settings.max_tokens or 1, system
+            self.format.encode,
+            model.context_length,
+            settings.max_tokens or 1,
+            system,
+            shifts=shift,
         )
-        self.conversation.shifts = shift
         self.is_terminal = sys.stdin.isatty()
         if not self.is_terminal and hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(encoding="utf-8-sig")  # in any locale; a mark may come first

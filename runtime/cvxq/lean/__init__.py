@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from cvxq_format import Reader, UnsupportedError
 from cvxq_format.decoder_record import FILE_NAME, DecoderRecord, parse_record
-from cvxq_format.model_config import context_length, unscaled_length
+from cvxq_format.model_config import unscaled_length
 
+from cvxq.cache_size import full_context
 from cvxq.errors import ArgumentError, no_positions
 from cvxq.lean.decoder import Decoder
 from cvxq.lean.errors import NotLeanError
@@ -40,7 +41,7 @@ def open_decoder(
     """
     config = json_part(reader, "config.json")
     record = record_of(reader)
-    capacity = context or context_length(config) or record.context
+    capacity = context or full_context(config, record)
     record = _reaching(record, capacity, unscaled_length(config))
     decoder = _open(record, reader, device, threads, config)
     decoder.capacity = capacity
