@@ -177,8 +177,9 @@ def path_with_unknown_fields(model: str) -> str:
         (copy / "config.json").write_text(json.dumps(config | UNKNOWN), "utf-8")
         file = Path(folder) / "model.cvxq"
         options = ("--bits", 4, "--method", "rtn", "--calibration", "none")
+        once = ("--prompt-tokens", 2, "--tokens", 2, "--repeats", 1)
         command("convert", copy, "-o", file, *options)
-        return str(json.loads(command("bench", file, "--tokens", 2).splitlines()[-1])["path"])
+        return str(json.loads(command("bench", file, *once).splitlines()[-1])["path"])
 
 
 def speeds(file: Path, gguf: Path | None, threads: int) -> tuple[dict[str, Any], dict[str, float]]:
