@@ -19,28 +19,32 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import torch
-from torch import nn
+import numpy as np
+import numpy.typing as npt
 
-from cvxq.angles import Angles
 from cvxq.errors import ArgumentError
+from cvxq.lean.decoder import Decoder, as_array
 from cvxq.progress import Progress
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-    from cvxq.lean import Decoder
+    from cvxq.lean.decoder import Floats
 
     Predictor: TypeAlias = PreTrainedModel | Decoder
 
-CHUNK_LOGITS = 1 << 22  # logits in float64 at a time: 32 MB for each network
+CHUNK_LOGITS = 1 << 18  # logits in float64 at a time: 2 MB for each network, which caches hold
+
+Ids = npt.NDArray[np.int64]
+Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Window:
     """Tokens `ids` (L,) int64, of which those from index `first_scored` ≥ 1 on are scored."""
 
-    ids: torch.Tensor
+    ids: Ids
     first_scored: int
 
     @property
@@ -57,9 +61,10 @@ class Estimate:
     standard_error: float
 
     @classmethod
-    def of(cls, values: torch.Tensor) -> Estimate:
+    def of(cls, values: Doubles) -> Estimate:
         """Estimate from values (n,) float64, one per token."""
-        error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        count = len(values)
+        error = float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.inf
         return cls(float(values.mean()), error)
 
 
@@ -129,11 +134,11 @@ def windows(
         raise ArgumentError(
             f"the text has {len(ids)} tokens; at least {needed} are needed to score one"
         )
-    text, first = (torch.tensor(list(tokens), dtype=torch.int64) for tokens in (ids, start))
+    text, first = (np.array(tokens, np.int64) for tokens in (ids, start))
     return list(_windows(text, length, stride or length, first))
 
 
-def _windows(ids: torch.Tensor, length: int, stride: int, start: torch.Tensor) -> Iterator[Window]:
+def _windows(ids: Ids, length: int, stride: int, start: Ids) -> Iterator[Window]:
     unpredicted = 0 if len(start) else 1  # tokens of a window that nothing stands before
     scored = 0  # tokens of the text up to here are done with
     for begin in range(0, len(ids), stride):
@@ -141,7 +146,7 @@ def _windows(ids: torch.Tensor, length: int, stride: int, start: torch.Tensor) -
         if stride == length and end - begin < length and begin > 0:
             return
         skipped = max(scored - begin, unpredicted)
-        yield Window(torch.cat([start, ids[begin:end]]), len(start) + skipped)
+        yield Window(np.concatenate([start, ids[begin:end]]), len(start) + skipped)
         scored = end
         if end == len(ids):
             return
@@ -154,7 +159,7 @@ def perplexity(
     losses = []
     for window in _counted(windows, progress):
         logits = _logits(network, window)
-        losses.append(torch.cat([_nll(part, goal) for part, goal in _chunks(window, logits)]))
+        losses += [_nll(part, goal) for part, goal in _chunks(window, logits)]
     return _perplexity(_joined(losses))
 
 
@@ -168,7 +173,7 @@ def divergence(
 
     Raises ArgumentError when their vocabularies differ in size.
     """
-    columns: list[torch.Tensor] = []  # per chunk: (4, n) kl, same top, both losses
+    columns: list[Doubles] = []  # per chunk: (4, n) kl, same top, both losses
     for window in _counted(windows, progress):
         ours, theirs = _logits(network, window), _logits(original, window)
         if ours.shape != theirs.shape:
@@ -176,18 +181,10 @@ def divergence(
                 f"the vocabularies differ: {ours.shape[-1]} tokens, the original {theirs.shape[-1]}"
             )
         for (q, goal), (p, _) in zip(_chunks(window, ours), _chunks(window, theirs), strict=True):
-            columns.append(
-                torch.stack(
-                    [
-                        (p.exp() * (p - q)).nan_to_num(nan=0.0).sum(-1),
-                        (p.argmax(-1) == q.argmax(-1)).double(),
-                        _nll(q, goal),
-                        _nll(p, goal),
-                    ]
-                )
-            )
-    kl, same, nll, original_nll = torch.cat(columns, dim=1) if columns else _joined([])
-    median, p90, p99 = (float(kl.quantile(share)) for share in (0.5, 0.9, 0.99))
+            same_top = p.argmax(-1) == q.argmax(-1)
+            columns.append(np.stack([_kl(p, q), same_top, _nll(q, goal), _nll(p, goal)]))
+    kl, same, nll, original_nll = _joined(columns)
+    median, p90, p99 = (float(np.quantile(kl, share)) for share in (0.5, 0.9, 0.99))
     return DivergenceResult(
         kl=Estimate.of(kl),
         kl_median=median,
@@ -209,37 +206,52 @@ def _counted(windows: Iterable[Window], progress: Progress | None) -> Iterator[W
             progress("evaluate", index + 1, len(chosen))
 
 
-@torch.inference_mode()
-def _logits(network: Predictor, window: Window) -> torch.Tensor:
+def _logits(network: Predictor, window: Window) -> Floats:
     """Logits (n, V) that predict the n scored tokens of the window."""
-    if not isinstance(network, nn.Module):
-        every = torch.as_tensor(network.logits(window.ids.tolist()))
-        return every[window.first_scored - 1 : -1]
-    ids = window.ids[None].to(cast(torch.device, network.device))
-    with Angles(network).of(len(window.ids)):
+    if isinstance(network, Decoder):
+        return network.logits(window.ids.tolist())[window.first_scored - 1 : -1]
+    import torch
+
+    from cvxq.angles import Angles
+
+    ids = torch.from_numpy(window.ids)[None].to(cast(torch.device, network.device))
+    with torch.inference_mode(), Angles(network).of(len(window.ids)):
         output = network(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     logits: torch.Tensor = output.logits[0, window.first_scored - 1 : -1]
     return logits
 
 
-def _chunks(window: Window, logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield log probabilities (m, V) float64 on the CPU, and the tokens (m,) that came."""
+def _chunks(window: Window, logits: Floats) -> Iterator[tuple[Doubles, Ids]]:
+    """Yield log probabilities (m, V), and the tokens (m,) that came."""
     goals = window.ids[window.first_scored :]
     rows = max(1, CHUNK_LOGITS // logits.shape[-1])
-    for part, goal in zip(logits.split(rows), goals.split(rows), strict=True):
-        yield part.cpu().double().log_softmax(-1), goal
+    for begin in range(0, len(goals), rows):
+        part = as_array(logits[begin : begin + rows]).astype(np.float64)
+        part -= part.max(-1, keepdims=True)
+        part -= np.log(np.exp(part).sum(-1, keepdims=True))
+        yield part, goals[begin : begin + rows]
 
 
-def _nll(log_probabilities: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+def _nll(log_probabilities: Doubles, goal: Ids) -> Doubles:
     """Negative log likelihood (m,) of the tokens that came, in nats."""
-    return -log_probabilities.gather(1, goal[:, None])[:, 0]
+    return -log_probabilities[np.arange(len(goal)), goal]
 
 
-def _perplexity(losses: torch.Tensor) -> PerplexityResult:
+def _kl(p: Doubles, q: Doubles) -> Doubles:
+    """KL(p ‖ q) (m,) of distributions whose logarithms (m, V) are given, in nats."""
+    with np.errstate(invalid="ignore"):
+        terms = np.exp(p) * (p - q)
+    terms[np.isneginf(p)] = 0  # what cannot come costs nothing
+    sums: Doubles = terms.sum(-1)
+    return sums
+
+
+def _perplexity(losses: Doubles) -> PerplexityResult:
     return PerplexityResult(Estimate.of(losses), len(losses))
 
 
-def _joined(losses: list[torch.Tensor]) -> torch.Tensor:
-    if not losses:
+def _joined(chunks: list[Doubles]) -> Doubles:
+    """Join (n,) or (4, n) per chunk along n."""
+    if not chunks:
         raise ArgumentError("there are no windows to evaluate; give a text of at least 2 tokens")
-    return torch.cat(losses)
+    return np.concatenate(chunks, axis=-1)

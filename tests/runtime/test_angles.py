@@ -80,8 +80,8 @@ def test_two_texts_share_a_network(kind: str, network: Any) -> None:
 def test_windows_are_measured_by_their_own_angles(kind: str, network: Any) -> None:
     untouched, limit = copy.deepcopy(network), LIMIT[kind]
     for length in (limit + 9, limit + 2, 12):
-        window = Window(torch.tensor(IDS[:length]), length - 1)
-        passed = copy.deepcopy(untouched)(window.ids[None], use_cache=False)
+        window = Window(np.array(IDS[:length]), length - 1)
+        passed = copy.deepcopy(untouched)(torch.from_numpy(window.ids)[None], use_cache=False)
         logits = passed.logits[0, -2].detach()
         expected = -logits.double().log_softmax(-1)[IDS[length - 1]]
         assert perplexity(network, [window]).nll.mean == pytest.approx(float(expected), abs=1e-4)

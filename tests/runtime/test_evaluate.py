@@ -28,10 +28,10 @@ def networks(make_file: Callable[..., Any]) -> tuple[Any, Any]:
     return ours, theirs
 
 
-def probabilities(network: Any, ids: torch.Tensor) -> np.ndarray:
+def probabilities(network: Any, ids: np.ndarray) -> np.ndarray:
     """Next-token probabilities (L, V) float64, written from the definition."""
     with torch.no_grad():
-        logits = network(input_ids=ids[None]).logits[0].double().numpy()
+        logits = network(input_ids=torch.from_numpy(ids)[None]).logits[0].double().numpy()
     raised = np.exp(logits - logits.max(-1, keepdims=True))
     return raised / raised.sum(-1, keepdims=True)
 
@@ -43,7 +43,7 @@ def spans(found: list[Window]) -> list[tuple[int, int]]:
 def test_windows_lie_end_to_end_and_drop_the_rest() -> None:
     found = windows(IDS, 20)
     assert spans(found) == [(20, 1)] * 3
-    assert torch.cat([window.ids for window in found]).tolist() == IDS[:60]
+    assert np.concatenate([window.ids for window in found]).tolist() == IDS[:60]
 
 
 def test_a_short_text_is_one_window() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     Floats: TypeAlias = npt.NDArray[np.float32] | torch.Tensor
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """A model that holds the keys and values of one text.
 
@@ -40,6 +41,11 @@ class Decoder(Protocol):
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
+
+
+def as_array(values: Floats) -> npt.NDArray[np.float32]:
+    """Return floats of any type and device as an array of float32."""
+    return values if isinstance(values, np.ndarray) else values.float().cpu().numpy()
 
 
 @runtime_checkable

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from weakref import ref
 
-import numpy as np
-
-from cvxq.lean.decoder import Decoder, DrawingDecoder
+from cvxq.lean.decoder import Decoder, DrawingDecoder, as_array
 from cvxq.sample import SamplingSettings
 from cvxq.session import Logits, Session, reseeded
 
@@ -58,4 +56,4 @@ class LeanSession(Session):
         else:
             logits = decoder.feed(ids)
         self.ids.extend(ids)
-        return logits if isinstance(logits, np.ndarray) else logits.float().cpu().numpy()
+        return as_array(logits)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cvxq
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -141,7 +142,7 @@ def test_bench(with_record: bool, make_file: MakeFile, fake_device: Any, monkeyp
 
 def test_perplexity(make_file: MakeFile, fake_device: Any) -> None:
     made = make_file("llama")
-    ids = torch.tensor(IDS)
+    ids = np.array(IDS)
     with cvxq.load(made.path, device="cuda") as model:
         found = perplexity(model.decoder, [Window(ids, 1)])
     with cvxq.load(made.path) as model:
