@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from cvxq.errors import ArgumentError, UnsupportedModelError
+from cvxq.extras import need
 
 
 def resolve_device(device: str) -> str:
@@ -13,12 +14,13 @@ def resolve_device(device: str) -> str:
     torch is imported for a CUDA device only.
 
     Raises ArgumentError for another name or a number that no device has, UnsupportedModelError
-    when there is no CUDA device at all.
+    when there is no CUDA device at all, or no torch.
     """
     if device == "cpu":
         return device
     if not re.fullmatch(r"cuda(:\d+)?", device):
         raise ArgumentError(f"device is {device!r}, allowed: cpu, cuda, cuda:N")
+    need("cuda", f"device {device!r}")
     import torch
 
     if not torch.cuda.is_available():

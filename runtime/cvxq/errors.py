@@ -7,6 +7,7 @@
     ├── InconsistentFileError  4  sound checksums, but the parts contradict each other, or a
     │                             configuration holds a value that cannot be
     └── UnsupportedModelError  5  an architecture or option that this installation cannot run
+        └── MissingExtraError  5  a package is missing that an extra of cvxq brings
 
 Errors of the container itself (not a .cvxq file, corrupt, truncated, unknown feature) are those
 of `cvxq_format` and pass through unchanged.
@@ -55,3 +56,7 @@ class UnsupportedModelError(CvxqError):
     """An architecture or option that this installation cannot run."""
 
     exit_code = 5
+
+
+class MissingExtraError(UnsupportedModelError):
+    """A package is missing that an extra of cvxq brings."""

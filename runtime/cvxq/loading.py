@@ -44,8 +44,8 @@ def load(
     check: compare every tensor with its checksum as it is read (the header always is).
     Raises OSError when the file cannot be read, `cvxq_format.FormatError` when it is not a sound
     container, ArgumentError for an argument out of its range, UnsupportedModelError when
-    transformers lacks the architecture, and InconsistentFileError when tensors and architecture do
-    not fit each other.
+    transformers lacks the architecture, MissingExtraError when transformers is needed and missing,
+    and InconsistentFileError when tensors and architecture do not fit each other.
     """
     if weights not in ("packed", "dense"):
         raise ArgumentError(f"weights is {weights!r}, allowed: 'packed', 'dense'")

@@ -13,6 +13,7 @@ from cvxq_format.text import start_tokens
 
 from cvxq.cache_size import full_context
 from cvxq.errors import ArgumentError, MissingPartError, no_positions
+from cvxq.extras import need
 from cvxq.generate import Generation, generate_text
 from cvxq.lean import Decoder, record_of
 from cvxq.lean.session import LeanSession
@@ -64,6 +65,8 @@ class Model:
     @cached_property
     def network(self) -> PreTrainedModel:
         """The transformers network, callable as any other."""
+        reason = f": {self.transformers_reason}" if self.transformers_reason else ""
+        need("convert", f"{self.reader.path} runs through transformers{reason}; that")
         from cvxq.network import load_network
 
         keep_packed, device, dtype, threads = self._options

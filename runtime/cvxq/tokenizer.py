@@ -16,6 +16,7 @@ from cvxq_format import Reader
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 
 from cvxq.errors import ArgumentError, MissingPartError, UnsupportedModelError
+from cvxq.extras import need
 from cvxq.lean.tokenizer import read_tokenizer
 from cvxq.parts import json_part
 from cvxq.templates import chat_template
@@ -88,6 +89,7 @@ def check_tokens(ids: Sequence[int], vocabulary: int, tokenizer: Tokenizer | Non
 
 
 def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreTrainedTokenizerBase:
+    need("convert", f"the tokenizer of {reader.path} ({', '.join(own)})")
     from transformers import AutoTokenizer
 
     from cvxq.config import read_config

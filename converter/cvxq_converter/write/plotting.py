@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cvxq_converter.errors import ConversionError
 from cvxq_converter.measure.measurement_file import Record
 
 INK, ACCENT = "#333b45", "#1f6fb2"
@@ -19,16 +18,12 @@ INK, ACCENT = "#333b45", "#1f6fb2"
 def draw_curve(record: Record, path: Path) -> None:
     """Write a PNG or SVG, by the name's ending: loss over rate, and the file's size above.
 
-    The same record gives the same bytes. Raises ConversionError without matplotlib.
+    The same record gives the same bytes.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConversionError(
-            "--plot needs matplotlib, which is not installed; run pip install 'cvxq[plot]'"
-        ) from None
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     curve = record.curve
     rates = np.linspace(curve.lowest_rate, curve.highest_rate, 400)
     slope, least = np.polyfit(

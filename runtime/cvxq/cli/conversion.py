@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from cvxq.cli.failures import FileProblem
+from cvxq.extras import need
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -96,7 +97,11 @@ def conversion_options(choices: dict[str, Any]) -> Any:
 
 
 def prepare(threads: int | None) -> None:
-    """Set the threads, quieten transformers, and let `kill` unwind like Ctrl-C."""
+    """Set the threads, quieten transformers, and let `kill` unwind like Ctrl-C.
+
+    Raises MissingExtraError without the packages that converting needs.
+    """
+    need("convert", click.get_current_context().command_path)
     import transformers
 
     from cvxq.threads import set_torch_threads

@@ -125,7 +125,7 @@ def quiet_transformers() -> None:
     """Keep the notices of transformers off stderr, whether it is loaded already or will be."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if "transformers" in sys.modules:
-        logging = sys.modules["transformers"].logging
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()

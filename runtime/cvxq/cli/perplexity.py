@@ -67,10 +67,8 @@ def command(
     from cvxq_format.text import start_tokens
 
     from cvxq import evaluate
-    from cvxq.threads import set_torch_threads
     from cvxq.tokenizer import check_tokens
 
-    set_torch_threads(threads)
     subject = load_subject(model, weights, device, threads)
     summary = summarize(Path(model)) if is_cvxq_file(Path(model)) else None
     context = context or min(subject.context_length or LONGEST_CONTEXT, LONGEST_CONTEXT)

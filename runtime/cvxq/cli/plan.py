@@ -11,6 +11,7 @@ import click
 
 from cvxq.cli.failures import existing_file
 from cvxq.cli.output import bytes_text, emit_json, print_table
+from cvxq.extras import need
 
 if TYPE_CHECKING:
     from cvxq_converter.measure.measurement_file import Record
@@ -33,8 +34,10 @@ def command(statistics: Path, plot: Path | None, as_json: bool) -> None:
     Example:
       cvxq plan model.stats.safetensors --plot curve.svg
     """
-    if plot is not None and plot.suffix.lower() not in PICTURES:
-        raise click.UsageError(f"--plot {plot}: its name must end in .png or .svg")
+    if plot is not None:
+        if plot.suffix.lower() not in PICTURES:
+            raise click.UsageError(f"--plot {plot}: its name must end in .png or .svg")
+        need("plot", "cvxq plan --plot")
     from cvxq_converter.measure.measurement_file import read_record
 
     record = read_record(existing_file(statistics, "a file that cvxq measure wrote"))

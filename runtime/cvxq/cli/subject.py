@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from cvxq.cli.conversion import announce
 from cvxq.cli.options import load_model, quiet_transformers
+from cvxq.extras import need
 
 if TYPE_CHECKING:
     from cvxq_converter.source.source import Source
@@ -50,26 +51,29 @@ def load_subject(
 ) -> Subject:
     """Load a `.cvxq` file, or a checkpoint: a folder, a GGUF file, else a hub id.
 
-    weights, threads: of a `.cvxq` file, see `cvxq.load`. Says on stderr what is not as one may
-    think. Raises FileProblem for a missing `.cvxq` file and what `cvxq.load` raises;
+    weights: of a `.cvxq` file, see `cvxq.load`; threads: of the CPU. Says on stderr what is not as
+    one may think. Raises FileProblem for a missing `.cvxq` file and what `cvxq.load` raises;
     ConversionError for a checkpoint that conversion refuses, too.
     """
     if not is_cvxq_file(Path(source)):
-        return _load_checkpoint(source, device)
+        return _load_checkpoint(source, device, threads)
     model = load_model(Path(source), weights, device, threads)
     network = model.decoder or model.network
     return Subject(network, model.vocabulary, model.context_length, lambda: model.tokenizer)
 
 
-def _load_checkpoint(model: str, device: str) -> Subject:
+def _load_checkpoint(model: str, device: str, threads: int | None) -> Subject:
+    need("convert", f"{model}, a checkpoint,")
     import torch
     from cvxq_converter.source.checkpoint import load_network, open_source, source_names
     from cvxq_converter.source.leftovers import leftover_notice
     from cvxq_format.model_config import context_length
 
     from cvxq.device import resolve_device
+    from cvxq.threads import set_torch_threads
 
     device = resolve_device(device)
+    set_torch_threads(threads)
     quiet_transformers()
     source = open_source(model)
     for notice in source.notices:
