@@ -66,6 +66,37 @@ def test_temperature_zero_is_greedy_after_the_penalty() -> None:
     assert Sampler(greedy).choose(logits, [1]) == 2
 
 
+def test_presence_and_frequency_penalties_count_what_was_drawn() -> None:
+    logits = np.array([0.0, 5.0, 4.2, 3.0], np.float32)
+    once = Sampler(SamplingSettings(temperature=0, presence_penalty=1.0))
+    assert [once.choose(logits, [1, 1, 1]) for _ in range(4)] == [1, 2, 1, 1]
+    each = Sampler(SamplingSettings(temperature=0, frequency_penalty=1.0))
+    assert [each.choose(logits, [1, 1, 1]) for _ in range(4)] == [1, 2, 1, 2]
+    assert logits.tolist() == pytest.approx([0, 5, 4.2, 3])
+
+
+def test_biases_are_added() -> None:
+    logits = np.array([0.0, 5.0, 4.0], np.float32)
+    biased = SamplingSettings(temperature=0, logit_bias=((1, -100.0), (0, 4.5)))
+    assert Sampler(biased).choose(logits, []) == 0
+
+
+def test_a_constraint_leaves_out_and_follows() -> None:
+    class Descending:
+        last = 3
+
+        def allow(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            return np.where(np.arange(len(logits)) < self.last, logits, np.float32(-math.inf))
+
+        def accept(self, token: int) -> None:
+            self.last = token
+
+    sampler = Sampler(SamplingSettings(seed=1), Descending())
+    logits = np.array([-50.0, -50.0, 0.0, 50.0], np.float32)
+    drawn = [sampler.choose(logits, []) for _ in range(2)]
+    assert drawn in ([2, 1], [2, 0])
+
+
 def test_frequencies_are_the_probabilities() -> None:
     logits = np.log(np.array([0.2, 0.5, 0.3], np.float32)) * 2
     sampler = Sampler(SamplingSettings(temperature=2.0, seed=5))
@@ -94,6 +125,10 @@ def test_the_seed_decides() -> None:
         ("top_p", 1.1, "above 0 and at most 1"),
         ("min_p", 1.0, "at least 0 and below 1"),
         ("repetition_penalty", 0.0, "above 0"),
+        ("presence_penalty", math.nan, "any number"),
+        ("frequency_penalty", math.inf, "any number"),
+        ("logit_bias", ((-1, 1.0),), "finite numbers for tokens from 0 on"),
+        ("logit_bias", ((1, math.nan),), "finite numbers for tokens from 0 on"),
         ("seed", -1, "0 to"),
         ("max_tokens", 0, "1 or more"),
         ("stop", ("x", ""), "strings of at least one character"),

@@ -27,6 +27,13 @@ class DeviceSampler:
         self.generator = torch.Generator(device)
         self._noise = torch.ones(vocabulary, device=device)
         self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self._drawn = torch.zeros(vocabulary, device=device)  # how many times
+        self._counts = settings.presence_penalty != 0 or settings.frequency_penalty != 0
+        self._bias: torch.Tensor | None = None
+        if settings.logit_bias:
+            self._bias = torch.zeros(vocabulary, device=device)
+            for token, bias in settings.logit_bias:
+                self._bias[token] += bias
 
     def restart(self, seed: int | None, ids: Sequence[int]) -> None:
         """Begin after the text `ids`; seed None draws differently each time."""
@@ -34,6 +41,7 @@ class DeviceSampler:
             self.generator.seed()
         else:
             self.generator.manual_seed(seed)
+        self._drawn.zero_()
         self._seen.zero_()
         if self.settings.repetition_penalty != 1:
             self._seen[torch.tensor(sorted(set(ids)), device=self._seen.device)] = True
@@ -45,6 +53,11 @@ class DeviceSampler:
             scaled = logits * settings.repetition_penalty
             divided = logits / settings.repetition_penalty
             logits = torch.where(self._seen, torch.where(logits > 0, divided, scaled), logits)
+        if self._counts:
+            logits = logits - self._drawn * settings.frequency_penalty
+            logits = logits - (self._drawn > 0) * settings.presence_penalty
+        if self._bias is not None:
+            logits = logits + self._bias
         if settings.temperature > 0:
             logits = truncate(logits / settings.temperature, settings)
             self._noise.exponential_(generator=self.generator).clamp_(min=_SMALLEST)
@@ -52,6 +65,8 @@ class DeviceSampler:
         token.copy_(logits.argmax(0, keepdim=True))
         if settings.repetition_penalty != 1:
             self._seen.index_fill_(0, token, True)
+        if self._counts:
+            self._drawn.index_add_(0, token, torch.ones_like(token, dtype=torch.float32))
 
 
 def truncate(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cvxq.lean.cuda.sample import DeviceSampler, truncate
-from cvxq.sample import SamplingSettings
+from cvxq.sample import Sampler, SamplingSettings
 from transformers.generation import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -96,6 +96,31 @@ def test_zero_temperature_takes_the_likeliest(logits: torch.Tensor) -> None:
         sampler.restart(seed, [])
         sampler.choose(logits, token)
         assert int(token) == int(logits.argmax())
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"presence_penalty": 4.0},
+        {"frequency_penalty": 0.4},
+        {"presence_penalty": 0.3, "frequency_penalty": 0.7, "repetition_penalty": 1.2},
+        {"logit_bias": ((7, 30.0), (3, -100.0)), "frequency_penalty": 9.0},
+    ],
+)
+def test_penalties_and_biases_are_those_of_the_host(
+    rules: dict[str, Any], logits: torch.Tensor
+) -> None:
+    settings = SamplingSettings(temperature=0, **rules)
+    device = DeviceSampler(settings, VOCABULARY, torch.device("cpu"))
+    token = torch.zeros(1, dtype=torch.int64)
+    for _ in range(2):  # a second text begins with a clean slate
+        device.restart(None, SEEN)
+        host, text = Sampler(settings), list(SEEN)
+        for _ in range(20):
+            device.choose(logits, token)
+            text.append(host.choose(logits.numpy(), text))
+            assert int(token) == text[-1]
+    assert len(set(text[len(SEEN) :])) > 1
 
 
 def test_equal_seeds_draw_equal_tokens(logits: torch.Tensor) -> None:
