@@ -38,7 +38,7 @@ class NetworkSession(Session):
         self._angles = Angles(network)
         self._turned_by: bytes | None = None  # the angles of what is cached
         # Recurrent networks keep a state that cannot be rewound: they read everything anew.
-        self._has_keys = not getattr(network, "_is_stateful", False)
+        self._has_keys = self.can_rewind = not getattr(network, "_is_stateful", False)
         forward = inspect.signature(network.forward).parameters
         self._last_only: dict[str, Any] = (
             {"logits_to_keep": 1} if "logits_to_keep" in forward else {}

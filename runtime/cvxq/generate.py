@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cvxq.sample import SamplingSettings
+from cvxq.sample import Sampler, SamplingSettings
 from cvxq.session import Session
 from cvxq.specials import SpecialMarks, TextTokenizer
 from cvxq.stream import StopStrings, TextStream
@@ -34,14 +34,15 @@ def generate_tokens(
     prompt_ids: Sequence[int],
     settings: SamplingSettings,
     end_ids: Collection[int] = (),
+    sampler: Sampler | None = None,
 ) -> Iterator[int]:
     """Yield the tokens that follow `prompt_ids`, the last one being of `end_ids` if one came.
 
     What the session has read already of the prompt is not computed again.  Ends after
     `settings.max_tokens`, or when the context is full.  Raises ContextError when the prompt
-    alone does not fit.
+    alone does not fit.  sampler: see `Session.draw`.
     """
-    for count, token in enumerate(session.draw(prompt_ids, settings), start=1):
+    for count, token in enumerate(session.draw(prompt_ids, settings, sampler), start=1):
         yield token
         if token in end_ids or count == settings.max_tokens:
             return
@@ -55,11 +56,13 @@ def generate_text(
     end_ids: Collection[int] = (),
     on_text: Callable[[str], None] | None = None,
     kept: Sequence[str] = (),
+    sampler: Sampler | None = None,
 ) -> Generation:
     """Generate a continuation of `prompt_ids`, handing each new piece of text to `on_text`.
 
     Pieces are whole characters; together they are the text of the result.  Stop strings may have
     special tokens in them.  kept: texts whose special tokens are not left out of the result.
+    sampler: see `Session.draw`.
     """
     stream = TextStream(tokenizer, prompt_ids)
     specials = SpecialMarks(tokenizer, settings.stop, kept)
@@ -74,7 +77,7 @@ def generate_text(
                 on_text(piece)
 
     finish: FinishReason = "context"
-    for token in generate_tokens(session, prompt_ids, settings, end_ids):
+    for token in generate_tokens(session, prompt_ids, settings, end_ids, sampler):
         ids.append(token)
         text = "" if token in end_ids else stream.push(token)
         show(stops.push(text + specials.mark(token)))

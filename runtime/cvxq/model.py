@@ -148,15 +148,16 @@ class Model:
         """How the model takes the turns of a conversation."""
         return turn_format(self.tokenizer)
 
-    def session(self, *, shift: bool = False) -> Session:
+    def session(self, *, shift: bool = False, apart: bool = False) -> Session:
         """Start an empty text; hand it to `generate` again to reuse what was computed.
 
         shift: when the context is full, go on without the oldest half of the text, but for the
-        tokens that the tokenizer puts at its beginning.
+        tokens that the tokenizer puts at its beginning.  apart: keep the text beside those of
+        other sessions, in memory of its own, where otherwise they take turns in one.
         """
         session: Session
         if self.decoder is not None:
-            session = LeanSession(self.decoder)
+            session = LeanSession(self.decoder.sibling() if apart else self.decoder)
         else:
             from cvxq.cache import NetworkSession
 

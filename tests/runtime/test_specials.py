@@ -21,7 +21,7 @@ class Recitation(Session):
         super().__init__(None)
         self.tokens = tokens
 
-    def draw(self, ids: Sequence[int], settings: SamplingSettings) -> Iterator[int]:
+    def draw(self, ids: Sequence[int], settings: SamplingSettings, _: object) -> Iterator[int]:
         return iter(self.tokens)
 
     def rewind(self, length: int) -> None:

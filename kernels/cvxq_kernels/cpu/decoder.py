@@ -190,7 +190,8 @@ class Decoder:
     def __init__(self, pool: Pool, shape: Shape, layers: Sequence[Layer]) -> None:
         """Reserve scratch for `shape.chunk` tokens; raises MemoryError when there is none."""
         self.shape = shape
-        self._kept: list[object] = [pool, shape, *layers]  # the library keeps pointers to these
+        self._pool, self._layers = pool, tuple(layers)
+        self._kept: list[object] = []  # what the library keeps pointers to, beside these
         self._library = _declared(native())
         described = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
         handle = self._library.cvxq_decoder_new(
@@ -204,6 +205,10 @@ class Decoder:
         self._token_address = ctypes.c_void_p(ctypes.addressof(self._token))
         # The pool must live longer; `_kept` belongs to self, which is gone by then.
         weakref.finalize(self, _free, self._library, handle, pool)
+
+    def sibling(self) -> Decoder:
+        """Return a decoder of the same matrices and pool, with a text of its own."""
+        return Decoder(self._pool, self.shape, self._layers)
 
     def feed(
         self, ids: npt.NDArray[np.int64], start: int, wanted: int, exact: bool = False

@@ -39,8 +39,14 @@ class Decoder(Protocol):
     def logits(self, ids: Sequence[int]) -> Floats:
         """Read `ids` as a text of its own; return the logits (L, V) float32 after each of them."""
 
+    def rows(self, ids: Sequence[int]) -> Floats:
+        """Read `ids` after the text; return the logits (L, V) float32 after each of them."""
+
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
+
+    def sibling(self) -> Decoder:
+        """Return a decoder of the same weights with an empty text of its own."""
 
 
 def as_array(values: Floats) -> npt.NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import Any
 from weakref import ReferenceType
 
@@ -55,6 +56,7 @@ class NativeDecoder:
         self.threads = threads
         self.chunk = min(chunk, record.context)
         self.exact = exact
+        self._ropes = record.ropes
         self._turning = Turning(record.ropes)
         parts = _Parts(record, found, tensors, threads)
         shape = parts.shape(self.chunk)
@@ -89,22 +91,36 @@ class NativeDecoder:
     def logits(self, ids: Sequence[int]) -> Floats:
         """Read `ids` as a text of its own; return the logits (L, V) float32 after each of them."""
         self.rewind(0)
-        if self._turning.crosses(len(ids)):
-            self._cross(ids)
-        self._turning.extend(0, ids)
-        array = np.array(ids, np.int64)
-        result = np.empty((len(array), self.vocabulary), np.float32)
+        return self.rows(ids)
+
+    def rows(self, ids: Sequence[int]) -> Floats:
+        """Read `ids` after the text; return the logits (L, V) float32 after each of them."""
+        text = self._cross(ids) if self._turning.crosses(self.length + len(ids)) else ids
+        self._turning.extend(self.length, text)
+        array = np.array(text, np.int64)
+        result = np.empty((len(ids), self.vocabulary), np.float32)
+        before = len(array) - len(ids)  # tokens read anew, without logits
         for start in range(0, len(array), self.chunk):
             piece = array[start : start + self.chunk]
-            result[start : start + len(piece)] = self._native.feed(
-                piece, start, len(piece), self.exact
-            )
+            end = start + len(piece)
+            wanted = min(len(piece), max(0, end - before))
+            logits = self._native.feed(piece, self.length, wanted, self.exact)
+            if wanted:
+                result[end - before - wanted : end - before] = logits
             self.length += len(piece)
         return result
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         self.length = min(self.length, length)
+
+    def sibling(self) -> NativeDecoder:
+        """Return a decoder of the same weights with an empty text of its own."""
+        other = copy(self)
+        other.length, other.holder = 0, None
+        other._turning = Turning(self._ropes)
+        other._native = self._native.sibling()
+        return other
 
     def overhead_seconds(self) -> float:
         """Seconds spent so far in the forward pass outside of matrix products and attention."""

@@ -26,19 +26,22 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     special_tokens: Mapping[str, str],
     add_generation_prompt: bool,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the text of `messages`, each with "role" and "content", maybe "reasoning_content".
 
-    special_tokens: what the template may know as `bos_token` and so on.  Raises what the template
-    raises, which may be anything.
+    special_tokens: what the template may know as `bos_token` and so on; variables: what else it
+    may know, `tools` for example.  Raises what the template raises, which may be anything.
     """
-    return _compile(template).render(
-        messages=[_message(message) for message in messages],
-        tools=None,
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
+    known = {
+        "tools": None,
+        "documents": None,
         **special_tokens,
-    )
+        **(variables or {}),
+        "messages": [_message(message) for message in messages],
+        "add_generation_prompt": add_generation_prompt,
+    }
+    return _compile(template).render(known)
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,14 +81,15 @@ class LeanTokenizer:
         *,
         tokenize: bool = False,
         add_generation_prompt: bool = False,
+        **variables: Any,
     ) -> str:
-        """Return the text of messages."""
+        """Return the text of messages; variables: what else the template may know."""
         if tokenize or self.chat_template is None:
             raise NotImplementedError("only texts, and with a chat template")
         from cvxq.lean.template import render_chat  # jinja2 is only needed for it
 
         return render_chat(
-            self.chat_template, conversation, self.special_tokens, add_generation_prompt
+            self.chat_template, conversation, self.special_tokens, add_generation_prompt, variables
         )
 
 

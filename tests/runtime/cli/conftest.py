@@ -98,7 +98,7 @@ def recite(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             ]
         turns = itertools.cycle(scripts)
 
-        def draw(self: Session, ids: Sequence[int], settings: object) -> Iterator[int]:
+        def draw(self: Session, ids: Sequence[int], *_: object) -> Iterator[int]:
             return iter([*next(turns), 2])  # </s>
 
         for kind in (Session, LeanSession):

@@ -90,16 +90,23 @@ class TorchDecoder:
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Read `ids` as a text of its own; return logits (L, V) float32 in main memory."""
-        cuda.use(self.network.device)
         self.rewind(0)
-        self._make_room(len(ids))
-        if self._turning.crosses(len(ids)):
-            self._cross(ids)
-        result = torch.empty(len(ids), self.vocabulary)
-        for logits in self._prefill(ids, last_only=False):
-            result[self.length - len(logits) : self.length] = logits
+        result = self.rows(ids)
         self.rewind(0)  # nobody's text
         return result
+
+    @torch.inference_mode()
+    def rows(self, ids: Sequence[int]) -> torch.Tensor:
+        """Read `ids` after the text; return logits (L, V) float32 in main memory."""
+        cuda.use(self.network.device)
+        self._make_room(len(ids))
+        text = self._cross(ids) if self._turning.crosses(self.length + len(ids)) else ids
+        self._turning.extend(self.length, text)
+        start = self.length
+        result = torch.empty(len(text), self.vocabulary)
+        for logits in self._prefill(text, last_only=False):
+            result[self.length - start - len(logits) : self.length - start] = logits
+        return result[-len(ids) :]
 
     def _cross(self, ids: Sequence[int]) -> list[int]:
         """Forget the text, which is turned by other tables from now on; return what to read."""
@@ -111,6 +118,12 @@ class TorchDecoder:
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
         self.length = min(self.length, length)
+
+    def sibling(self) -> TorchDecoder:
+        """Return a decoder of the same weights with an empty text of its own."""
+        other = TorchDecoder(self.network, self.prefill_tokens, self._notify)
+        other.capacity = self.capacity
+        return other
 
     @torch.inference_mode()
     def draw(self, settings: SamplingSettings, ids: Sequence[int]) -> Iterator[int]:
