@@ -68,10 +68,13 @@ class Reply:
     @property
     def thought(self) -> str:
         """The thinking so far."""
-        text = "".join(self._parts[True]).rstrip()
-        if self._pair is not None:
-            text = text.removeprefix(self._pair.opening).removesuffix(self._pair.closing)
-        return text.strip()
+        return self.without_marks("".join(self._parts[True]).rstrip()).strip()
+
+    def without_marks(self, part: str) -> str:
+        """Return a part of the thinking, as `push` gives it, without the marks at its ends."""
+        if self._pair is None:
+            return part
+        return part.removeprefix(self._pair.opening).removesuffix(self._pair.closing)
 
     def push(self, piece: str) -> list[tuple[str, bool]]:
         """Add a piece; return what can be shown now, each part with whether it is thinking.

@@ -53,9 +53,14 @@ class Tokenizer(Protocol):
         """Return the text of the tokens."""
 
     def apply_chat_template(
-        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool = False
+        self,
+        conversation: Any,
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool = False,
+        **variables: Any,
     ) -> Any:
-        """Return the text of messages; `tokenize` is False."""
+        """Return the text of messages; `tokenize` is False, variables are for the template."""
 
 
 def load_tokenizer(reader: Reader) -> Tokenizer:

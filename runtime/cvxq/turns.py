@@ -2,7 +2,7 @@
 
 A template is a program, and does not say what it expects.  So it is tried on words that no template
 knows: whether it takes a turn's content as a string or as a list of parts, whether it has a system
-role, what ends an answer, and what stands around the thinking before it.
+role, whether it shows tools, what ends an answer, and what stands around the thinking before it.
 """
 
 from __future__ import annotations
@@ -10,19 +10,35 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from cvxq.errors import ArgumentError
 from cvxq.specials import hidden_tokens
 from cvxq.stream import shared_length
 from cvxq.thinking import KNOWN_MARKS, USUAL_MARKS, Marks
 
-Message = dict[str, str]
-Render = Callable[[Sequence[dict[str, Any]], bool], str]
+Message = dict[str, Any]
+
+
+class Render(Protocol):
+    """A template as a function."""
+
+    def __call__(self, messages: Sequence[Message], is_prompt: bool, /, **variables: Any) -> str:
+        """Return the text of messages, which an answer is to follow if they are a prompt."""
+
+
+class Encode(Protocol):
+    """From messages to tokens."""
+
+    def __call__(self, messages: Sequence[Message], /, **variables: Any) -> list[int]:
+        """Return the tokens of a prompt; variables: what the template may know beside messages."""
+
 
 _QUESTION, _ANSWER, _SYSTEM, _THOUGHT = "cvxquestion", "cvxanswer", "cvxsystem", "cvxthought"
 _USER = {"role": "user", "content": _QUESTION}
 _ASSISTANT = {"role": "assistant", "content": _ANSWER}
+_TOOL = {"type": "function", "function": {"name": "cvxtool", "description": "cvxdescription",
+         "parameters": {"type": "object", "properties": {}}}}  # fmt: skip
 _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _LAST_MARK = re.compile(rf"({_MARK.pattern})\s*$")
 
@@ -35,17 +51,20 @@ class ChatError(ArgumentError):
 class TurnFormat:
     """How messages become the tokens of a prompt that ends where the answer begins.
 
-    A message has "role" and "content", an answer also its "reasoning_content" if the model thought.
+    A message has "role" and "content", an answer also its "reasoning_content" if the model thought,
+    and "tool_calls" if it made any; `encode` takes what the template may know beside them.
     end_ids: special tokens that end an answer, beside those that end any text of the model; stop:
     texts that do; has_system: whether there is a system role, whose text otherwise goes in front
-    of the first message; thinking: what may stand around thinking, the likeliest first.
+    of the first message; has_tools: whether the template shows `tools` to the model; thinking: what
+    may stand around thinking, the likeliest first.
     """
 
     name: str
-    encode: Callable[[Sequence[Message]], list[int]]
+    encode: Encode
     stop: tuple[str, ...] = ()
     end_ids: frozenset[int] = frozenset()
     has_system: bool = True
+    has_tools: bool = False
     thinking: tuple[Marks, ...] = (USUAL_MARKS,)
 
 
@@ -54,14 +73,14 @@ def turn_format(tokenizer: Any) -> TurnFormat:
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return TurnFormat(
-            "plain turns", lambda turns: _encode_plain(tokenizer, turns), ("\nUser:",)
+            "plain turns", lambda turns, /, **_: _encode_plain(tokenizer, turns), ("\nUser:",)
         )
 
-    def render(messages: Sequence[dict[str, Any]], is_prompt: bool) -> str:
+    def render(messages: Sequence[Message], is_prompt: bool, /, **variables: Any) -> str:
         try:
             return str(
                 tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=is_prompt
+                    list(messages), tokenize=False, add_generation_prompt=is_prompt, **variables
                 )
             )
         except Exception as error:  # a program of the model's author: anything may fail
@@ -71,14 +90,15 @@ def turn_format(tokenizer: Any) -> TurnFormat:
     if content is None:
         return TurnFormat("chat template", _refuse)
 
-    def render_content(messages: Sequence[dict[str, Any]], is_prompt: bool) -> str:
-        return render([{**m, "content": content(m["content"])} for m in messages], is_prompt)
+    def render_content(messages: Sequence[Message], is_prompt: bool, /, **variables: Any) -> str:
+        turns = [{**m, "content": content(m["content"])} for m in messages]
+        return render(turns, is_prompt, **variables)
 
-    def encode(messages: Sequence[Message]) -> list[int]:
+    def encode(messages: Sequence[Message], /, **variables: Any) -> list[int]:
         turns = messages if form.has_system else _without_system(messages)
         # The template writes the special tokens itself.
-        ids = tokenizer(render_content(turns, True), add_special_tokens=False)["input_ids"]
-        return list(ids)
+        text = render_content(turns, True, **variables)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     end_ids, stop = _turn_end(tokenizer, render_content)
     form = TurnFormat(
@@ -87,6 +107,7 @@ def turn_format(tokenizer: Any) -> TurnFormat:
         stop,
         end_ids,
         _has_system(render_content),
+        _has_tools(render_content),
         _thinking_marks(render_content, template),
     )
     return form
@@ -98,7 +119,7 @@ def _encode_plain(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return list(tokenizer("\n".join([*turns, "Assistant:"]))["input_ids"])
 
 
-def _refuse(messages: Sequence[Message]) -> list[int]:
+def _refuse(messages: Sequence[Message], /, **variables: Any) -> list[int]:
     raise ChatError(
         "the model's chat template leaves out what the user says, be it a text or a list of parts; "
         "put one that works into chat_template.jinja of the source and convert it again"
@@ -128,6 +149,12 @@ def _has_system(render: Render) -> bool:
     """Whether a system message's text gets into the prompt, without being refused."""
     text = _try(render, [{"role": "system", "content": _SYSTEM}, _USER], True)
     return text is not None and _SYSTEM in text
+
+
+def _has_tools(render: Render) -> bool:
+    """Whether a tool that is offered gets into the prompt."""
+    text = _try(render, [_USER], True, tools=[_TOOL])
+    return text is not None and "cvxtool" in text
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
@@ -171,8 +198,10 @@ def _thinking_marks(render: Render, template: str) -> tuple[Marks, ...]:
     return tuple(dict.fromkeys([*marks, USUAL_MARKS]))
 
 
-def _try(render: Render, messages: Sequence[dict[str, Any]], is_prompt: bool) -> str | None:
+def _try(
+    render: Render, messages: Sequence[Message], is_prompt: bool, **variables: Any
+) -> str | None:
     try:
-        return render(messages, is_prompt)
+        return render(messages, is_prompt, **variables)
     except ChatError:
         return None

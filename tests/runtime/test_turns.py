@@ -55,6 +55,25 @@ def test_template_is_used_and_brings_its_own_special_tokens(text_of: TextOf) -> 
     assert text_of(OPEN, TURNS) == "<user>Hi <assistant>Hello.<user>Why?"
 
 
+def test_tools_are_shown_where_the_template_shows_them(character_tokenizer: Tokenizer) -> None:
+    shown = "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}" + OPEN
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+    tokenizer = character_tokenizer(shown)
+    form = turn_format(tokenizer)
+    assert form.has_tools
+    assert tokenizer.decode(form.encode(TURNS[:1], tools=tools)) == "[now]<user>Hi "
+    assert tokenizer.decode(form.encode(TURNS[:1])) == "<user>Hi "
+    for template in (OPEN, None):
+        assert not turn_format(character_tokenizer(template)).has_tools
+
+
+def test_a_template_gets_further_variables(character_tokenizer: Tokenizer) -> None:
+    tokenizer = character_tokenizer("{% if short is true %}Briefly: {% endif %}" + OPEN)
+    form = turn_format(tokenizer)
+    assert tokenizer.decode(form.encode(TURNS[:1], short=True)) == "Briefly: <user>Hi "
+    assert tokenizer.decode(form.encode(TURNS[:1])) == "<user>Hi "
+
+
 def test_refusal_of_a_template_is_one_error(text_of: TextOf) -> None:
     template = "{{ raise_exception('not today') }}"
     with pytest.raises(ChatError, match="template refuses these turns: not today"):
