@@ -13,13 +13,14 @@ C_SOURCES = $(wildcard kernels/cvxq_kernels/cpu/native/*.[chi]*) $(wildcard test
 # A worker holds PyTorch and a share of the tests' models: more than a few would want much memory.
 WORKERS = --numprocesses auto --maxprocesses 4 --dist loadscope
 
-.PHONY: help environment demo chat-demo test static check clean
+.PHONY: help environment demo chat-demo test static wheel check clean
 
 help:
 	@echo 'make demo     convert the demo model to 3 bits, measure what was lost, write some text'
 	@echo 'make chat-demo [MODEL=folder or hub id]'
 	@echo '              convert that model to 4 bits, unless that was done before, and talk with it'
 	@echo 'make test     run the tests'
+	@echo 'make wheel    build the sdist and, from it, the wheel for this platform, into dist/'
 	@echo 'make check    everything CI does: style, types, documents, tests'
 	@echo 'make clean    remove the environment and whatever was made'
 
@@ -49,6 +50,16 @@ static: environment
 	$(RUN)/python tools/check_documents.py
 
 check: static test
+
+# On Linux the wheel is named after the oldest C library that it runs with, as indexes require.
+wheel: environment
+	rm -rf dist
+	$(RUN)/python -m build --no-isolation
+	if [ `uname` = Linux ]; then \
+	  PATH=$(abspath $(RUN)):$$PATH auditwheel repair --wheel-dir dist dist/*-linux_*.whl && \
+	  rm dist/*-linux_*.whl; \
+	fi
+	ls -l dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

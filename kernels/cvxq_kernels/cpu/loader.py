@@ -62,7 +62,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
 
 def find_library() -> Path | None:
     """Path of the library that the build put beside this file, if it did."""
-    for suffix in EXTENSION_SUFFIXES:
+    for suffix in reversed(EXTENSION_SUFFIXES):  # the build's is the last, without a version
         path = FOLDER / f"_native{suffix}"
         if path.exists():
             return path

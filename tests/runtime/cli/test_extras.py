@@ -57,11 +57,11 @@ def remove_extras(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def listed(extra: str) -> set[str]:
-    """Names of the distributions that pyproject.toml lists under an extra."""
+    """Names that the distributions that pyproject.toml lists under an extra are imported by."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     found = re.search(rf"^{extra} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
     assert found is not None, extra
-    return {re.split(r"[\W]", entry)[0] for entry in re.findall(r'"([^"]+)"', found[1])}
+    return {name.replace("-", "_") for name in re.findall(r'"([\w-]+)', found[1])}
 
 
 @pytest.mark.parametrize("extra", PACKAGES)
