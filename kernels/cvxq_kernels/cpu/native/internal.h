@@ -227,32 +227,64 @@ void cvxq_transposed_item(const cvxq_job *job, const cvxq_item *item, float *res
 size_t cvxq_transposed_scratch(const cvxq_matrix *w);
 void cvxq_transposed_row(const cvxq_matrix *w, int64_t row, float *out);
 
-/* wide_amx.c: many inputs at once, for packed matrices with one order of columns. */
+/* wide_amx.c, wide_fma.c: many inputs at once, for packed matrices with one order of columns. Inputs
+ * are first laid out for the kernel; then chunks of work, an item of the matrix and some inputs
+ * each, give results in the order of tiles, which are put in that of outputs at the end, row by row:
+ * written to their places at once, every one would touch a cache line of its own that threads
+ * share. */
 typedef struct {
-    uint16_t *high, *low; /* (steps, rows, 32) bfloat16: inputs in order, what rounding left */
-    float *results;       /* (M, pitch): 64 for every tile */
-    int64_t rows, pitch;  /* rows: M padded */
+    void *inputs;   /* as the kernel wants them */
+    float *results; /* (M, pitch): 64 for every tile */
+    int32_t m;
+    int32_t panels; /* of inputs, of about the same size */
+    int32_t pieces; /* of panels, each a chunk of work for every item */
+    int32_t rows;   /* of the sums of a tile in a chunk: at least the inputs of a piece */
+    int32_t fills;  /* steps in which the inputs are laid out */
+    size_t input_bytes, scratch_bytes;
 } cvxq_wide;
-int cvxq_wide_available(void);
-/* Lay out `wide` for M inputs at `memory` (NULL only to measure it); returns its bytes. */
-size_t cvxq_wide_lay_out(const cvxq_matrix *w, int64_t m, char *memory, cvxq_wide *wide);
-size_t cvxq_wide_scratch(int64_t m);
-/* Fill row `row` with input x, NULL for a row of padding. */
-void cvxq_wide_round(const cvxq_wide *wide, const int32_t *order, int64_t count, const float *x,
-                     int64_t row);
-void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
-                    void *scratch);
-void cvxq_wide_commit(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
-                      const void *scratch);
-/* y (N,) = the results of row `row`, and the bias. */
-void cvxq_wide_collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *y);
+
+/* First input of a panel, first panel of a piece. */
+static inline int64_t cvxq_wide_input(const cvxq_wide *wide, int64_t panel) {
+    return wide->m * panel / wide->panels;
+}
+static inline int64_t cvxq_wide_panel(const cvxq_wide *wide, int64_t piece) {
+    return wide->panels * piece / wide->pieces;
+}
+/* Floats from one row of results to the next: an odd number of cache lines, because rows a multiple
+ * of 4 kB apart would share a few sets. */
+static inline int64_t cvxq_wide_pitch(const cvxq_matrix *w) { return w->tile_count * TILE + STRIP; }
+static inline size_t cvxq_wide_sums_bytes(const cvxq_wide *wide) {
+    return (size_t)ITEM_TILES * (size_t)(wide->rows * TILE) * sizeof(float);
+}
+
+typedef struct {
+    int (*is_available)(int exact);
+    /* Fill in what follows from M, which is set, except for memory. */
+    void (*plan)(cvxq_wide *wide, const cvxq_matrix *w, int threads);
+    /* Lay out inputs x (M, K): step 0 ≤ step < fills. */
+    void (*fill)(const cvxq_wide *wide, const cvxq_matrix *w, const float *x, int64_t step);
+    /* sums (tiles of the item, rows, 64) of the inputs of one piece, where the scratch begins. */
+    void (*item)(const cvxq_wide *wide, const cvxq_matrix *w, const cvxq_item *item, int64_t piece,
+                 void *scratch);
+    /* y (N,) = the results of row `row`, and the bias. */
+    void (*collect)(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *y);
+} cvxq_wide_ops;
+#if defined(__x86_64__)
+#define CVXQ_HAS_FMA
+extern const cvxq_wide_ops cvxq_wide_fma;
+#if defined(__linux__)
+#define CVXQ_HAS_AMX
+extern const cvxq_wide_ops cvxq_wide_amx;
+#endif
+#endif
 
 /* matmul.c: a product of a few matrices with at most CHUNK inputs, as some jobs of a program. */
 enum { MOST_FACTORS = 8 };
 typedef struct {
     cvxq_job job;
-    float *ordered; /* (M, K) to fill, or NULL */
-    cvxq_wide wide; /* the same, for matrices that take many inputs at once */
+    float *ordered;            /* (M, K) to fill, or NULL */
+    const cvxq_wide_ops *many; /* for many inputs at once, or NULL */
+    cvxq_wide wide;
 } cvxq_factor;
 typedef struct {
     cvxq_pool *pool;

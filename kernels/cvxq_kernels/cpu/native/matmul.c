@@ -8,7 +8,10 @@
 
 #include "internal.h"
 
-enum { PIECE = 32 }; /* inputs of a chunk: more would only make the last chunks longer */
+enum {
+    PIECE = 32, /* inputs of a chunk: more would only make the last chunks longer */
+    MANY = 4,   /* fewest inputs for which weights are expanded to float32 */
+};
 
 static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
@@ -19,14 +22,15 @@ static size_t results_bytes(int64_t m) {
 
 /* Chunks that an item is cut into, each for some of the inputs. */
 static int64_t pieces_of(const cvxq_factor *factor, int64_t m) {
-    return factor->wide.high ? 1 : ceil_div(m, PIECE);
+    return factor->many ? factor->wide.pieces : ceil_div(m, PIECE);
 }
 
 /* What one chunk is about. */
 typedef struct {
-    const cvxq_wide *wide; /* NULL for matrices that take few inputs */
+    const cvxq_factor *factor;
     const cvxq_item *item;
-    cvxq_job job; /* of the chunk's inputs only */
+    int64_t piece;
+    cvxq_job job; /* of the piece's inputs only, of matrices that take few inputs */
 } chunk_job;
 
 static chunk_job job_of(const cvxq_product *p, int64_t chunk) {
@@ -38,10 +42,9 @@ static chunk_job job_of(const cvxq_product *p, int64_t chunk) {
         factor++;
     }
     const cvxq_matrix *w = factor->job.weight;
-    chunk_job found = {factor->wide.high ? &factor->wide : NULL, &w->items[chunk / pieces],
-                       factor->job};
-    if (!found.wide) {
-        const int64_t first = chunk % pieces * PIECE;
+    chunk_job found = {factor, &w->items[chunk / pieces], chunk % pieces, factor->job};
+    if (!factor->many) {
+        const int64_t first = found.piece * PIECE;
         found.job.x += first * w->inputs;
         found.job.y += first * w->outputs;
         found.job.m = min_of(PIECE, p->m - first);
@@ -54,8 +57,8 @@ static void compute_chunk(const void *context, int64_t chunk, int thread) {
     const chunk_job c = job_of(p, chunk);
     float *results = cvxq_pool_scratch(p->pool, thread, 0);
     void *scratch = (char *)results + results_bytes(p->m);
-    if (c.wide) {
-        cvxq_wide_item(c.wide, &c.job, c.item, scratch);
+    if (c.factor->many) {
+        c.factor->many->item(&c.factor->wide, c.job.weight, c.item, c.piece, results);
     } else if (c.job.weight->kind == KIND_PACKED) {
         cvxq_packed_item(&c.job, c.item, results, scratch);
     } else if (c.job.weight->kind == KIND_DENSE) {
@@ -65,12 +68,26 @@ static void compute_chunk(const void *context, int64_t chunk, int thread) {
     }
 }
 
+/* Sums of many inputs to the shared results. */
+static void commit_many(const cvxq_wide *wide, const chunk_job *c, const float *sums) {
+    const cvxq_matrix *w = c->job.weight;
+    const int64_t first = cvxq_wide_input(wide, cvxq_wide_panel(wide, c->piece));
+    const int64_t end = cvxq_wide_input(wide, cvxq_wide_panel(wide, c->piece + 1));
+    for (int64_t i = 0; i < c->item->tiles; i++, sums += wide->rows * TILE) {
+        const int64_t tile = c->item->first_tile + i;
+        const size_t bytes = (size_t)w->tiles[tile].strips * STRIP * sizeof(float);
+        for (int64_t m = first; m < end; m++)
+            memcpy(wide->results + m * cvxq_wide_pitch(w) + tile * TILE, sums + (m - first) * TILE,
+                   bytes);
+    }
+}
+
 static void commit_chunk(const void *context, int64_t chunk, int thread) {
     const cvxq_product *p = context;
     const chunk_job c = job_of(p, chunk);
     const float *results = cvxq_pool_scratch(p->pool, thread, 0);
-    if (c.wide) {
-        cvxq_wide_commit(c.wide, &c.job, c.item, (const char *)results + results_bytes(p->m));
+    if (c.factor->many) {
+        commit_many(&c.factor->wide, &c, results);
     } else if (c.job.weight->kind == KIND_PACKED) {
         cvxq_packed_commit(&c.job, c.item, results);
     } else {
@@ -81,20 +98,26 @@ static void commit_chunk(const void *context, int64_t chunk, int thread) {
     }
 }
 
-/* One row of inputs, in the order of each matrix. */
-static void put_in_order(const void *context, int64_t row, int thread) {
+/* Steps in which a matrix's inputs are put in order. */
+static int64_t orders_of(const cvxq_factor *factor, int64_t m) {
+    return factor->many ? factor->wide.fills : factor->ordered ? m : 0;
+}
+
+/* One step for each matrix: for those that take few inputs, one row. */
+static void put_in_order(const void *context, int64_t step, int thread) {
     const cvxq_product *p = context;
     (void)thread;
-    const float *x = p->x + row * p->inputs;
-    for (int i = 0; i < p->count; i++) {
-        const cvxq_factor *factor = &p->factors[i];
-        const int32_t *order = factor->job.weight->order;
-        if (factor->wide.high)
-            cvxq_wide_round(&factor->wide, order, p->inputs, row < p->m ? x : NULL, row);
-        if (!factor->ordered || row >= p->m) continue;
-        float *out = factor->ordered + row * p->inputs;
-        if (order)
-            for (int64_t k = 0; k < p->inputs; k++) out[k] = x[order[k]];
+    for (const cvxq_factor *factor = p->factors; factor < p->factors + p->count; factor++) {
+        const cvxq_matrix *w = factor->job.weight;
+        if (step >= orders_of(factor, p->m)) continue;
+        if (factor->many) {
+            factor->many->fill(&factor->wide, w, p->x, step);
+            continue;
+        }
+        const float *x = p->x + step * p->inputs;
+        float *out = factor->ordered + step * p->inputs;
+        if (w->order)
+            for (int64_t k = 0; k < p->inputs; k++) out[k] = x[w->order[k]];
         else
             memcpy(out, x, sizeof(float) * (size_t)p->inputs);
     }
@@ -104,42 +127,48 @@ static void put_in_order(const void *context, int64_t row, int thread) {
 static void collect(const void *context, int64_t row, int thread) {
     const cvxq_product *p = context;
     (void)thread;
-    for (int i = 0; i < p->count; i++) {
-        const cvxq_factor *factor = &p->factors[i];
+    for (const cvxq_factor *factor = p->factors; factor < p->factors + p->count; factor++) {
         const cvxq_matrix *w = factor->job.weight;
-        if (factor->wide.high)
-            cvxq_wide_collect(&factor->wide, w, row, factor->job.y + row * w->outputs);
+        if (factor->many)
+            factor->many->collect(&factor->wide, w, row, factor->job.y + row * w->outputs);
     }
 }
 
-static int is_wide(const cvxq_matrix *w, int64_t m, int exact) {
-    return m > NATIVE && !exact && w->kind == KIND_PACKED && !w->cluster_orders &&
-           cvxq_wide_available();
+/* The kernel for many inputs that is best for a product, NULL for that of few. */
+static const cvxq_wide_ops *ops_for(const cvxq_matrix *w, int64_t m, int exact) {
+    if (w->kind != KIND_PACKED || w->cluster_orders) return NULL;
+#if defined(CVXQ_HAS_AMX)
+    if (m > NATIVE && cvxq_wide_amx.is_available(exact)) return &cvxq_wide_amx;
+#endif
+#if defined(CVXQ_HAS_FMA)
+    if (m >= MANY && cvxq_wide_fma.is_available(exact)) return &cvxq_wide_fma;
+#endif
+    return NULL;
 }
 
-static size_t scratch_of(const cvxq_matrix *w, int64_t m, int exact) {
-    if (is_wide(w, m, exact)) return cvxq_wide_scratch(m);
+static size_t scratch_of(const cvxq_factor *factor, int exact) {
+    const cvxq_matrix *w = factor->job.weight;
+    if (factor->many) return factor->wide.scratch_bytes;
     if (w->kind == KIND_PACKED) return cvxq_packed_scratch(w, exact);
     return w->kind == KIND_TRANSPOSED ? cvxq_transposed_scratch(w) : 0;
 }
 
-/* Bytes that the inputs in the order of `w`, and results in that of its tiles, take. */
-static size_t ordered_bytes(const cvxq_matrix *w, int64_t m, int exact, int is_passing) {
-    if (is_wide(w, m, exact)) return cvxq_wide_lay_out(w, m, NULL, NULL);
+/* Bytes of a matrix's inputs in its order, and of its results in that of its tiles. */
+static size_t input_bytes(const cvxq_factor *factor, int64_t m, int is_passing) {
+    const cvxq_matrix *w = factor->job.weight;
+    if (factor->many) return aligned(factor->wide.input_bytes);
     return w->order || is_passing ? aligned(sizeof(float) * (size_t)(m * w->inputs)) : 0;
+}
+static size_t wide_results_bytes(const cvxq_factor *factor, int64_t m) {
+    if (!factor->many) return 0;
+    return aligned(sizeof(float) * (size_t)(m * cvxq_wide_pitch(factor->job.weight)));
 }
 
 void cvxq_product_begin(cvxq_product *p, cvxq_pool *pool, const cvxq_matrix *const *weights,
                         int count, const float *x, int64_t m, float *const *y, int exact,
                         int is_passing) {
+    const int threads = cvxq_pool_threads(pool);
     size_t scratch = 0, shared_bytes = 0;
-    for (int i = 0; i < count; i++) {
-        scratch = (size_t)max_of((int64_t)scratch, (int64_t)scratch_of(weights[i], m, exact));
-        shared_bytes += ordered_bytes(weights[i], m, exact, is_passing);
-    }
-    for (int thread = 0; thread < cvxq_pool_threads(pool); thread++)
-        cvxq_pool_scratch(pool, thread, results_bytes(m) + scratch);
-    char *shared = cvxq_pool_scratch(pool, -1, shared_bytes);
     p->pool = pool;
     p->x = x;
     p->count = count;
@@ -147,40 +176,51 @@ void cvxq_product_begin(cvxq_product *p, cvxq_pool *pool, const cvxq_matrix *con
     p->inputs = weights[0]->inputs;
     p->stage = PRODUCT_ORDERS;
     for (int i = 0; i < count; i++) {
-        const size_t bytes = ordered_bytes(weights[i], m, exact, is_passing);
-        p->factors[i] = (cvxq_factor){.job = {weights[i], x, y[i], m, exact}};
-        if (is_wide(weights[i], m, exact)) {
-            cvxq_wide_lay_out(weights[i], m, shared, &p->factors[i].wide);
+        cvxq_factor *factor = &p->factors[i];
+        *factor = (cvxq_factor){.job = {weights[i], x, y[i], m, exact},
+                                .many = ops_for(weights[i], m, exact),
+                                .wide = {.m = (int32_t)m}};
+        if (factor->many) factor->many->plan(&factor->wide, weights[i], threads);
+        scratch = (size_t)max_of((int64_t)scratch, (int64_t)scratch_of(factor, exact));
+        shared_bytes += input_bytes(factor, m, is_passing) + wide_results_bytes(factor, m);
+    }
+    for (int thread = 0; thread < threads; thread++)
+        cvxq_pool_scratch(pool, thread, results_bytes(m) + scratch);
+    char *shared = cvxq_pool_scratch(pool, -1, shared_bytes);
+    for (int i = 0; i < count; i++) {
+        cvxq_factor *factor = &p->factors[i];
+        const size_t bytes = input_bytes(factor, m, is_passing);
+        if (factor->many) {
+            factor->wide.inputs = shared;
+            factor->wide.results = (float *)(shared + bytes);
         } else if (bytes) {
-            p->factors[i].ordered = (float *)shared;
-            p->factors[i].job.x = p->factors[i].ordered;
+            factor->job.x = factor->ordered = (float *)shared;
         }
-        shared += bytes;
+        shared += bytes + wide_results_bytes(factor, m);
     }
 }
 
 int cvxq_product_next(cvxq_product *p, cvxq_work *work) {
     const size_t bytes = offsetof(cvxq_product, factors) + (size_t)p->count * sizeof *p->factors;
-    int64_t rows = 0, chunks = 0;
-    int any_wide = 0;
+    int64_t orders = 0, chunks = 0;
+    int any_many = 0;
     for (int i = 0; i < p->count; i++) {
         const cvxq_factor *factor = &p->factors[i];
-        any_wide |= factor->wide.high != NULL;
-        if (factor->ordered) rows = max_of(rows, p->m);
-        if (factor->wide.high) rows = max_of(rows, factor->wide.rows);
+        any_many |= factor->many != NULL;
+        orders = max_of(orders, orders_of(factor, p->m));
         chunks += factor->job.weight->item_count * pieces_of(factor, p->m);
     }
     switch (p->stage) {
     case PRODUCT_ORDERS:
         p->stage = PRODUCT_COMPUTES;
-        if (rows > 1) {
-            cvxq_work_fill(work, put_in_order, NULL, rows, p, bytes);
+        if (orders > 1) {
+            cvxq_work_fill(work, put_in_order, NULL, orders, p, bytes);
             return 1;
         }
-        if (rows) put_in_order(p, 0, 0);
+        if (orders) put_in_order(p, 0, 0);
         /* fall through */
     case PRODUCT_COMPUTES:
-        p->stage = any_wide ? PRODUCT_COLLECTS : PRODUCT_DONE;
+        p->stage = any_many ? PRODUCT_COLLECTS : PRODUCT_DONE;
         cvxq_work_fill(work, compute_chunk, commit_chunk, chunks, p, bytes);
         return 1;
     case PRODUCT_COLLECTS:

@@ -13,14 +13,11 @@
  * begins at an odd column, its codes are shifted by one.
  *
  * Up to depth 6 a pair of columns has few values: 2 · 2^B, each rounded once and then looked up.
- *
- * Results come in the order of tiles and are put in that of outputs at the end, row by row: written
- * to their places at once, every one would touch a cache line of its own that threads share.
  */
 #define _GNU_SOURCE
 #include "internal.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(CVXQ_HAS_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -36,7 +33,9 @@ enum {
 typedef struct {
     uint8_t *weights, *rest; /* (ROOM, 4 strips, 16 rows, 2) bfloat16 */
     float *sums;             /* (padded M, 64) of the tile in work */
-    const cvxq_wide *wide;
+    const uint16_t *high,
+        *low; /* (steps, rows, 32) bfloat16: inputs in order, what rounding left */
+    int64_t rows;
     int64_t first; /* first step expanded */
     int64_t split; /* first step that has a rest */
     int strips, is_first;
@@ -47,7 +46,7 @@ static int ask_for_tiles(void) {
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-int cvxq_wide_available(void) {
+static int is_available(int exact) {
     static atomic_int known; /* 0 not asked yet, 1 no, 2 yes */
     int state = atomic_load(&known);
     if (!state) {
@@ -60,35 +59,30 @@ int cvxq_wide_available(void) {
         state = has_tiles && has_bf16 && ask_for_tiles() ? 2 : 1;
         atomic_store(&known, state);
     }
-    return state == 2 && cvxq_ops_in_use() == &cvxq_ops_avx512;
+    return state == 2 && !exact && cvxq_ops_in_use() == &cvxq_ops_avx512;
 }
 
-static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
-static int64_t padded_rows(int64_t m) { return ceil_div(m, 32) * 32; }
-
-size_t cvxq_wide_lay_out(const cvxq_matrix *w, int64_t m, char *memory, cvxq_wide *wide) {
-    const int64_t rows = padded_rows(m), steps = ceil_div(w->inputs, STEP);
-    const size_t plane = (size_t)(steps * rows * STEP) * sizeof(uint16_t);
-    const int is_split = w->deepest >= SPLIT;
-    /* An odd number of cache lines, because rows a multiple of 4 kB apart would share a few sets. */
-    const int64_t pitch = w->tile_count * TILE + STRIP;
-    if (memory)
-        *wide = (cvxq_wide){.high = (uint16_t *)memory,
-                            .low = is_split ? (uint16_t *)(memory + plane) : NULL,
-                            .results = (float *)(memory + plane * (size_t)(1 + is_split)),
-                            .rows = rows,
-                            .pitch = pitch};
-    return plane * (size_t)(1 + is_split) + aligned((size_t)(m * pitch) * sizeof(float));
+/* Elements of the inputs, of which there are two planes where factors are split. */
+static int64_t plane_of(const cvxq_wide *wide, const cvxq_matrix *w) {
+    return ceil_div(w->inputs, STEP) * STEP * wide->rows;
 }
 
-size_t cvxq_wide_scratch(int64_t m) {
-    return 2 * ROOM * PAIR + ITEM_TILES * (size_t)padded_rows(m) * TILE * sizeof(float);
+static void plan(cvxq_wide *wide, const cvxq_matrix *w, int threads) {
+    (void)threads;
+    wide->panels = wide->pieces = 1;
+    wide->rows = wide->fills = (int32_t)ceil_div(wide->m, 32) * 32;
+    wide->input_bytes = (size_t)plane_of(wide, w) * sizeof(uint16_t) *
+                        (w->deepest >= SPLIT ? 2 : 1);
+    wide->scratch_bytes = cvxq_wide_sums_bytes(wide) + 2 * ROOM * PAIR;
 }
 
-TARGET void cvxq_wide_round(const cvxq_wide *wide, const int32_t *order, int64_t count,
-                            const float *x, int64_t row) {
-    for (int64_t k = 0; k < ceil_div(count, STEP) * STEP; k += 16) {
-        const int64_t left = x ? count - k : 0; /* rows and columns of padding are zero */
+/* Row `row`, one of padding from M on. */
+TARGET static void fill(const cvxq_wide *wide, const cvxq_matrix *w, const float *x, int64_t row) {
+    const int32_t *order = w->order;
+    uint16_t *high = wide->inputs, *low = high + plane_of(wide, w);
+    x += row * w->inputs;
+    for (int64_t k = 0; k < ceil_div(w->inputs, STEP) * STEP; k += 16) {
+        const int64_t left = row < wide->m ? w->inputs - k : 0; /* what is padding is zero */
         const __mmask16 mask = left >= 16 ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0;
         const __m512 zero = _mm512_setzero_ps();
         const __m512 value = order
@@ -97,17 +91,17 @@ TARGET void cvxq_wide_round(const cvxq_wide *wide, const int32_t *order, int64_t
                                  : _mm512_maskz_loadu_ps(mask, x + k);
         const int64_t at = (k / STEP * wide->rows + row) * STEP + k % STEP;
         const __m256i upper = (__m256i)_mm512_cvtneps_pbh(value);
-        _mm256_store_si256((__m256i *)(wide->high + at), upper);
-        if (!wide->low) continue;
+        _mm256_store_si256((__m256i *)(high + at), upper);
+        if (w->deepest < SPLIT) continue;
         const __m512 rounded =
             _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
-        _mm256_store_si256((__m256i *)(wide->low + at),
+        _mm256_store_si256((__m256i *)(low + at),
                            (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(value, rounded)));
     }
 }
 
-TARGET void cvxq_wide_collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *y) {
-    const float *results = wide->results + row * wide->pitch;
+TARGET static void collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *y) {
+    const float *results = wide->results + row * cvxq_wide_pitch(w);
     for (int64_t n = 0; n < w->outputs; n += 16) {
         const __mmask16 mask = w->outputs - n >= 16 ? 0xFFFF : (1 << (w->outputs - n)) - 1;
         const __m512 zero = _mm512_setzero_ps();
@@ -166,12 +160,12 @@ INLINE void multiply_block(const batch_state *b, int64_t steps, int64_t m, int s
         }
     }
     for (int64_t s = 0; s < steps; s++) {
-        const int64_t at = ((b->first + s) * b->wide->rows + m) * STEP;
+        const int64_t at = ((b->first + s) * b->rows + m) * STEP;
         const int64_t place = s * PAIRS * PAIR + strip * VECTOR;
-        MULTIPLY(b->wide->high + at, b->weights + place);
+        MULTIPLY(b->high + at, b->weights + place);
         if (b->first + s < b->split) continue;
-        MULTIPLY(b->wide->high + at, b->rest + place);
-        MULTIPLY(b->wide->low + at, b->weights + place);
+        MULTIPLY(b->high + at, b->rest + place);
+        MULTIPLY(b->low + at, b->weights + place);
     }
     _tile_stored(0, sums, ROW);
     _tile_stored(1, sums + 16 * TILE, ROW);
@@ -183,7 +177,7 @@ INLINE void multiply_block(const batch_state *b, int64_t steps, int64_t m, int s
 
 /* Multiply `steps` expanded steps; what was expanded beyond a full batch moves to the front. */
 TARGET static void multiply_batch(batch_state *b, int64_t steps) {
-    for (int64_t m = 0; m < b->wide->rows; m += 32) {
+    for (int64_t m = 0; m < b->rows; m += 32) {
         if (b->strips == 1) {
             multiply_block(b, steps, m, 0, 0);
         } else {
@@ -308,13 +302,17 @@ static void multiply_tile(const cvxq_matrix *w, const cvxq_cluster *cluster,
     if (steps > 0 || b->is_first) multiply_batch(b, max_of(steps, 0));
 }
 
-TARGET void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
-                           void *scratch) {
-    const cvxq_matrix *w = job->weight;
-    batch_state b = {.weights = scratch,
-                     .rest = (uint8_t *)scratch + ROOM * PAIR,
-                     .sums = (float *)((uint8_t *)scratch + 2 * ROOM * PAIR),
-                     .wide = wide};
+TARGET static void item(const cvxq_wide *wide, const cvxq_matrix *w, const cvxq_item *item,
+                        int64_t piece, void *scratch) {
+    uint8_t *weights = (uint8_t *)scratch + cvxq_wide_sums_bytes(wide);
+    const uint16_t *inputs = wide->inputs;
+    batch_state b = {.weights = weights,
+                     .rest = weights + ROOM * PAIR,
+                     .sums = scratch,
+                     .high = inputs,
+                     .low = inputs + plane_of(wide, w),
+                     .rows = wide->rows};
+    (void)piece;
     configure();
     for (int64_t t = item->first_tile; t < item->first_tile + item->tiles; t++) {
         const cvxq_tile *tile = &w->tiles[t];
@@ -324,37 +322,5 @@ TARGET void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvx
     _tile_release();
 }
 
-void cvxq_wide_commit(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
-                      const void *scratch) {
-    const float *sums = (const float *)((const uint8_t *)scratch + 2 * ROOM * PAIR);
-    for (int64_t t = item->first_tile; t < item->first_tile + item->tiles; t++) {
-        const size_t bytes = (size_t)job->weight->tiles[t].strips * STRIP * sizeof(float);
-        for (int64_t m = 0; m < job->m; m++)
-            memcpy(wide->results + m * wide->pitch + t * TILE, sums + m * TILE, bytes);
-        sums += wide->rows * TILE;
-    }
-}
-
-#else
-int cvxq_wide_available(void) { return 0; }
-size_t cvxq_wide_lay_out(const cvxq_matrix *w, int64_t m, char *memory, cvxq_wide *wide) {
-    (void)w, (void)m, (void)memory, (void)wide;
-    return 0;
-}
-size_t cvxq_wide_scratch(int64_t m) { return (size_t)(0 * m); }
-void cvxq_wide_round(const cvxq_wide *wide, const int32_t *order, int64_t count, const float *x,
-                     int64_t row) {
-    (void)wide, (void)order, (void)count, (void)x, (void)row;
-}
-void cvxq_wide_collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *y) {
-    (void)wide, (void)w, (void)row, (void)y;
-}
-void cvxq_wide_item(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
-                    void *scratch) {
-    (void)wide, (void)job, (void)item, (void)scratch;
-}
-void cvxq_wide_commit(const cvxq_wide *wide, const cvxq_job *job, const cvxq_item *item,
-                      const void *scratch) {
-    (void)wide, (void)job, (void)item, (void)scratch;
-}
+const cvxq_wide_ops cvxq_wide_amx = {is_available, plan, fill, item, collect};
 #endif
