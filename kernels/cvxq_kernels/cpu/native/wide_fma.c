@@ -115,7 +115,7 @@ INLINE void codes_of(const int depth, const uint8_t *unit, __m256i codes[UNIT]) 
 INLINE void look_up(const int depth, const byte_tables *t, __m256i codes, __m256i bytes[4]) {
     const int parts = depth > 4 ? 1 << (depth - 4) : 1;
     UNROLL for (int b = 0; b < 4; b++) bytes[b] = _mm256_setzero_si256();
-    for (int part = 0; part < parts; part++) {
+    UNROLL for (int part = 0; part < parts; part++) {
         const __m256i own = _mm256_adds_epu8(
             _mm256_xor_si256(codes, _mm256_set1_epi8((char)(16 * part))), _mm256_set1_epi8(0x70));
         UNROLL for (int b = 0; b < 4; b++) {
@@ -141,18 +141,20 @@ INLINE void put_columns(const __m256i bytes[4], const float *scale, const float 
                                                          _mm256_broadcast_ss(shift + j)));
 }
 
-/* One unit, whose first column goes to `out`: column k's weights are level · scale + shift. */
-INLINE void expand_unit(const int depth, const byte_tables *t, const uint8_t *unit,
-                        const int strips, const float *scale, const float *shift, float *out) {
-    UNROLL for (int half = 0; half < 2; half++) {
+/* One unit, whose first column goes to `out`: column k's weights are level · scale + shift. Only what
+ * is a constant number of steps is unrolled: all of it would take compilers minutes. */
+INLINE void expand_unit(const int depth, const byte_tables *t, const uint8_t *unit, int strips,
+                        const float *scale, const float *shift, float *out) {
+    for (int half = 0; half < 2; half++, unit += VECTOR / 2, out += STRIP / 2) {
         __m256i codes[UNIT];
-        codes_of(depth, unit + half * VECTOR / 2, codes);
-        UNROLL for (int v = 0; v < UNIT; v++) {
-            const int quad = v / strips, strip = v % strips;
-            __m256i bytes[4];
-            look_up(depth, t, codes[v], bytes);
-            put_columns(bytes, scale + 4 * quad, shift + 4 * quad,
-                        out + (strip * ROOM + 4 * quad) * STRIP + half * STRIP / 2);
+        codes_of(depth, unit, codes);
+        for (int quad = 0, v = 0; v < UNIT; quad += 4) {
+            for (int strip = 0; strip < strips; strip++, v++) {
+                __m256i bytes[4];
+                look_up(depth, t, codes[v], bytes);
+                put_columns(bytes, scale + quad, shift + quad,
+                            out + (strip * ROOM + quad) * STRIP);
+            }
         }
     }
 }
@@ -200,13 +202,12 @@ TARGET static void multiply_expanded(expansion *e) {
 }
 
 /* Expand a run; multiply whenever enough is there. Its codes begin at `unit`. */
-INLINE void do_run(const int depth, const int strips, const cvxq_run *run, const uint8_t *unit,
-                   expansion *e) {
-    const int per_unit = 4 * UNIT / strips;
+INLINE void do_run(const int depth, const cvxq_run *run, const uint8_t *unit, expansion *e) {
+    const int64_t per_unit = unit_columns(e->strips);
     byte_tables tables;
     fill_tables(e->w, depth, &tables);
     for (int64_t i = 0; i < run->count; i += per_unit, unit += VECTOR * depth) {
-        expand_unit(depth, &tables, unit, strips, e->scale + run->first + i,
+        expand_unit(depth, &tables, unit, e->strips, e->scale + run->first + i,
                     e->shift + run->first + i, e->weights + e->filled * STRIP);
         /* What a last unit has beyond its run is none of it: the next run begins there. */
         e->filled += min_of(per_unit, run->count - i);
@@ -228,11 +229,7 @@ TARGET static void do_pruned(const cvxq_run *run, expansion *e) {
 typedef void (*runner)(const cvxq_run *, const uint8_t *, expansion *);
 #define RUNNER(DEPTH)                                                                             \
     TARGET static void do_run_##DEPTH(const cvxq_run *run, const uint8_t *unit, expansion *e) {   \
-        switch (e->strips) {                                                                      \
-        case 4: do_run(DEPTH, 4, run, unit, e); break;                                            \
-        case 2: do_run(DEPTH, 2, run, unit, e); break;                                            \
-        default: do_run(DEPTH, 1, run, unit, e);                                                  \
-        }                                                                                         \
+        do_run(DEPTH, run, unit, e);                                                              \
     }
 RUNNER(1)
 RUNNER(2)
