@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,8 +11,27 @@ from cvxq_format import Codebook, CompandedTensor, dequantize, unpack_codes
 from cvxq_kernels import cpu
 
 ISAS = ("scalar", "avx2", "avx512", "neon")
-LEAST_STEPS = 84  # tables.c tries steps from largest / 84 down to largest / 127
 ROUNDING = 2.0**-24  # of a float32
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How finely an instruction set rounds: steps to a table's largest level and to an input.
+
+    levels: for depths 1 … 8, the fewest that tables.c may choose. left_out: the largest sum of
+    rounding that the products leave out or add, in steps of both, per weight.
+    """
+
+    levels: tuple[float, ...]
+    narrow_inputs: int
+    wide_inputs: int
+    left_out: float
+
+
+# Products of both low bytes are left out: 127.5² at most, each.
+BYTES = Steps((84,) * 4 + (32512,) * 4, 127, 32639, 128 * 128)
+# Two thirds of 63 and 127 steps to the whole range, one sum per block rounded to whole steps.
+NIBBLES = Steps((21,) * 3 + (42.5, 171, 8191, 8191, 8191), 127, 8191, 0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +59,10 @@ class Reference:
         self._scales = tensor.scales(codebook)[0].astype(np.float64)  # (C, Kc)
         self._depths = tensor.depths[0].astype(int)
         self._tops = [1.0, *(float(np.abs(table).max()) for table in codebook.levels)]
+        used = range(5, self._depths.max(initial=0) + 1)
+        self._is_symmetric = all(
+            np.array_equal(codebook.levels[b - 1], -codebook.levels[b - 1][::-1]) for b in used
+        )
 
     def product(self, x: np.ndarray, bias: np.ndarray) -> np.ndarray:
         return x.astype(np.float64) @ self.weights.T + bias
@@ -62,6 +86,7 @@ class Reference:
             bound += 1.01 * 2.0**-8 * (size + self._mean_size(x))
         tensor = self._tensor
         codes = unpack_codes(tensor, expert=0).astype(int)
+        steps = NIBBLES if cpu.isa() == "avx2" and self._is_symmetric else BYTES
         row = 0
         for cluster, height in enumerate(tensor.cluster_rows()):
             rows = tensor.stored_to_source()[row : row + height]
@@ -74,12 +99,13 @@ class Reference:
                 level = np.abs(
                     self._levels[2**depth - 1 + codes[row : row + height][:, columns]]
                 )  # (rows, columns)
-                x_step = part.max(axis=1) / (127 if depth <= 4 else 32639)
-                level_step = self._tops[depth] / (LEAST_STEPS if depth <= 4 else 32512)
+                inputs = steps.narrow_inputs if depth <= 4 else steps.wide_inputs
+                x_step = part.max(axis=1) / inputs
+                level_step = self._tops[depth] / steps.levels[depth - 1]
                 per_row = x_step[:, None] / 2 * (level.sum(axis=1) + columns.size * level_step)
                 per_row = per_row + (part.sum(axis=1) * level_step / 2)[:, None]
-                if depth > 4:  # low · low is left out: 127.5² of 32512 · 32639 at most, each
-                    per_row = per_row + columns.size * x_step[:, None] * level_step * 128 * 128
+                if depth > 4 or steps is NIBBLES:
+                    per_row += columns.size * x_step[:, None] * level_step * steps.left_out
                 bound[:, rows] += per_row * 1.001
             row += height
         return bound

@@ -12,8 +12,11 @@ from cvxq_kernels import cpu
 COLUMNS, ROWS = 512, 64
 
 
-def normal_levels(depth: int) -> np.ndarray:
-    """Levels that minimize the squared error of normal weights (Lloyd's iteration), float32."""
+def normal_levels(depth: int, skew: float) -> np.ndarray:
+    """Levels that minimize the squared error of normal weights (Lloyd's iteration), float32.
+
+    skew: 0 makes them exactly symmetric, as the converter does.
+    """
     sample = np.random.default_rng(0).standard_normal(50_000)
     sample.sort()
     levels = np.quantile(sample, (np.arange(2**depth) + 0.5) / 2**depth)
@@ -23,7 +26,8 @@ def normal_levels(depth: int) -> np.ndarray:
         sums = np.concatenate([[0.0], np.cumsum(sample)])
         counts = np.maximum(np.diff(ends), 1)
         levels = np.where(np.diff(ends) > 0, np.diff(sums[ends]) / counts, levels)
-    return np.sort(levels).astype(np.float32)
+    levels = (levels - levels[::-1]) / 2
+    return (levels * np.exp(skew * levels)).astype(np.float32)
 
 
 @cache
@@ -31,7 +35,8 @@ def codebook(kind: str) -> Codebook:
     default = Codebook.default()
     if kind == "compander":
         return default
-    return replace(default, levels=tuple(normal_levels(depth) for depth in range(1, 9)))
+    skew = 0.1 if kind == "skewed" else 0.0
+    return replace(default, levels=tuple(normal_levels(depth, skew) for depth in range(1, 9)))
 
 
 def quantized(
@@ -61,7 +66,7 @@ def activations(kind: str, m: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("depth", range(1, 9))
-@pytest.mark.parametrize("levels", ["compander", "fitted"])
+@pytest.mark.parametrize("levels", ["compander", "fitted", "skewed"])
 @pytest.mark.parametrize("kind", ["normal", "outliers"])
 @pytest.mark.parametrize("m", [16, 64])  # inputs rounded per cluster, and many at once
 def test_added_error(

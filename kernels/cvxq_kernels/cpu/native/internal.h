@@ -10,8 +10,10 @@
  * Arithmetic.  Inputs, times the group's scale, are rounded per block of 64 columns: to 8 bits for
  * depths 1–4, to 16 bits in two planes (256·high + low) for depths 5–8.  Levels are rounded alike,
  * stored with 128 added to the (high) byte because dot products want one unsigned side; `start`
- * takes that out again.  Sums inside a block are exact integers, so every instruction set and any
- * number of threads gives the same result up to the order of a few float32 operations.
+ * takes that out again.  AVX2 rounds otherwise (cvxq_nibble_tables): levels to 6 bits for depths
+ * 1–3 and 7 for depth 4, inputs and levels to 14 bits for depths 5–8.  Sums inside a block are exact
+ * integers, so any number of threads, and every instruction set with the same rounding, gives the
+ * same result up to the order of a few float32 operations.
  */
 #ifndef CVXQ_INTERNAL_H
 #define CVXQ_INTERNAL_H
@@ -33,6 +35,8 @@ enum {
     NATIVE = 16,       /* largest M for which inputs are rounded per cluster, given a choice */
     CHUNK = 256,       /* inputs that are in work at a time */
     ITEM_TILES = 4,    /* most tiles of one item of work */
+    MOST_WHOLE = 8191, /* of 14-bit levels and inputs: 32 products fit 31 bits */
+    GROUP_PAD = 8,     /* bytes that may be read behind scale and mean codes */
     AHEAD_BLOCK = 512, /* bytes fetched ahead per block of inputs that is rounded */
 };
 
@@ -68,6 +72,18 @@ typedef struct {
     int32_t cluster, first_tile, tiles;
 } cvxq_item;
 
+/* Level tables for look-ups by four bits and sums of 16-bit products. Depths 1–4: whole numbers from 0
+ * up, of which `zero` stands for zero; [depth − 1][p] answers for code p of the nibble, whatever its
+ * other bits are (depth 3: for the low three bits, and for the high three). Depths 5–8: the bytes of
+ * whole numbers n, one at depth 5 and else two, for the levels −(n + ½) steps of a table's lower
+ * half, of which the upper half is the mirror image at all depths from 5 to `symmetric`. */
+typedef struct {
+    _Alignas(64) uint8_t narrow[4][4][16];
+    uint8_t high[4][128], low[4][128]; /* [depth − 5][code] */
+    float zero[9], unit[9];            /* unit: value of one step, negative for depths 5–8 */
+    int32_t symmetric;
+} cvxq_nibble_tables;
+
 /* Rounded level tables, as every instruction set wants them. A table with a shift in its name
  * answers for the code that starts at that bit of the index, whatever the other bits are. */
 typedef struct {
@@ -78,12 +94,14 @@ typedef struct {
     uint8_t high[4][256], low[4][256]; /* [depth − 5][code], periodic */
     float unit[9];                     /* value of one step of the rounded levels */
     float level[512];                  /* unrounded: depth B's table at [2^B, 2^(B+1)) */
+    cvxq_nibble_tables nibble;
 } cvxq_tables;
 
 /* An input row as one cluster wants it. */
 typedef struct {
     int8_t *high;    /* (blocks, 64) */
     int8_t *low;     /* (blocks, 64), written for depths 5–8 */
+    int16_t *whole;  /* (blocks, 64), what AVX2 writes for depths 5–8 in place of both */
     float *scale;    /* (blocks,) value of one step of the integer sum */
     int32_t *start;  /* (blocks,) what the sum with `high` starts from */
     int32_t *start2; /* (blocks,) what the sum of second order starts from */

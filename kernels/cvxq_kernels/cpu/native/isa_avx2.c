@@ -1,153 +1,220 @@
 /* AVX2 with FMA: x86 processors since 2013.
  *
- * Tables of 16 entries fit vpshufb; deeper codes take one look-up per 16 entries, of which all but
- * the right one give zero. Without a dot product of bytes, even and odd columns are widened to 16
- * bits, where vpmaddwd multiplies and adds without ever saturating.
+ * vpshufb looks up 16 levels by bits 0–3 of every index byte whose top bit is clear, and there is no
+ * dot product of bytes, only vpmaddubsw, which adds two products in 16 bits. So levels have 7 bits at
+ * depth 4, where two products with signed bytes just fit, and 6 at depths 1–3, where four do. Deeper
+ * codes have levels of a sign and 13 bits, or 8 at depth 5, looked up byte by byte in half a table
+ * and complemented for codes of the other half; vpmaddwd multiplies them with inputs of 14 bits.
+ *
+ * Registers hold 32 bytes: a half of a code vector, eight rows. A block is gone through for the lower
+ * halves first and then for the upper ones, so that all sums of one half stay in registers.
  */
 #include "internal.h"
 
 #if defined(__x86_64__)
+#include <float.h>
 #include <immintrin.h>
-
-#include "prepare.h"
+#include <math.h>
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-typedef struct {
-    __m256i half[2];
-} codes_t, sums_t;
-typedef struct {
-    __m256i even, odd; /* columns 0 and 2, 1 and 3 as 16-bit pairs, in every lane */
-} inputs_t;
-
 INLINE void fetch(const uint8_t *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
-INLINE codes_t load(const uint8_t *p) {
-    return (codes_t){
-        {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))}};
+
+#include "tile.h"
+
+enum { HALF = 32 }; /* bytes of half a code vector */
+
+INLINE __m256i load(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+INLINE __m256i only(__m256i a, int bits) {
+    return _mm256_and_si256(a, _mm256_set1_epi8((char)bits));
 }
-INLINE sums_t sums_of(int32_t n) { return (sums_t){{_mm256_set1_epi32(n), _mm256_set1_epi32(n)}}; }
-INLINE inputs_t inputs_at(const int8_t *p) {
+INLINE __m256i left(__m256i a, int by) { return by ? _mm256_slli_epi16(a, by) : a; }
+INLINE __m256i right(__m256i a, int by) { return by ? _mm256_srli_epi16(a, by) : a; }
+INLINE __m256i look(const uint8_t *table, __m256i index) {
+    const __m128i entries = _mm_load_si128((const __m128i *)table);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), index);
+}
+
+/* Levels of vector `i` of a unit of depth 1–4; `half` is the same half of its first row. */
+INLINE __m256i narrow_levels(const int depth, const int i, const uint8_t *half,
+                             const cvxq_tables *t) {
+    const uint8_t (*tables)[16] = t->nibble.narrow[depth - 1];
+    if (depth == 3 && i >= 6) { /* bits 6 and 7 of two rows: three of these four */
+        const __m256i a = load(half + VECTOR * (i - 6)), b = load(half + VECTOR * (i - 5));
+        return look(tables[i - 6], _mm256_or_si256(only(right(a, 6), 3), only(right(b, 4), 12)));
+    }
+    if (depth == 3)
+        return look(tables[i % 2], only(right(load(half + i / 2 * VECTOR), i % 2 * 2), 15));
+    const int in_row = 8 / depth, in_nibble = 4 / depth, at = i % in_row;
+    const __m256i row = load(half + i / in_row * VECTOR);
+    return look(tables[at % in_nibble], only(right(row, at / in_nibble * 4), 15));
+}
+
+/* Codes of depth 5–8 as places in the lower half of their table, and all ones where the level there
+ * is to be negated. At depth 6 bit 4 of the place is apart, on top of the bytes of `fifth`. */
+typedef struct {
+    __m256i place, fifth, negated;
+} index_t;
+
+INLINE index_t index_of(__m256i codes, int bits, __m256i top, __m256i fifth) {
+    const __m256i upper = _mm256_cmpgt_epi8(_mm256_setzero_si256(), top);
+    return (index_t){only(_mm256_xor_si256(codes, upper), bits), _mm256_xor_si256(fifth, upper),
+                     upper};
+}
+
+/* The same for vector `i` of a unit; `half` is the same half of its first row. */
+INLINE index_t wide_index(const int depth, const int i, const uint8_t *half) {
+    const __m256i none = _mm256_setzero_si256();
+    if (depth <= 6) {
+        const int width = depth - 4, at = i % (8 / width) * width;
+        const __m256i row = load(half + (4 + i * width / 8) * VECTOR);
+        const __m256i nibbles = right(load(half + i / 2 * VECTOR), i % 2 * 4);
+        return index_of(nibbles, 15, left(row, 8 - width - at), left(row, 7 - at));
+    }
+    if (depth == 7 && i == 7) {
+        __m256i codes = right(only(load(half), 128), 7);
+    UNROLL for (int row = 1; row < 7; row++)
+            codes = _mm256_or_si256(codes, right(only(load(half + row * VECTOR), 128), 7 - row));
+        return index_of(codes, 63, left(codes, 1), none);
+    }
+    const __m256i codes = load(half + i * VECTOR);
+    return index_of(codes, depth == 7 ? 63 : 127, left(codes, 8 - depth), none);
+}
+
+/* One byte of 16 · parts entries. Adding 0x70 with saturation sets the top bit of every place that
+ * another part answers for, and vpshufb gives zero for it. */
+INLINE __m256i look_parts(const int parts, const uint8_t *table, __m256i place) {
+    __m256i found = _mm256_setzero_si256();
+    UNROLL for (int part = 0; part < parts; part++) {
+        const __m256i from = _mm256_xor_si256(place, _mm256_set1_epi8((char)(16 * part)));
+        const __m256i own = _mm256_adds_epu8(from, _mm256_set1_epi8(0x70));
+        found = _mm256_or_si256(found, look(table + 16 * part, own));
+    }
+    return found;
+}
+INLINE __m256i look_wide(const int depth, const uint8_t *table, index_t x) {
+    const __m256i found =
+        depth == 5   ? look(table, x.place)
+        : depth == 6 ? _mm256_blendv_epi8(look(table, x.place), look(table + 16, x.place), x.fifth)
+                     : look_parts(1 << (depth - 5), table, x.place);
+    return _mm256_xor_si256(found, x.negated);
+}
+
+INLINE __m256i four_bytes(const int8_t *p) {
     int32_t four;
     memcpy(&four, p, 4);
-    const __m256i x = _mm256_set1_epi32(four);
-    return (inputs_t){_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+    return _mm256_set1_epi32(four);
 }
-INLINE sums_t dot(sums_t sums, codes_t levels, inputs_t x) {
-    for (int h = 0; h < 2; h++) {
-        const __m256i even = _mm256_and_si256(levels.half[h], _mm256_set1_epi16(255));
-        const __m256i odd = _mm256_srli_epi16(levels.half[h], 8);
-        sums.half[h] = _mm256_add_epi32(
-            sums.half[h],
-            _mm256_add_epi32(_mm256_madd_epi16(even, x.even), _mm256_madd_epi16(odd, x.odd)));
-    }
-    return sums;
+INLINE __m256i four_words(const int16_t *p) {
+    int64_t four;
+    memcpy(&four, p, 8);
+    return _mm256_set1_epi64x(four);
 }
 
-/* (codes >> shift) & mask, byte by byte; the mask keeps out what a neighbour shifts in. */
-INLINE codes_t field(codes_t codes, int shift, int mask) {
-    for (int h = 0; h < 2; h++)
-        codes.half[h] = _mm256_and_si256(_mm256_srli_epi16(codes.half[h], shift),
-                                         _mm256_set1_epi8((char)mask));
-    return codes;
-}
-INLINE codes_t join(codes_t a, codes_t b, int shift) {
-    for (int h = 0; h < 2; h++)
-        a.half[h] = _mm256_or_si256(a.half[h], _mm256_slli_epi16(b.half[h], shift));
-    return a;
-}
-INLINE __m256i table_at(const uint8_t *p) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
-}
-INLINE codes_t look(__m256i table, codes_t index) {
-    for (int h = 0; h < 2; h++) index.half[h] = _mm256_shuffle_epi8(table, index.half[h]);
-    return index;
-}
-
-INLINE void decode_1(const uint8_t *unit, const cvxq_tables *t, codes_t *levels) {
-    const codes_t a = load(unit);
-    for (int i = 0; i < 8; i++) levels[i] = look(table_at(t->narrow1[0]), field(a, i, 1));
-}
-INLINE void decode_2(const uint8_t *unit, const cvxq_tables *t, codes_t *levels) {
-    for (int i = 0; i < 8; i++)
-        levels[i] = look(table_at(t->narrow2[0]), field(load(unit + i / 4 * 64), i % 4 * 2, 3));
-}
-INLINE void decode_3(const uint8_t *unit, const cvxq_tables *t, codes_t *levels) {
-    const __m256i table = table_at(t->narrow3[0]);
-    codes_t top = {{_mm256_setzero_si256(), _mm256_setzero_si256()}};
-    for (int row = 0; row < 3; row++) {
-        const codes_t a = load(unit + 64 * row);
-        levels[2 * row] = look(table, field(a, 0, 7));
-        levels[2 * row + 1] = look(table, field(a, 3, 7));
-        top = join(top, field(a, 6, 3), 2 * row);
-    }
-    levels[6] = look(table, field(top, 0, 7));
-    levels[7] = look(table, field(top, 3, 7));
-}
-INLINE void decode_4(const uint8_t *unit, const cvxq_tables *t, codes_t *levels) {
-    for (int i = 0; i < 8; i++)
-        levels[i] = look(table_at(t->narrow4), field(load(unit + i / 2 * 64), i % 2 * 4, 15));
-}
-
-/* Tables of 16 · parts entries: adding 0x70 with saturation sets the top bit of every index that
- * another part answers for, and vpshufb gives zero for it. */
-INLINE void look_wide(const cvxq_tables *t, int depth, codes_t index, codes_t *high, codes_t *low) {
-    for (int h = 0; h < 2; h++) {
-        __m256i upper = _mm256_setzero_si256(), lower = upper;
-        for (int part = 0; part < 1 << (depth - 4); part++) {
-            const __m256i own = _mm256_adds_epu8(
-                _mm256_xor_si256(index.half[h], _mm256_set1_epi8((char)(16 * part))),
-                _mm256_set1_epi8(0x70));
-            const uint8_t *high_part = t->high[depth - 5] + 16 * part;
-            const uint8_t *low_part = t->low[depth - 5] + 16 * part;
-            upper = _mm256_or_si256(upper, _mm256_shuffle_epi8(table_at(high_part), own));
-            lower = _mm256_or_si256(lower, _mm256_shuffle_epi8(table_at(low_part), own));
-        }
-        high->half[h] = upper;
-        low->half[h] = lower;
-    }
-}
-INLINE void decode_5(const uint8_t *unit, const cvxq_tables *t, codes_t *high, codes_t *low) {
-    for (int i = 0; i < 8; i++) {
-        const codes_t nibble = field(load(unit + i / 2 * 64), i % 2 * 4, 15);
-        look_wide(t, 5, join(nibble, field(load(unit + 256), i, 1), 4), high + i, low + i);
-    }
-}
-INLINE void decode_6(const uint8_t *unit, const cvxq_tables *t, codes_t *high, codes_t *low) {
-    for (int i = 0; i < 8; i++) {
-        const codes_t nibble = field(load(unit + i / 2 * 64), i % 2 * 4, 15);
-        const codes_t top = field(load(unit + 256 + i / 4 * 64), i % 4 * 2, 3);
-        look_wide(t, 6, join(nibble, top, 4), high + i, low + i);
-    }
-}
-INLINE void decode_7(const uint8_t *unit, const cvxq_tables *t, codes_t *high, codes_t *low) {
-    codes_t last = {{_mm256_setzero_si256(), _mm256_setzero_si256()}};
-    for (int i = 0; i < 7; i++) {
-        const codes_t row = load(unit + 64 * i);
-        look_wide(t, 7, field(row, 0, 127), high + i, low + i);
-        last = join(last, field(row, 7, 1), i);
-    }
-    look_wide(t, 7, last, high + 7, low + 7);
-}
-INLINE void decode_8(const uint8_t *unit, const cvxq_tables *t, codes_t *high, codes_t *low) {
-    for (int i = 0; i < 8; i++) look_wide(t, 8, load(unit + 64 * i), high + i, low + i);
-}
-
+/* out (8,) += scale · sum */
 INLINE void add_scaled(float *out, __m256 sum, float scale) {
     _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_set1_ps(scale), sum, _mm256_loadu_ps(out)));
 }
-INLINE void add_sums(float *out, sums_t sums, float scale) {
-    for (int h = 0; h < 2; h++) add_scaled(out + 8 * h, _mm256_cvtepi32_ps(sums.half[h]), scale);
-}
-INLINE void add_sums2(float *out, sums_t sums, sums_t sums2, float scale) {
-    for (int h = 0; h < 2; h++)
-        add_scaled(out + 8 * h,
-                   _mm256_fmadd_ps(_mm256_set1_ps(256), _mm256_cvtepi32_ps(sums.half[h]),
-                                   _mm256_cvtepi32_ps(sums2.half[h])),
-                   scale);
+
+/* sums += products; compilers would add up products first, for which there are no registers. */
+INLINE void add_to(__m256i *sums, __m256i products) {
+    *sums = _mm256_add_epi32(*sums, products);
+    __asm__("" : "+x"(*sums));
 }
 
-#include "tile.h"
+/* Half a block of depth 1–4, `units` units of it. */
+INLINE void narrow_half(const run_job *job, const int depth, const int strips, const int batch,
+                        const uint8_t *half, int64_t block, int64_t units, float *out) {
+    const int joined = depth < 4 ? 2 : 1; /* quads whose products are added in 16 bits */
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sums[BATCH][4];
+    UNROLL for (int m = 0; m < batch; m++) UNROLL for (int s = 0; s < strips; s++)
+        sums[m][s] = _mm256_set1_epi32(job->inputs[m].start[block]);
+    for (int64_t u = 0; u < units; u++, half += VECTOR * depth)
+        UNROLL for (int q = 0; q < UNIT / strips; q += joined)
+            UNROLL for (int s = 0; s < strips; s++) {
+                __m256i levels[2];
+                UNROLL for (int j = 0; j < joined; j++)
+                    levels[j] = narrow_levels(depth, (q + j) * strips + s, half, job->tables);
+                UNROLL for (int m = 0; m < batch; m++) {
+                    const int8_t *x = job->inputs[m].high + block * BLOCK + (u * (UNIT / strips) + q) * 4;
+                    __m256i sum = _mm256_maddubs_epi16(levels[0], four_bytes(x));
+                    if (joined == 2)
+                        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(levels[1], four_bytes(x + 4)));
+                    add_to(&sums[m][s], _mm256_madd_epi16(sum, ones));
+                }
+            }
+    UNROLL for (int m = 0; m < batch; m++) UNROLL for (int s = 0; s < strips; s++)
+        add_scaled(out + m * TILE + s * STRIP, _mm256_cvtepi32_ps(sums[m][s]),
+                   job->inputs[m].scale[block]);
+}
+
+/* Half a block of depth 5–8: a sum for columns 0 and 1 of a quad and one for 2 and 3, of rows 0 and 1
+ * of four in `sums[0]`, of rows 2 and 3 in `sums[1]`. */
+INLINE void wide_half(const run_job *job, const int depth, const int strips, const int batch,
+                      const uint8_t *half, int64_t block, int64_t units, float *out) {
+    const cvxq_nibble_tables *t = &job->tables->nibble;
+    __m256i sums[BATCH][4][2];
+    UNROLL for (int m = 0; m < batch; m++) UNROLL for (int s = 0; s < strips; s++)
+        sums[m][s][0] = sums[m][s][1] =
+            _mm256_set1_epi64x((uint32_t)job->inputs[m].start[block]);
+    for (int64_t u = 0; u < units; u++, half += VECTOR * depth)
+        UNROLL for (int q = 0; q < UNIT / strips; q++)
+            UNROLL for (int s = 0; s < strips; s++) {
+                const index_t index = wide_index(depth, q * strips + s, half);
+                const __m256i low = look_wide(depth, t->low[depth - 5], index);
+                /* A level of depth 5 is its sign and eight bits. */
+ const __m256i high = depth == 5 ? index.negated : look_wide(depth, t->high[depth - 5], index);
+                const __m256i levels[2] = {_mm256_unpacklo_epi8(low, high),
+                                           _mm256_unpackhi_epi8(low, high)};
+                UNROLL for (int m = 0; m < batch; m++) {
+                    const int64_t at = block * BLOCK + (u * (UNIT / strips) + q) * 4;
+                    const __m256i x = four_words(job->inputs[m].whole + at);
+                    UNROLL for (int p = 0; p < 2; p++)
+                        add_to(&sums[m][s][p], _mm256_madd_epi16(levels[p], x));
+                }
+            }
+    UNROLL for (int m = 0; m < batch; m++) UNROLL for (int s = 0; s < strips; s++)
+        add_scaled(out + m * TILE + s * STRIP,
+                   _mm256_hadd_ps(_mm256_cvtepi32_ps(sums[m][s][0]),
+                                  _mm256_cvtepi32_ps(sums[m][s][1])),
+                   job->inputs[m].scale[block]);
+}
+
+INLINE void run(const run_job *job, const int depth, const int strips, const int batch) {
+    const int per_unit = 4 * UNIT / strips;
+    const uint8_t *unit = job->codes;
+    int64_t block = job->block;
+    for (int64_t left = job->columns; left > 0; left -= BLOCK, block++) {
+        const int64_t units = (min_of(left, BLOCK) + per_unit - 1) / per_unit;
+        fetch_region(unit, unit + units * VECTOR * depth);
+        for (int h = 0; h < 2; h++) {
+            const uint8_t *half = unit + HALF * h;
+            float *sums = job->sums + STRIP / 2 * h;
+            if (depth <= NARROW)
+                narrow_half(job, depth, strips, batch, half, block, units, sums);
+            else
+                wide_half(job, depth, strips, batch, half, block, units, sums);
+        }
+        unit += units * VECTOR * depth;
+    }
+}
+
+#define RUN(DEPTH)                                                               \
+    INLINE void run_##DEPTH(const run_job *job, const int strips, const int batch) { \
+        run(job, DEPTH, strips, batch);                                          \
+    }
+RUN(1)
+RUN(2)
+RUN(3)
+RUN(4)
+RUN(5)
+RUN(6)
+RUN(7)
+RUN(8)
+
+#include "tile_table.h"
 
 INLINE float sum_of(__m256 v) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -180,10 +247,112 @@ TARGET static void multiply_dense(const void *row, int dtype, int64_t inputs, co
     }
 }
 
-TARGET static void prepare(const cvxq_matrix *w, const cvxq_cluster *cluster, int64_t groups,
-                           const float *x, const uint8_t *soon, cvxq_input *out) {
-    prepare_input(w, cluster, groups, x, soon, out);
+/* Scales of eight groups, one by one: gathering them would take twice as long on many processors. */
+INLINE __m256 eight_scales(const float *scales, const uint8_t *codes) {
+    return _mm256_setr_ps(scales[codes[0]], scales[codes[1]], scales[codes[2]], scales[codes[3]],
+                          scales[codes[4]], scales[codes[5]], scales[codes[6]], scales[codes[7]]);
+}
+INLINE __m256 eight_means(const int8_t *codes, float step) {
+    const __m256i means = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(means), _mm256_set1_ps(step));
+}
+INLINE int32_t largest_bits(__m256i v) {
+    __m128i most = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32(most, 0xB1)));
+}
+INLINE int32_t whole_sum(__m256i v) {
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
 }
 
-const cvxq_ops cvxq_ops_avx2 = {"avx2", prepare, multiply_tile, multiply_dense};
+/* Round `eights` times eight scaled inputs, one block, with zeros behind them. `bits` are those of the
+ * largest magnitude: infinity and NaN are above all numbers, and make the step NaN and all else 0. */
+INLINE void round_block(const cvxq_nibble_tables *t, int depth, const int is_narrow,
+                        const __m256 y[BLOCK / 8], int eights, int32_t bits, int64_t block,
+                        cvxq_input *out) {
+    const int is_finite = bits < 0x7f800000;
+    const float top = is_narrow ? 127 : MOST_WHOLE;
+    float most = NAN;
+    if (is_finite) memcpy(&most, &bits, 4);
+    const __m256 factor = _mm256_set1_ps(is_finite && most > 0 ? fminf(top / most, FLT_MAX) : 0);
+    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(-is_finite));
+    int8_t *bytes = out->high + block * BLOCK;
+    int16_t *words = out->whole + block * BLOCK;
+    __m256i sum = _mm256_setzero_si256();
+    for (int j = 0; j < eights; j++) {
+        const __m256i value = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_and_ps(y[j], mask), factor));
+        const __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128(value),
+                                              _mm256_extracti128_si256(value, 1));
+        sum = _mm256_add_epi32(sum, value);
+        if (is_narrow)
+            _mm_storel_epi64((__m128i *)(bytes + 8 * j), _mm_packs_epi16(eight, eight));
+        else
+            _mm_storeu_si128((__m128i *)(words + 8 * j), eight);
+    }
+    for (int j = eights; j < BLOCK / 8; j++) {
+        if (is_narrow)
+            memset(bytes + 8 * j, 0, 8);
+        else
+            memset(words + 8 * j, 0, 16);
+    }
+    out->scale[block] = most * (1 / top) * t->unit[depth];
+    out->start[block] = (int32_t)lrintf(-t->zero[depth] * (float)whole_sum(sum));
+}
+
+/* y = `count` inputs times the scales of their groups, with zeros up to a multiple of eight. Returns
+ * the bits of the largest magnitude, and adds what the groups' means add. */
+INLINE int32_t scale_block(const cvxq_matrix *w, int64_t groups, const float *x, int count,
+                           __m256 y[BLOCK / 8], __m256 *mean) {
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX));
+    __m256i most = _mm256_setzero_si256();
+    for (int j = 0; 8 * j < count; j++, x += 8, groups += 8) {
+        const __m256i have = _mm256_cmpgt_epi32(_mm256_set1_epi32(count - 8 * j), places);
+        const __m256 scales = eight_scales(w->scales, w->scale_codes + groups);
+        y[j] = _mm256_mul_ps(_mm256_maskload_ps(x, have), scales);
+        most = _mm256_max_epi32(most, _mm256_castps_si256(_mm256_and_ps(y[j], magnitude)));
+        if (!w->mean_codes) continue;
+        *mean = _mm256_fmadd_ps(y[j], eight_means(w->mean_codes + groups, w->mean_step), *mean);
+    }
+    return largest_bits(most);
+}
+
+/* Others, which no converter writes, are left to the portable kernel. */
+static int has_tables(const cvxq_matrix *w) { return w->deepest <= w->tables->nibble.symmetric; }
+
+TARGET static void prepare(const cvxq_matrix *w, const cvxq_cluster *cluster, int64_t groups,
+                           const float *x, const uint8_t *soon, cvxq_input *out) {
+    if (!has_tables(w)) {
+        cvxq_prepare_portable(w, cluster, groups, x, soon, out);
+        return;
+    }
+    __m256 mean = _mm256_setzero_ps();
+    int64_t block = 0;
+    for (int32_t r = 0; r < cluster->runs; r++) {
+        const cvxq_run *run = &w->runs[cluster->first_run + r];
+        for (int64_t i = 0; i < run->count; i += BLOCK, soon += AHEAD_BLOCK) {
+            const int64_t at = run->first + i;
+            const int count = (int)min_of(run->count - i, BLOCK), eights = (count + 7) / 8;
+            __m256 y[BLOCK / 8];
+            for (int j = 0; j < AHEAD_BLOCK; j += LINE) fetch(soon + j);
+            const int32_t bits = scale_block(w, groups + at, x + at, count, y, &mean);
+            if (!run->depth) continue;
+            if (run->depth <= NARROW)
+                round_block(&w->tables->nibble, run->depth, 1, y, eights, bits, block, out);
+            else
+                round_block(&w->tables->nibble, run->depth, 0, y, eights, bits, block, out);
+            block++;
+        }
+    }
+    out->mean = sum_of(mean);
+}
+
+static void multiply(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,
+                     const cvxq_input *inputs, int batch, float *sums) {
+    (has_tables(w) ? multiply_tile : cvxq_ops_scalar.tile)(w, cluster, tile, inputs, batch, sums);
+}
+
+const cvxq_ops cvxq_ops_avx2 = {"avx2", prepare, multiply, multiply_dense};
 #endif

@@ -143,7 +143,7 @@ INLINE void add_sums2(float *out, sums_t sums, sums_t sums2, float scale) {
     _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_set1_ps(scale), sum, _mm512_loadu_ps(out)));
 }
 
-#include "tile.h"
+#include "tile_dots.h"
 
 /* scales[code] for 16 codes; `table` holds the first 64 scales, which usually are all. */
 INLINE __m512 scales_of(const float *scales, const __m512 table[4], int is_small, __m128i codes) {

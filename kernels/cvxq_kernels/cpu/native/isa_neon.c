@@ -140,7 +140,7 @@ INLINE void add_sums2(float *out, sums_t sums, sums_t sums2, float scale) {
     }
 }
 
-#include "tile.h"
+#include "tile_dots.h"
 
 static void multiply_dense(const void *row, int dtype, int64_t inputs, const float *x,
                            int64_t stride, int batch, float *sums) {

@@ -32,6 +32,7 @@ static size_t lay_out(const cvxq_matrix *w, int exact, char *memory, workspace *
         }
         TAKE(input->high, BLOCK * blocks);
         TAKE(input->low, BLOCK * blocks);
+        TAKE(input->whole, sizeof(int16_t) * BLOCK * blocks);
         TAKE(input->scale, sizeof(float) * blocks);
         TAKE(input->start, sizeof(int32_t) * blocks);
         TAKE(input->start2, sizeof(int32_t) * blocks);

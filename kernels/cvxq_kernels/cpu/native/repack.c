@@ -246,8 +246,8 @@ int cvxq_repack(cvxq_pool *pool, cvxq_matrix *w, const cvxq_companded *source) {
     int64_t *first_row = malloc(sizeof(int64_t) * (size_t)(2 * count + 1));
     int64_t *scratch = malloc(sizeof(int64_t) * (size_t)(cvxq_pool_threads(pool) * 2 * columns));
     w->cluster_count = count;
-    w->scale_codes = malloc(groups);
-    if (source->mean_codes) w->mean_codes = malloc(groups);
+    w->scale_codes = malloc(groups + GROUP_PAD);
+    if (source->mean_codes) w->mean_codes = malloc(groups + GROUP_PAD);
     if (source->order) w->order = malloc(sizeof *w->order * (size_t)columns);
     int is_whole = first_row && scratch && w->scale_codes &&
                    (w->mean_codes || !source->mean_codes) && (w->order || !source->order);

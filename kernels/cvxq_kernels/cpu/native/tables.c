@@ -58,14 +58,93 @@ static void fill_wide(cvxq_tables *t, int depth) {
     }
 }
 
+/* How often each level occurs, about: its share of a normal density, up to a factor. */
+static void weigh_levels(const float *levels, int count, float *weights) {
+    for (int i = 0; i < count; i++) {
+        const float width = levels[i + (i < count - 1)] - levels[i - (i > 0)];
+        weights[i] = width * expf(-0.5f * fminf(levels[i] * levels[i], 9));
+    }
+}
+
+/* Error of rounding levels to whole numbers 0 … top, of which `zero` is zero; `enough` if that. */
+static float nibble_error(const float *levels, const float *weights, int count, float step,
+                          float zero, float enough) {
+    float sum = 0;
+    for (int i = 0; i < count && sum < enough; i++) {
+        const float number = levels[i] / step + zero, error = number - nearbyintf(number);
+        sum += error * error * step * step * weights[i];
+    }
+    return sum;
+}
+
+/* Choose step and zero, the middle if `is_centered`: the best of steps up to 1.5 times the least and
+ * of shifts by quarters, which have a third of the error that the least step has. */
+static void choose_step(cvxq_nibble_tables *t, const float *levels, int depth, int top,
+                        int is_centered) {
+    const int count = 1 << depth;
+    const float range = levels[count - 1] - levels[0];
+    float weights[32], best = INFINITY;
+    weigh_levels(levels, count, weights);
+    t->unit[depth] = t->zero[depth] = 0;
+    for (float steps = (float)top; range > 0 && steps >= 0.67f * (float)top; steps -= 0.5f) {
+        const float step = range / steps, room = (float)top - steps;
+        for (int quarter = 0; quarter < 4 && (float)quarter / 4 <= room; quarter++) {
+            const float shift = (float)quarter / 4;
+            const float zero = is_centered ? (float)top / 2 : shift - levels[0] / step;
+            const float error = nibble_error(levels, weights, count, step, zero, best);
+            if (error >= best) continue;
+            best = error;
+            t->unit[depth] = step;
+            t->zero[depth] = zero;
+        }
+    }
+}
+
+static void fill_nibbles(cvxq_nibble_tables *t, const float *levels, int depth) {
+    const int top = depth < 4 ? 63 : 127;
+    choose_step(t, levels, depth, top, 0);
+    for (int i = 0; i < 16; i++)
+        for (int p = 0; p < 4; p++) {
+            const int code = i >> (depth == 3 ? p : p * depth) & ((1 << depth) - 1);
+            const float step = t->unit[depth];
+            const float number = step > 0 ? nearbyintf(levels[code] / step + t->zero[depth]) : 0;
+            t->narrow[depth - 1][p][i] = (uint8_t)fminf(fmaxf(number, 0), (float)top);
+        }
+}
+
+static void fill_whole(cvxq_nibble_tables *t, const float *levels, int depth) {
+    const int half = 1 << (depth - 1);
+    const float top = depth == 5 ? 255 : MOST_WHOLE;
+    float step = largest(levels, half) / (top + 0.5f);
+    for (int i = 0; i < half; i++)
+        if (!(levels[i] <= 0 && levels[2 * half - 1 - i] == -levels[i])) return;
+    if (t->symmetric == depth - 1) t->symmetric = depth;
+    if (depth == 5) {
+        choose_step(t, levels, depth, 511, 1);
+        step = t->unit[depth];
+    }
+    t->unit[depth] = -step;
+    t->zero[depth] = -0.5f;
+    for (int i = 0; i < half; i++) {
+        const float size = step > 0 ? nearbyintf(-levels[i] / step - 0.5f) : 0;
+        const int number = (int)fminf(fmaxf(size, 0), top);
+        t->high[depth - 5][i] = (uint8_t)(number >> 8);
+        t->low[depth - 5][i] = (uint8_t)number;
+    }
+}
+
 void cvxq_tables_fill(cvxq_tables *t, const float *levels) {
+    memset(&t->nibble, 0, sizeof t->nibble);
+    t->nibble.symmetric = NARROW;
     for (int i = 0; i < 512; i++) t->level[i] = i < 2 ? 0 : levels[i];
     t->unit[0] = 0;
     for (int depth = 1; depth <= 8; depth++) {
         if (depth <= NARROW) {
             fill_narrow(t, depth);
+            fill_nibbles(&t->nibble, levels + (1 << depth), depth);
         } else {
             fill_wide(t, depth);
+            fill_whole(&t->nibble, levels + (1 << depth), depth);
         }
     }
 }
