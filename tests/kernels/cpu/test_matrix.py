@@ -114,7 +114,7 @@ def test_shared_order(isa: str, random_companded: Maker, reference: Any) -> None
     check(isa, tensor, inputs(5, 777), reference)
 
 
-@pytest.mark.parametrize("m", [17, 70])
+@pytest.mark.parametrize("m", [5, 17, 70, 300])  # of which 256 are in work at a time
 @pytest.mark.parametrize(
     ("shape", "changes"),
     [
@@ -136,6 +136,27 @@ def test_many_inputs(
     check(
         isa, separable(random_companded(shape, seed=m, **changes)), inputs(m, shape[1]), reference
     )
+
+
+def test_many_inputs_are_exact_without_a_matrix_unit(
+    random_companded: Maker, reference: Any
+) -> None:
+    """AVX2 expands weights to float32 for them, so that nothing else is rounded."""
+    if not cpu.force_isa("avx2"):
+        pytest.skip("this processor has no avx2")
+    try:
+        tensor = separable(random_companded((200, 300), seed=7, group_size=50))
+        bias = np.zeros(200, np.float32)
+        truth = reference(tensor, CODEBOOK)
+        weight = cpu.Matrix.from_tensor(tensor, CODEBOOK)
+        x = inputs(100, 300)
+        products = weight.matmul(x)
+        assert (np.abs(products - truth.product(x, bias)) <= truth.exact_bound(x, bias)).all()
+        np.testing.assert_array_equal(products[:7], weight.matmul(x[:7]))
+        for m in (1, 100):
+            np.testing.assert_array_equal(products[:m], weight.matmul(x[:m], exact=True))
+    finally:
+        cpu.force_isa("")
 
 
 def test_row_scales(isa: str, random_companded: Maker, reference: Any) -> None:
@@ -244,9 +265,13 @@ def test_small_half_precision_numbers() -> None:
     np.testing.assert_array_equal(weight.rows([0]), bits.view(np.float16).astype(np.float32))
 
 
-def test_number_of_threads_changes_nothing(random_companded: Maker) -> None:
+@pytest.mark.parametrize(("m", "is_separable"), [(7, False), (7, True), (150, True)])
+def test_number_of_threads_changes_nothing(
+    m: int, is_separable: bool, random_companded: Maker
+) -> None:
     tensor = random_companded((600, 130), seed=8, group_size=64, partitions=1)
-    x = inputs(7, 130)
+    tensor = separable(tensor) if is_separable else tensor
+    x = inputs(m, 130)
     results = []
     for threads in (1, 2, 5):
         pool = cpu.Pool(threads)

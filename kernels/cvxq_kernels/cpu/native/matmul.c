@@ -8,10 +8,7 @@
 
 #include "internal.h"
 
-enum {
-    PIECE = 32, /* inputs of a chunk: more would only make the last chunks longer */
-    MANY = 4,   /* fewest inputs for which weights are expanded to float32 */
-};
+enum { PIECE = 32 }; /* inputs of a chunk: more would only make the last chunks longer */
 
 static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
@@ -141,7 +138,7 @@ static const cvxq_wide_ops *ops_for(const cvxq_matrix *w, int64_t m, int exact) 
     if (m > NATIVE && cvxq_wide_amx.is_available(exact)) return &cvxq_wide_amx;
 #endif
 #if defined(CVXQ_HAS_FMA)
-    if (m >= MANY && cvxq_wide_fma.is_available(exact)) return &cvxq_wide_fma;
+    if ((m > BATCH || exact) && cvxq_wide_fma.is_available(exact)) return &cvxq_wide_fma;
 #endif
     return NULL;
 }

@@ -322,12 +322,11 @@ static void item(const cvxq_wide *wide, const cvxq_matrix *w, const cvxq_item *i
     }
 }
 
-static void collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *y) {
-    const float *results = wide->results + row * cvxq_wide_pitch(w);
-    for (int64_t n = 0; n < w->outputs; n++) {
-        const float scale = w->row_scales ? w->row_scales[n] : 1;
-        y[n] = results[w->places[n]] * scale + (w->bias ? w->bias[n] : 0);
-    }
+static void collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t row, float *restrict y) {
+    const float *restrict results = wide->results + row * cvxq_wide_pitch(w);
+    for (int64_t n = 0; n < w->outputs; n++) y[n] = results[w->places[n]];
+    for (int64_t n = 0; w->row_scales && n < w->outputs; n++) y[n] *= w->row_scales[n];
+    for (int64_t n = 0; w->bias && n < w->outputs; n++) y[n] += w->bias[n];
 }
 
 const cvxq_wide_ops cvxq_wide_fma = {is_available, plan, fill, item, collect};
