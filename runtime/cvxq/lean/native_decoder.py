@@ -40,7 +40,8 @@ class NativeDecoder:
     ) -> None:
         """Check and repack the tensors that the record names.
 
-        chunk: tokens per call of a prompt; exact: products in float32 throughout, which is slow.
+        chunk: tokens per call of a prompt; exact: products in float32 throughout, which is slow
+            for single tokens.
         Raises NotLeanError without the native library or for what it does not do, CorruptError
         where record and tensors contradict each other.
         """

@@ -133,6 +133,7 @@ static void collect(const void *context, int64_t row, int thread) {
 
 /* The kernel for many inputs that is best for a product, NULL for that of few. */
 static const cvxq_wide_ops *ops_for(const cvxq_matrix *w, int64_t m, int exact) {
+    (void)m, (void)exact; /* where there are none */
     if (w->kind != KIND_PACKED || w->cluster_orders) return NULL;
 #if defined(CVXQ_HAS_AMX)
     if (m > NATIVE && cvxq_wide_amx.is_available(exact)) return &cvxq_wide_amx;
