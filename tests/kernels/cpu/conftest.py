@@ -16,22 +16,24 @@ ROUNDING = 2.0**-24  # of a float32
 
 @dataclass(frozen=True)
 class Steps:
-    """How finely an instruction set rounds: steps to a table's largest level and to an input.
+    """How finely an instruction set rounds at depths 1 … 8, at least.
 
-    levels: for depths 1 … 8, the fewest that tables.c may choose. left_out: the largest sum of
-    rounding that the products leave out or add, in steps of both, per weight.
+    levels, inputs: steps to a table's largest level, and to a block's largest input. left_out: what
+    the sums of products leave out, in steps of both per weight.
     """
 
     levels: tuple[float, ...]
-    narrow_inputs: int
-    wide_inputs: int
-    left_out: float
+    inputs: tuple[float, ...]
+    left_out: tuple[float, ...]
 
 
 # Products of both low bytes are left out: 127.5² at most, each.
-BYTES = Steps((84,) * 4 + (32512,) * 4, 127, 32639, 128 * 128)
-# Two thirds of 63 and 127 steps to the whole range, one sum per block rounded to whole steps.
-NIBBLES = Steps((21,) * 3 + (42.5, 171, 8191, 8191, 8191), 127, 8191, 0.5)
+BYTES = Steps((84,) * 4 + (32512,) * 4, (127,) * 4 + (32639,) * 4, (0,) * 4 + (128 * 128,) * 4)
+# Two thirds of 127, 181 and 511 steps cover a table; four, or two, inputs fill 256, or 180, steps; one
+# sum per block is rounded to whole steps.
+NIBBLES = Steps(
+    (42.5,) * 3 + (60.6, 171, 8191, 8191, 8191), (64,) * 3 + (90,) + (8191,) * 4, (0.5,) * 8
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,13 +101,12 @@ class Reference:
                 level = np.abs(
                     self._levels[2**depth - 1 + codes[row : row + height][:, columns]]
                 )  # (rows, columns)
-                inputs = steps.narrow_inputs if depth <= 4 else steps.wide_inputs
-                x_step = part.max(axis=1) / inputs
+                x_step = part.max(axis=1) / steps.inputs[depth - 1]
                 level_step = self._tops[depth] / steps.levels[depth - 1]
                 per_row = x_step[:, None] / 2 * (level.sum(axis=1) + columns.size * level_step)
                 per_row = per_row + (part.sum(axis=1) * level_step / 2)[:, None]
-                if depth > 4 or steps is NIBBLES:
-                    per_row += columns.size * x_step[:, None] * level_step * steps.left_out
+                left_out = steps.left_out[depth - 1] * level_step * columns.size
+                per_row = per_row + x_step[:, None] * left_out
                 bound[:, rows] += per_row * 1.001
             row += height
         return bound

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from cvxq_format import Codebook, CompandedTensor, pack_codes
+from cvxq_format import Codebook, CompandedTensor, dequantize, pack_codes
 from cvxq_kernels import cpu
 
 COLUMNS, ROWS = 512, 64
@@ -85,3 +85,29 @@ def test_added_error(
     own = np.square(x.astype(np.float64) @ (original - rounded).T).mean()
     got = cpu.Matrix.from_tensor(tensor, book).matmul(x)
     assert np.square(got - truth).mean() <= 0.05 * own
+
+
+@pytest.mark.parametrize("depth", range(1, 9))
+@pytest.mark.parametrize("is_highest", [False, True])
+def test_largest_sums_fit(
+    isa: str,
+    depth: int,
+    is_highest: bool,
+    random_companded: Callable[..., CompandedTensor],
+) -> None:
+    """Where all inputs are as large as the largest, and all levels, no sum of products overflows.
+
+    Half a step of 84, at the coarsest, and half of 127 are within 1.5 %.
+    """
+    book = codebook("fitted")
+    tensor = quantized(depth, book, random_companded)[2]
+    codes = np.full((1, ROWS, COLUMNS), (2**depth - 1) * is_highest, np.uint8)
+    tensor = replace(
+        tensor,
+        scale_codes=np.full_like(tensor.scale_codes, 40),
+        packed_codes=pack_codes(codes, tensor.depths, 64, tensor.partitions),
+    )
+    x = np.ones((1, COLUMNS), np.float32)
+    truth = x.astype(np.float64) @ dequantize(tensor, book).T.astype(np.float64)
+    got = cpu.Matrix.from_tensor(tensor, book).matmul(x)
+    np.testing.assert_allclose(got, truth, rtol=0.015)

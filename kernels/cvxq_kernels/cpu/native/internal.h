@@ -10,8 +10,9 @@
  * Arithmetic.  Inputs, times the group's scale, are rounded per block of 64 columns: to 8 bits for
  * depths 1–4, to 16 bits in two planes (256·high + low) for depths 5–8.  Levels are rounded alike,
  * stored with 128 added to the (high) byte because dot products want one unsigned side; `start`
- * takes that out again.  AVX2 rounds otherwise (cvxq_nibble_tables): levels to 6 bits for depths
- * 1–3 and 7 for depth 4, inputs and levels to 14 bits for depths 5–8.  Sums inside a block are exact
+ * takes that out again.  AVX2 rounds otherwise (cvxq_nibble_tables): levels to 0 … 127 for depths
+ * 1–3 and 0 … 181 for depth 4, inputs so that sums of their products fit 16 bits; levels to 9 bits
+ * for depth 5 and 14 for depths 6–8, inputs to 14 bits.  Sums inside a block are exact
  * integers, so any number of threads, and every instruction set with the same rounding, gives the
  * same result up to the order of a few float32 operations.
  */
@@ -32,11 +33,13 @@ enum {
     TILE = 64,         /* most rows of a tile */
     BATCH = 4,         /* inputs that one pass over a tile serves */
     NARROW = 4,        /* deepest depth whose levels and inputs have 8 bits */
+    MOST_WHOLE = 8191, /* largest of 14-bit levels and inputs: 32 products fit 31 bits */
+    MOST_JOINED = 127, /* largest level in a sum of four products in 16 bits, at depths 1–3 */
+    MOST_PAIRED = 181, /* the same for two, at depth 4; inputs are rounded accordingly */
+    GROUP_PAD = 32,    /* bytes that may be read behind scale and mean codes */
     NATIVE = 16,       /* largest M for which inputs are rounded per cluster, given a choice */
     CHUNK = 256,       /* inputs that are in work at a time */
     ITEM_TILES = 4,    /* most tiles of one item of work */
-    MOST_WHOLE = 8191, /* of 14-bit levels and inputs: 32 products fit 31 bits */
-    GROUP_PAD = 8,     /* bytes that may be read behind scale and mean codes */
     AHEAD_BLOCK = 512, /* bytes fetched ahead per block of inputs that is rounded */
 };
 
@@ -106,6 +109,7 @@ typedef struct {
     int32_t *start;  /* (blocks,) what the sum with `high` starts from */
     int32_t *start2; /* (blocks,) what the sum of second order starts from */
     float *exact;    /* (blocks, 64) input times scale, in the exact mode only */
+    float *scaled;   /* (K,) and a block: the same in a row, for `prepare` */
     float mean;      /* what the groups' means add to every row */
 } cvxq_input;
 
@@ -146,6 +150,7 @@ struct cvxq_matrix {
     cvxq_tables *tables;
     float scales[256];
     int few_scales;  /* no scale code above 63 */
+    uint8_t scale_bytes[4][64]; /* byte b of the scales up to there */
     float mean_step; /* 0 without means */
     uint8_t *scale_codes;
     int8_t *mean_codes;

@@ -1,8 +1,9 @@
 /* AVX2 with FMA: x86 processors since 2013.
  *
  * vpshufb looks up 16 levels by bits 0–3 of every index byte whose top bit is clear, and there is no
- * dot product of bytes, only vpmaddubsw, which adds two products in 16 bits. So levels have 7 bits at
- * depth 4, where two products with signed bytes just fit, and 6 at depths 1–3, where four do. Deeper
+ * dot product of bytes, only vpmaddubsw, which adds two products in 16 bits. At depth 4 levels go up to
+ * 181, at depths 1–3, where four products are added in 16 bits, up to 127, and inputs are rounded so
+ * that these sums always fit, which seldom costs anything: two neighbors are rarely both large. Deeper
  * codes have levels of a sign and 13 bits, or 8 at depth 5, looked up byte by byte in half a table
  * and complemented for codes of the other half; vpmaddwd multiplies them with inputs of 14 bits.
  *
@@ -32,7 +33,7 @@ INLINE __m256i only(__m256i a, int bits) {
 INLINE __m256i left(__m256i a, int by) { return by ? _mm256_slli_epi16(a, by) : a; }
 INLINE __m256i right(__m256i a, int by) { return by ? _mm256_srli_epi16(a, by) : a; }
 INLINE __m256i look(const uint8_t *table, __m256i index) {
-    const __m128i entries = _mm_load_si128((const __m128i *)table);
+    const __m128i entries = _mm_loadu_si128((const __m128i *)table);
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), index);
 }
 
@@ -247,19 +248,69 @@ TARGET static void multiply_dense(const void *row, int dtype, int64_t inputs, co
     }
 }
 
-/* Scales of eight groups, one by one: gathering them would take twice as long on many processors. */
-INLINE __m256 eight_scales(const float *scales, const uint8_t *codes) {
-    return _mm256_setr_ps(scales[codes[0]], scales[codes[1]], scales[codes[2]], scales[codes[3]],
-                          scales[codes[4]], scales[codes[5]], scales[codes[6]], scales[codes[7]]);
+/* Scales of 32 groups. Each byte of them is looked up if there are not too many for that. */
+INLINE void scales_of(const cvxq_matrix *w, const uint8_t *codes, __m256 scales[4]) {
+    if (!w->few_scales) {
+        for (int j = 0; j < 4; j++, codes += 8)
+            scales[j] = _mm256_setr_ps(w->scales[codes[0]], w->scales[codes[1]],
+                                       w->scales[codes[2]], w->scales[codes[3]],
+                                       w->scales[codes[4]], w->scales[codes[5]],
+                                       w->scales[codes[6]], w->scales[codes[7]]);
+        return;
+    }
+    __m256i bytes[4], words[4];
+    for (int b = 0; b < 4; b++) bytes[b] = look_parts(4, w->scale_bytes[b], load(codes));
+    for (int b = 0; b < 4; b += 2) {
+        words[b] = _mm256_unpacklo_epi8(bytes[b], bytes[b + 1]);
+        words[b + 1] = _mm256_unpackhi_epi8(bytes[b], bytes[b + 1]);
+    }
+    __m256i fours[4]; /* groups 0–3 and 16–19, 4–7 and 20–23, … */
+    for (int h = 0; h < 2; h++) {
+        fours[2 * h] = _mm256_unpacklo_epi16(words[h], words[2 + h]);
+        fours[2 * h + 1] = _mm256_unpackhi_epi16(words[h], words[2 + h]);
+    }
+    for (int h = 0; h < 2; h++) {
+        const __m256i a = fours[2 * h], b = fours[2 * h + 1];
+        scales[h] = _mm256_castsi256_ps(_mm256_permute2x128_si256(a, b, 0x20));
+        scales[2 + h] = _mm256_castsi256_ps(_mm256_permute2x128_si256(a, b, 0x31));
+    }
 }
-INLINE __m256 eight_means(const int8_t *codes, float step) {
-    const __m256i means = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes));
-    return _mm256_mul_ps(_mm256_cvtepi32_ps(means), _mm256_set1_ps(step));
+
+/* Eight places of which the first `have` count: all ones there, else 0. */
+INLINE __m256i first_of_eight(int64_t have) {
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)min_of(have, 8)), places);
 }
-INLINE int32_t largest_bits(__m256i v) {
+
+/* scaled (K,) = inputs times the scales of their groups; returns what the groups' means add. */
+INLINE float scale_inputs(const cvxq_matrix *w, int64_t groups, const float *x, float *scaled) {
+    __m256 mean = _mm256_setzero_ps();
+    for (int64_t k = 0; k < w->inputs; k += 32) {
+        __m256 scales[4];
+        scales_of(w, w->scale_codes + groups + k, scales);
+        UNROLL for (int j = 0; j < 32; j += 8) {
+            const int64_t have = w->inputs - k - j;
+            const __m256 eight = have >= 8 ? _mm256_loadu_ps(x + k + j)
+                                           : _mm256_maskload_ps(x + k + j, first_of_eight(have));
+            const __m256 y = _mm256_mul_ps(eight, scales[j / 8]);
+            _mm256_storeu_ps(scaled + k + j, y);
+            if (!w->mean_codes) continue;
+            const __m128i codes =
+                _mm_loadl_epi64((const __m128i *)(w->mean_codes + groups + k + j));
+            const __m256 means = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+            mean = _mm256_fmadd_ps(y, _mm256_mul_ps(means, _mm256_set1_ps(w->mean_step)), mean);
+        }
+    }
+    return sum_of(mean);
+}
+
+/* The largest of positive numbers, given as bits, by which they are in order; NaN for infinity or NaN,
+ * which are above all numbers. */
+INLINE float largest_of(__m256i v) {
     __m128i most = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4E));
-    return _mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32(most, 0xB1)));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xB1));
+    return _mm_cvtsi128_si32(most) < 0x7f800000 ? _mm_cvtss_f32(_mm_castsi128_ps(most)) : NAN;
 }
 INLINE int32_t whole_sum(__m256i v) {
     __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -267,56 +318,58 @@ INLINE int32_t whole_sum(__m256i v) {
     return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
 }
 
-/* Round `eights` times eight scaled inputs, one block, with zeros behind them. `bits` are those of the
- * largest magnitude: infinity and NaN are above all numbers, and make the step NaN and all else 0. */
-INLINE void round_block(const cvxq_nibble_tables *t, int depth, const int is_narrow,
-                        const __m256 y[BLOCK / 8], int eights, int32_t bits, int64_t block,
-                        cvxq_input *out) {
-    const int is_finite = bits < 0x7f800000;
-    const float top = is_narrow ? 127 : MOST_WHOLE;
-    float most = NAN;
-    if (is_finite) memcpy(&most, &bits, 4);
-    const __m256 factor = _mm256_set1_ps(is_finite && most > 0 ? fminf(top / most, FLT_MAX) : 0);
-    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(-is_finite));
-    int8_t *bytes = out->high + block * BLOCK;
-    int16_t *words = out->whole + block * BLOCK;
-    __m256i sum = _mm256_setzero_si256();
-    for (int j = 0; j < eights; j++) {
-        const __m256i value = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_and_ps(y[j], mask), factor));
-        const __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128(value),
-                                              _mm256_extracti128_si256(value, 1));
-        sum = _mm256_add_epi32(sum, value);
-        if (is_narrow)
-            _mm_storel_epi64((__m128i *)(bytes + 8 * j), _mm_packs_epi16(eight, eight));
-        else
-            _mm_storeu_si128((__m128i *)(words + 8 * j), eight);
-    }
-    for (int j = eights; j < BLOCK / 8; j++) {
-        if (is_narrow)
-            memset(bytes + 8 * j, 0, 8);
-        else
-            memset(words + 8 * j, 0, 16);
-    }
-    out->scale[block] = most * (1 / top) * t->unit[depth];
-    out->start[block] = (int32_t)lrintf(-t->zero[depth] * (float)whole_sum(sum));
+/* Sums of the magnitudes that vpmaddubsw adds up, with the four of the other quad at depths 1–3. */
+INLINE __m256 joined_sizes(const int depth, __m256 sizes) {
+    if (depth < 4) sizes = _mm256_add_ps(sizes, _mm256_permute2f128_ps(sizes, sizes, 1));
+    return _mm256_add_ps(sizes, _mm256_permute_ps(sizes, 0xB1));
 }
 
-/* y = `count` inputs times the scales of their groups, with zeros up to a multiple of eight. Returns
- * the bits of the largest magnitude, and adds what the groups' means add. */
-INLINE int32_t scale_block(const cvxq_matrix *w, int64_t groups, const float *x, int count,
-                           __m256 y[BLOCK / 8], __m256 *mean) {
-    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+/* Round `count` scaled inputs, one block, with zeros behind them (depth: 3 for 1–3, 5 for 5–8): to as many steps as 8 or 14 bits
+ * hold and, at depths 1–4, as sums of products with the largest number in 16 bits do. Where an input
+ * is not finite the step is NaN, and so is every product. */
+INLINE void round_block(const int depth, const float *scaled, int64_t count, int64_t block,
+                        cvxq_input *out) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX));
-    __m256i most = _mm256_setzero_si256();
-    for (int j = 0; 8 * j < count; j++, x += 8, groups += 8) {
-        const __m256i have = _mm256_cmpgt_epi32(_mm256_set1_epi32(count - 8 * j), places);
-        const __m256 scales = eight_scales(w->scales, w->scale_codes + groups);
-        y[j] = _mm256_mul_ps(_mm256_maskload_ps(x, have), scales);
-        most = _mm256_max_epi32(most, _mm256_castps_si256(_mm256_and_ps(y[j], magnitude)));
-        if (!w->mean_codes) continue;
-        *mean = _mm256_fmadd_ps(y[j], eight_means(w->mean_codes + groups, w->mean_step), *mean);
+    __m256 y[BLOCK / 8];
+    __m256i most_bits = _mm256_setzero_si256(), joined_bits = most_bits, sum = most_bits;
+    UNROLL for (int j = 0; j < BLOCK / 8; j++) {
+        const __m256 own = _mm256_castsi256_ps(first_of_eight(count - 8 * j));
+        y[j] = _mm256_and_ps(_mm256_loadu_ps(scaled + 8 * j), own);
+        const __m256 size = _mm256_and_ps(y[j], magnitude);
+        most_bits = _mm256_max_epi32(most_bits, _mm256_castps_si256(size));
+        if (depth > NARROW) continue;
+        const __m256i joined = _mm256_castps_si256(joined_sizes(depth, size));
+        joined_bits = _mm256_max_epi32(joined_bits, joined);
     }
-    return largest_bits(most);
+    float step = largest_of(most_bits) / (depth <= NARROW ? INT8_MAX : MOST_WHOLE);
+    if (depth <= NARROW) { /* each may be rounded up by half */
+        const int most = depth < 4 ? INT16_MAX / MOST_JOINED - 2 : INT16_MAX / MOST_PAIRED - 1;
+        const float least = fminf(largest_of(joined_bits), FLT_MAX) / (float)most;
+        if (step < least) step = least;
+    }
+    const __m256 factor = _mm256_set1_ps(step > 0 ? fminf(1 / step, FLT_MAX) : 0);
+    __m256i whole[BLOCK / 8];
+    UNROLL for (int j = 0; j < BLOCK / 8; j++) {
+        whole[j] = _mm256_cvtps_epi32(_mm256_mul_ps(y[j], factor));
+        sum = _mm256_add_epi32(sum, whole[j]);
+    }
+    UNROLL for (int j = 0; j < BLOCK / 8; j += 4) {
+        const __m256i a = _mm256_packs_epi32(whole[j], whole[j + 1]);
+        const __m256i b = _mm256_packs_epi32(whole[j + 2], whole[j + 3]);
+        int16_t *words = out->whole + block * BLOCK + 8 * j;
+        int8_t *bytes = out->high + block * BLOCK + 8 * j;
+        if (depth <= NARROW) {
+            const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            _mm256_storeu_si256(
+                (__m256i *)bytes,
+                _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
+        } else {
+            _mm256_storeu_si256((__m256i *)words, _mm256_permute4x64_epi64(a, 0xD8));
+            _mm256_storeu_si256((__m256i *)(words + 16), _mm256_permute4x64_epi64(b, 0xD8));
+        }
+    }
+    out->scale[block] = step;
+    out->start[block] = whole_sum(sum);
 }
 
 /* Others, which no converter writes, are left to the portable kernel. */
@@ -328,25 +381,26 @@ TARGET static void prepare(const cvxq_matrix *w, const cvxq_cluster *cluster, in
         cvxq_prepare_portable(w, cluster, groups, x, soon, out);
         return;
     }
-    __m256 mean = _mm256_setzero_ps();
     int64_t block = 0;
+    out->mean = scale_inputs(w, groups, x, out->scaled);
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
-        for (int64_t i = 0; i < run->count; i += BLOCK, soon += AHEAD_BLOCK) {
-            const int64_t at = run->first + i;
-            const int count = (int)min_of(run->count - i, BLOCK), eights = (count + 7) / 8;
-            __m256 y[BLOCK / 8];
+        if (!run->depth) continue;
+        const float *scaled = out->scaled + run->first;
+        for (int64_t left = run->count; left > 0; left -= BLOCK, scaled += BLOCK, block++) {
             for (int j = 0; j < AHEAD_BLOCK; j += LINE) fetch(soon + j);
-            const int32_t bits = scale_block(w, groups + at, x + at, count, y, &mean);
-            if (!run->depth) continue;
-            if (run->depth <= NARROW)
-                round_block(&w->tables->nibble, run->depth, 1, y, eights, bits, block, out);
+            soon += AHEAD_BLOCK;
+            if (run->depth < 4)
+                round_block(3, scaled, left, block, out);
+            else if (run->depth == 4)
+                round_block(4, scaled, left, block, out);
             else
-                round_block(&w->tables->nibble, run->depth, 0, y, eights, bits, block, out);
-            block++;
+                round_block(5, scaled, left, block, out);
+            out->scale[block] *= w->tables->nibble.unit[run->depth];
+            out->start[block] = (int32_t)lrintf(-w->tables->nibble.zero[run->depth] *
+                                                (float)out->start[block]);
         }
     }
-    out->mean = sum_of(mean);
 }
 
 static void multiply(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,

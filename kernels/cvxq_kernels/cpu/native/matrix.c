@@ -39,6 +39,9 @@ static int copy_side(cvxq_matrix *w, const cvxq_companded *source) {
     }
     w->few_scales = 1;
     for (int i = 64; i < 256; i++) w->few_scales &= source->scales[i] == 0;
+    for (int i = 0; i < 64; i++)
+        for (int b = 0; b < 4; b++)
+            memcpy(&w->scale_bytes[b][i], (const char *)&w->scales[i] + b, 1);
     w->mean_step = source->means ? source->means[129] : 0;
     w->bytes += (int64_t)sizeof *w->tables;
     return 1;

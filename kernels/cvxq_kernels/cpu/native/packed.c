@@ -30,6 +30,7 @@ static size_t lay_out(const cvxq_matrix *w, int exact, char *memory, workspace *
             TAKE(input->exact, sizeof(float) * BLOCK * blocks);
             continue;
         }
+        TAKE(input->scaled, sizeof(float) * ((size_t)w->inputs + BLOCK));
         TAKE(input->high, BLOCK * blocks);
         TAKE(input->low, BLOCK * blocks);
         TAKE(input->whole, sizeof(int16_t) * BLOCK * blocks);
@@ -50,11 +51,14 @@ size_t cvxq_packed_scratch(const cvxq_matrix *w, int exact) {
 static void finish(const cvxq_job *job, int64_t tile, const float *sums, float mean, float *out) {
     const cvxq_matrix *w = job->weight;
     const int32_t *targets = w->targets + tile * TILE;
-    for (int lane = 0; lane < w->tiles[tile].strips * STRIP; lane++) {
-        const int64_t target = max_of(targets[lane], 0);
-        const float scale = w->row_scales ? w->row_scales[target] : 1;
-        out[lane] = (sums[lane] + mean) * scale + (w->bias ? w->bias[target] : 0);
-    }
+    const int lanes = w->tiles[tile].strips * STRIP;
+    for (int lane = 0; lane < lanes; lane++) out[lane] = sums[lane] + mean;
+    if (w->row_scales)
+        for (int lane = 0; lane < lanes; lane++)
+            out[lane] *= w->row_scales[targets[lane] < 0 ? 0 : targets[lane]];
+    if (w->bias)
+        for (int lane = 0; lane < lanes; lane++)
+            out[lane] += w->bias[targets[lane] < 0 ? 0 : targets[lane]];
 }
 
 /* sums[row] += level · input for one unit, in float32. */

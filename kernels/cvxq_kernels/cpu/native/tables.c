@@ -101,7 +101,7 @@ static void choose_step(cvxq_nibble_tables *t, const float *levels, int depth, i
 }
 
 static void fill_nibbles(cvxq_nibble_tables *t, const float *levels, int depth) {
-    const int top = depth < 4 ? 63 : 127;
+    const int top = depth < 4 ? MOST_JOINED : MOST_PAIRED;
     choose_step(t, levels, depth, top, 0);
     for (int i = 0; i < 16; i++)
         for (int p = 0; p < 4; p++) {
