@@ -68,13 +68,12 @@ def wheel(built: Path) -> Path:
     return found
 
 
-def requirements(wheel: Path) -> list[str]:
-    """Return what a wheel asks for when no extra is named."""
+def metadata(wheel: Path, field: str) -> list[str]:
+    """Return the values of a field of a wheel's metadata."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        metadata = archive.read(name).decode()
-    listed = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
-    return [text for text in listed if "extra ==" not in text]
+        text = archive.read(name).decode()
+    return re.findall(rf"^{field}: (.*)$", text, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -84,6 +83,9 @@ def test_the_wheel_is_small_and_for_every_python(wheel: Path) -> None:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
     assert sizes["cvxq_kernels/cpu/_native.so"] < 2_000_000
     assert not [name for name in sizes if name.endswith((".c", ".h", ".inc"))]
+    assert metadata(wheel, "Requires-Python") == [f">=3.{MINORS[0]}"]
+    named = [f"Programming Language :: Python :: 3.{minor}" for minor in MINORS]
+    assert set(named) <= set(metadata(wheel, "Classifier"))
 
 
 @pytest.mark.slow
@@ -99,7 +101,8 @@ def test_the_wheel_runs_in_a_fresh_environment(
     pip = (sys.executable, "-m", "pip", "--python", binaries / "python")
     install = (*pip, "install", "--quiet", "--no-compile")
     pins = ("-c", ROOT / "constraints.txt")
-    if run(*install, *pins, *requirements(wheel), check=False).returncode:
+    needed = [text for text in metadata(wheel, "Requires-Dist") if "extra ==" not in text]
+    if run(*install, *pins, *needed, check=False).returncode:
         pytest.skip("pip could not install what the wheel needs")
     run(*install, "--no-deps", "--no-index", wheel)
     run(*pip, "check")
