@@ -103,3 +103,73 @@ def run_interpreted() -> Callable[[Path], str]:
         return done.stdout
 
     return run
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "num_experts_per_tok": 2,
+}
+_LATENT = {
+    **_SMALL,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 24,
+    "intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {**_SMALL, "intermediate_size": 24, "num_local_experts": 4},
+    "Qwen2Moe": {
+        **_SMALL,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 20,
+    },
+    "Qwen3Moe": {**_SMALL, "num_experts": 6, "moe_intermediate_size": 24, "head_dim": 8},
+    "Olmoe": {**_SMALL, "intermediate_size": 24, "num_experts": 4},
+    "GptOss": {
+        **_SMALL,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+    },
+    "GraniteMoe": {**_SMALL, "intermediate_size": 24, "num_local_experts": 4},
+    "DeepseekV2": {**_LATENT, "topk_method": "greedy"},
+    "DeepseekV3": {**_LATENT, "n_group": 1, "topk_group": 1},
+    "Phimoe": {**_SMALL, "intermediate_size": 24, "num_local_experts": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def build_mixture() -> Callable[..., Any]:
+    """Return build(family, **options): a random mixture of experts of `MIXTURES`."""
+
+    def build(family: str, **options: Any) -> Any:
+        import torch
+        import transformers
+
+        config = getattr(transformers, f"{family}Config")(**{**MIXTURES[family], **options})
+        torch.manual_seed(0)
+        network = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in network.parameters():  # large enough for routes to differ
+                parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.05))
+        return network
+
+    return build

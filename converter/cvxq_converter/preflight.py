@@ -260,13 +260,13 @@ def _shape_of(source: Source, keep: tuple[str, ...] = ()) -> _Shape:
         values = [getattr(text, name, None) for name in names]
         return next((v for v in values if isinstance(v, int) and v > 0), 0)
 
-    matrices = {n: i.shape for n, i in source.tensors.items() if _is_matrix(i)}
-    quantized = [shape for name, shape in matrices.items() if not matches(name, keep)]
+    matrices = [(name, shape) for name, info in source.tensors.items() for shape in _matrices(info)]
+    quantized = [shape for name, shape in matrices if not matches(name, keep)]
     inputs = [columns for _, columns in quantized]
     hidden = find("hidden_size", "n_embd", "d_model")
     return _Shape(
         parameters=source.parameters,
-        matrix_weights=sum(n * k for n, k in matrices.values()),
+        matrix_weights=sum(n * k for _, (n, k) in matrices),
         quantized_weights=sum(n * k for n, k in quantized),
         largest_weights=max((n * k for n, k in quantized), default=0),
         largest_inputs=max(inputs, default=0),
@@ -281,8 +281,11 @@ def _shape_of(source: Source, keep: tuple[str, ...] = ()) -> _Shape:
     )
 
 
-def _is_matrix(info: Any) -> bool:
-    return len(info.shape) == 2 and min(info.shape) > 1
+def _matrices(info: Any) -> list[tuple[int, int]]:
+    """The shapes of the matrices in a tensor: of one, of a stack of them, or of none."""
+    if len(info.shape) not in (2, 3) or min(info.shape[-2:]) < 2:
+        return []
+    return [info.shape[-2:]] * (info.shape[0] if len(info.shape) == 3 else 1)
 
 
 def _backward_seconds(shape: _Shape, speed: Speed, tokens: int) -> float:

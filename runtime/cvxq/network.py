@@ -23,6 +23,7 @@ from cvxq import cuda
 from cvxq.architecture import build_network
 from cvxq.config import reason
 from cvxq.errors import ArgumentError, InconsistentFileError
+from cvxq.experts import SourceNames, experts_of, share_per_token, unstack
 from cvxq.modules import can_pack, has_kernel, pack_module
 from cvxq.names import match_names, resolve_alias, tied_groups
 from cvxq.parts import json_part, needed_part
@@ -54,25 +55,31 @@ def load_network(
     needed_part(reader, "config.json")
     settings = json_part(reader, "config.json")
     network = build_network(settings, f"{reader.path}: config.json of the file", dtype)
+    unstack(network)
     fill_network(network, reader, keep_packed, device, dtype)
     network.generation_config = _generation_config(reader, network.config)
     return network
 
 
 def weight_bytes_per_token(network: PreTrainedModel) -> int:
-    """Bytes of weights that one decoded token reads: everything, but one row of embeddings."""
-    total = 0
+    """Bytes of weights that one decoded token reads.
+
+    Everything, but one row of embeddings, and of experts as many as a token is routed to.
+    """
+    total, routed = 0.0, dict.fromkeys(network.modules(), 1.0)
+    for experts in experts_of(network).values():
+        routed.update(dict.fromkeys(experts.modules(), share_per_token(experts)))
     counted: set[int] = set()
-    for module in network.modules():
+    for module, share in routed.items():
         rows = module.num_embeddings if isinstance(module, nn.Embedding) else 1
-        total += getattr(module, "weight_bytes", 0) // rows  # of packed modules
+        total += share * (getattr(module, "weight_bytes", 0) // rows)  # of packed modules
         for parameter in module.parameters(recurse=False):
             if rows > 1:
                 total += parameter.nbytes // rows
             elif id(parameter) not in counted:
                 counted.add(id(parameter))
-                total += parameter.nbytes
-    return total
+                total += share * parameter.nbytes
+    return round(total)
 
 
 def fill_network(
@@ -86,18 +93,19 @@ def fill_network(
     named = list(network.named_parameters(remove_duplicate=False))
     parameters = [name for name, _ in named]
     aliases = reader.aliases
+    spelled = _spelled(network, [*reader.names, *aliases])
     supplied = match_names(
-        [*reader.names, *aliases],
+        spelled,
         parameters,
         tied_groups(named),
         prefix=network.base_model_prefix,
-        added_biases=reader.added_biases,
+        added_biases={place for place, name in spelled.items() if name in reader.added_biases},
         optional=_persistent_buffers(network),
         network=f"{type(network).__name__} of transformers {transformers.__version__}",
     )
     places: dict[str, list[str]] = {}
-    for place, tensor in supplied.items():
-        places.setdefault(resolve_alias(tensor, aliases), []).append(place)
+    for place, spelling in supplied.items():
+        places.setdefault(resolve_alias(spelled[spelling], aliases), []).append(place)
     for tensor, names in places.items():
         value = reader.read(tensor)
         if isinstance(value, CompandedTensor):
@@ -114,6 +122,14 @@ def fill_network(
     for buffer_name, buffer in network.named_buffers():
         _set(network, buffer_name, buffer.to(device))
     network.requires_grad_(False)
+
+
+def _spelled(network: PreTrainedModel, names: list[str]) -> dict[str, str]:
+    """Names as the network's table spells them, where it renames tensors → names in the file."""
+    if not experts_of(network):
+        return {name: name for name in names}
+    table = SourceNames(network)
+    return {table.place(name) or name: name for name in names}
 
 
 def _native(tensor: CompandedTensor, codebook: Codebook) -> cpu.Matrix | None:

@@ -41,11 +41,6 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 64,
         },
     ),
-    "mixtral": ("MixtralConfig", {**_LLAMA_LIKE, "num_local_experts": 4}),
-    "qwen3-moe": (
-        "Qwen3MoeConfig",
-        {**_LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    ),
 }
 
 Build = Callable[..., Any]

@@ -297,17 +297,6 @@ def test_a_pattern_that_keeps_nothing_or_everything_is_refused(
         run(folder, tmp_path / "a.cvxq", keep=("*",), calibration="none")
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3-moe"])
-def test_mixtures_of_experts_are_refused_in_one_line(
-    architecture: str, save_network: Save, tmp_path: Path
-) -> None:
-    folder = save_network(architecture)
-    with pytest.raises(ConversionError, match="mixture-of-experts layers are not supp") as caught:
-        run(folder, tmp_path / "a.cvxq", calibration="none")
-    assert len(str(caught.value).splitlines()) == 1
-    assert not (tmp_path / "a.cvxq").exists()
-
-
 def test_carried_figures_agree_with_the_file(save_network: Save, tmp_path: Path) -> None:
     path = tmp_path / "a.cvxq"
     report = run(save_network("llama"), path, bits=5.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,3 +197,15 @@ def test_this_machine_can_be_measured(save_network: Any, tmp_path: Path) -> None
     assert re.fullmatch(r"about .* (s|min|h), .* of memory, .* on disk \(.* tokens\)", plan.line())
     assert 0 < plan.seconds < 600
     refuse_what_cannot_fit(plan, tmp_path / "model.cvxq", "cpu")
+
+
+def test_stacked_matrices_of_experts_count_each(
+    build_mixture: Callable[..., Any], tmp_path: Path
+) -> None:
+    network = build_mixture("GraniteMoe")
+    network.save_pretrained(tmp_path)
+    found = module._shape_of(open_source(str(tmp_path)))
+    inside = [p for p in network.parameters() if p.ndim > 1]
+    assert found.matrix_weights == sum(p.numel() for p in inside)
+    assert found.largest_weights == 96 * 32
+    assert found.parameters == sum(p.numel() for p in network.parameters())

@@ -25,6 +25,7 @@ from cvxq_converter.allocate.clustering import (
     group_moments,
     row_weights,
 )
+from cvxq_converter.allocate.experts import pool_experts
 from cvxq_converter.allocate.row_scaling import RowScales, choose_row_scales
 from cvxq_converter.allocate.shrinkage import shrink
 from cvxq_converter.measure.sums import MatrixStatistics, Statistics
@@ -91,6 +92,7 @@ def make_plans(
 ) -> list[MatrixPlan]:
     """Plan every matrix of a model; statistics: by matrix name, those that were measured."""
     plans = []
+    statistics = pool_experts(loaded.matrices, statistics)
     for done, matrix in enumerate(loaded.matrices, start=1):
         weight, stats = loaded.originals[matrix.name], statistics.get(matrix.name)
         if stats is None:

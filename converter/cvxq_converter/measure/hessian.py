@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.measure.experts import pool_hessians
 from cvxq_converter.measure.sums import MatrixStatistics, Statistics
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
@@ -140,6 +141,7 @@ class Feedback:
             batch.append(matrix)
         self._loaded.restore()
         sums = input_hessians(self._loaded.network, batch, self._sequences, self._statistics)
+        pool_hessians(batch, sums, self._statistics)
         for matrix in batch:
             hessian = sums.pop(matrix.name, None)
             if hessian is None:
@@ -183,7 +185,8 @@ def input_hessians(
             for matrix in users[module]:
                 weights = statistics[matrix.name].token_weights
                 assert weights is not None
-                share = torch.from_numpy(weights[current]).to(rows) / sequences.numel()
+                felt = torch.from_numpy(weights[current][: len(rows)])
+                share = felt.to(rows) / sequences.numel()
                 moment = (rows * share[:, None]).T @ rows
                 before = found.get(matrix.name)
                 found[matrix.name] = moment if before is None else before.add_(moment)

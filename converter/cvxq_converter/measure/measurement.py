@@ -54,6 +54,7 @@ FIELDS = {
     "input_second_moment": Field("K", np.float32, is_optional=True),
     "token_weights": Field("SL", np.float32, is_optional=True),
     "lookup_moment": Field("KK", np.float32, is_optional=True),
+    "routed_tokens": Field("S", np.int64, is_optional=True),
 }
 
 

@@ -6,7 +6,7 @@ A gradient is squared a bounded piece at a time, so that no second copy of it is
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class MatrixStatistics:
     Evidence counts sequences; input_mean is None for a matrix that multiplies no input.
     token_weights[s, t] = Σ_n of the squared gradient of output n at that token. lookup_moment =
     Σ g gᵀ / tokens over what a table's look-ups felt. Each is None where there is no such use.
+    routed_tokens: how many tokens of each sequence came to an expert, the others' weights being 0
+    at the end; None for a matrix that all tokens come to.
     """
 
     row_sensitivity: NDArray[np.float64]  # (N,)
@@ -39,6 +41,7 @@ class MatrixStatistics:
     sequences: int
     token_weights: NDArray[np.float32] | None = None  # (S, L)
     lookup_moment: NDArray[np.float32] | None = None  # (K, K)
+    routed_tokens: NDArray[np.int64] | None = None  # (S,)
 
 
 Statistics = Mapping[str, MatrixStatistics]  # by matrix name
@@ -107,8 +110,9 @@ class AxisSums:
             input_mean=None if mean is None else mean.value(),
             input_second_moment=None if mean is None else mean.second_moment(),
             sequences=sequences,
-            token_weights=None if felt is None else felt.value(),
+            token_weights=None if felt is None else felt.value(length),
             lookup_moment=lookups,
+            routed_tokens=None if mean is None else mean.routed_tokens(tokens),
         )
 
 
@@ -118,7 +122,7 @@ class InputMean:
 
     total: Tensor | None = None
     squares: Tensor | None = None
-    tokens: int = 0
+    counts: list[int] = field(default_factory=list)  # of tokens, by call
 
     def add(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Forward pre-hook: add the input (…, K)."""
@@ -127,17 +131,23 @@ class InputMean:
         squares = rows.float().square().sum(0, dtype=torch.float64)
         self.total = sums if self.total is None else self.total + sums
         self.squares = squares if self.squares is None else self.squares + squares
-        self.tokens += rows.shape[0]
+        self.counts.append(rows.shape[0])
 
     def value(self) -> NDArray[np.float32] | None:
-        """Return the mean (K,), or None if the module never ran."""
-        return None if self.total is None else (self.total / self.tokens).float().cpu().numpy()
+        """Return the mean (K,), or None if the module saw no token."""
+        return self._mean(self.total)
 
     def second_moment(self) -> NDArray[np.float32] | None:
-        """Return the mean square (K,), or None if the module never ran."""
-        if self.squares is None:
-            return None
-        return (self.squares / self.tokens).float().cpu().numpy()
+        """Return the mean square (K,), or None if the module saw no token."""
+        return self._mean(self.squares)
+
+    def _mean(self, total: Tensor | None) -> NDArray[np.float32] | None:
+        tokens = sum(self.counts)
+        return (total / tokens).float().cpu().numpy() if total is not None and tokens else None
+
+    def routed_tokens(self, tokens: int) -> NDArray[np.int64] | None:
+        """Return the tokens of each call, or None if they are all `tokens` that there were."""
+        return None if sum(self.counts) == tokens else np.array(self.counts, np.int64)
 
 
 class TokenWeights:
@@ -155,6 +165,9 @@ class TokenWeights:
         norm = torch.linalg.vector_norm(gradient.flatten(0, -2), dim=-1, dtype=wide)
         self.sequences.append(norm.square_().float().cpu())
 
-    def value(self) -> NDArray[np.float32] | None:
-        """Return (S, L), or None if the module never ran."""
-        return torch.stack(self.sequences).numpy() if self.sequences else None
+    def value(self, length: int) -> NDArray[np.float32] | None:
+        """Return (S, L), 0 after the tokens that came; None if the module never ran."""
+        if not self.sequences:
+            return None
+        whole = [nn.functional.pad(s, (0, length - len(s))) for s in self.sequences]
+        return torch.stack(whole).numpy()

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from cvxq_converter.errors import ConversionError, one_line
+from cvxq_converter.source.experts import expert_names, experts_of, unstack
 from cvxq_converter.source.folder import (
     TensorInfo,
     adapter_notice,
@@ -39,6 +40,7 @@ from cvxq_converter.source.folder import (
 )
 from cvxq_converter.source.gguf import open_gguf, read_gguf, skeleton
 from cvxq_converter.source.matrices import Matrix, find_matrices
+from cvxq_converter.source.mxfp4 import take_mxfp4
 from cvxq_converter.source.scales import find_scales, quantization_notice
 from cvxq_converter.source.source import Source
 from cvxq_converter.source.text_part import (
@@ -102,8 +104,9 @@ def open_source(model: str, revision: str | None = None) -> Source:
     if unread and not has_tokenizer([*files, *made]):
         notices.append(f"the result has no tokenizer; transformers cannot read it: {unread}")
     quantization = drop_quantization(config)
+    mxfp4 = take_mxfp4(tensors)
     scales = find_scales(tensors, quantization, name)
-    notices.append(quantization_notice(quantization, scales))
+    notices.append(quantization_notice(quantization, scales, len(mxfp4)))
     for scale in scales.values():
         del tensors[scale.name]
     whole: Any = None
@@ -117,7 +120,7 @@ def open_source(model: str, revision: str | None = None) -> Source:
     for file in made:
         files.pop(file, None)
     said = tuple(f"{name}: {notice}" for notice in notices if notice)
-    return Source(name, config, weight_files, tensors, files, made, whole, scales, said)
+    return Source(name, config, weight_files, tensors, files, made, whole, scales, mxfp4, said)
 
 
 def _carried_files(folder: Path, name: str) -> tuple[dict[str, Path], dict[str, bytes], str | None]:
@@ -170,6 +173,7 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
     for key in sorted(str(item) for item in info.get("mismatched_keys", ())):
         raise ConversionError(f"{source.name}: weight {key} does not have the configured shape")
     network = network.to(device).eval().requires_grad_(False)
+    unstack(network)
     _check_finite(source, network, dtype)
     return network
 
@@ -180,6 +184,8 @@ def source_names(source: Source, network: Any) -> dict[str, str]:
     Tied parameters keep all their names; one that the checkpoint lacks gets the name it would have.
     A text part and a GGUF file have the names of their own network.
     """
+    if experts_of(network):
+        return expert_names(source, network)
     if source.has_names_of_network:
         return {name: name for name, _ in network.named_parameters(remove_duplicate=False)}
     prefix = f"{network.base_model_prefix}."

@@ -1,20 +1,22 @@
 """The matrices inside a network: what can be quantized, under which names, used by which modules.
 
 A matrix is the weight of an `nn.Linear`, of GPT-2's `Conv1D` (stored inputs × outputs) or of the
-input embedding. Modules that share one parameter (a tied head) share one matrix.
+input embedding. Modules that share one parameter (a tied head) share one matrix. The products of
+experts are linear layers, too (`experts.unstack`); what chooses experts is left alone.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.source.experts import pools_of, router_weights
 
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
@@ -33,6 +35,7 @@ class Matrix:
     source_orientation: str  # "out_in" or "in_out" (Conv1D)
     input_module_name: str | None  # module that multiplies an input by it; None for a pure table
     rows_are_tokens: bool  # the input embedding or the output head
+    pool: str | None = None  # of the matrices that do the same for the other experts of a layer
 
     @property
     def weight(self) -> Tensor:
@@ -46,26 +49,40 @@ def find_matrices(network: Any, names: Mapping[str, str] | None = None) -> list[
     names: network parameter → checkpoint tensor, from `source_names`; None keeps network names.
     Position embeddings stay out: they are small, and each row serves one position only, so there
     is nothing to trade. Vectors (norms, biases) stay out as well.
-    Raises ConversionError for weights it does not know how to treat, mixtures of experts first.
+    Raises ConversionError for weights it does not know how to treat, those of experts first.
     """
-    users = _matrix_users(network)
-    _refuse_unknown_weights(network, {id(parameter) for parameter, _ in users.values()})
+    routers, pools = router_weights(network), pools_of(network)
+    users = _matrix_users(network, set(pools))
+    known = routers.union(id(parameter) for parameter, _ in users.values())
+    _refuse_unknown_weights(network, known)
     head = network.get_output_embeddings()
-    return [_describe(parameter, uses, names or {}, head) for parameter, uses in users.values()]
+    found = []
+    for key, (parameter, uses) in users.items():
+        if key not in routers:
+            matrix = _describe(parameter, uses, names or {}, head)
+            found.append(_of_expert(matrix, *pools[key]) if key in pools else matrix)
+    return found
+
+
+def _of_expert(matrix: Matrix, pool: str, is_transposed: bool) -> Matrix:
+    """Say that a matrix is one of many alike, none of which gains a bias."""
+    orientation = "in_out" if is_transposed else "out_in"
+    bias_name = matrix.bias_name if matrix.has_bias else None
+    return replace(matrix, pool=pool, source_orientation=orientation, bias_name=bias_name)
 
 
 _Use = tuple[str, nn.Module]
 
 
-def _matrix_users(network: Any) -> dict[int, tuple[nn.Parameter, list[_Use]]]:
+def _matrix_users(network: Any, experts: set[int]) -> dict[int, tuple[nn.Parameter, list[_Use]]]:
     """Map id(parameter) to the parameter and the (name, module) pairs that use it."""
     embedding = network.get_input_embeddings()
     users: dict[int, tuple[nn.Parameter, list[_Use]]] = {}
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear | Conv1D) or module is embedding:
-            if _EXPERTS.search(name):
-                raise ConversionError(_experts_message(name))
             weight = cast(nn.Parameter, module.weight)
+            if _EXPERTS.search(name) and id(weight) not in experts:
+                raise ConversionError(_experts_message(name))
             users.setdefault(id(weight), (weight, []))[1].append((name, module))
     return users
 
@@ -110,8 +127,8 @@ def _refuse_unknown_weights(network: Any, known: set[int]) -> None:
         for name, parameter in network.named_parameters()
         if parameter.ndim > 1 and id(parameter) not in known | tables
     }
-    for name in unknown:
-        if _EXPERTS.search(name):
+    for name, parameter in unknown.items():
+        if _EXPERTS.search(name) or parameter.ndim == 3:
             raise ConversionError(_experts_message(name.rpartition(".")[0]))
     for name, parameter in unknown.items():
         shape = "×".join(map(str, parameter.shape))
@@ -122,4 +139,7 @@ def _refuse_unknown_weights(network: Any, known: set[int]) -> None:
 
 
 def _experts_message(module: str) -> str:
-    return f"module {module}: mixture-of-experts layers are not supported yet"
+    return (
+        f"module {module}: its experts do not run through transformers' interface for experts; "
+        "a mixture of this kind is not supported"
+    )

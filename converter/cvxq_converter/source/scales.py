@@ -67,11 +67,18 @@ def find_scales(
     return scales
 
 
-def quantization_notice(quantization: Any, scales: Mapping[str, Scale]) -> str | None:
-    """Say what was made of a checkpoint that is, or says that it is, quantized."""
-    if scales:
+def quantization_notice(
+    quantization: Any, scales: Mapping[str, Scale], stacks: int = 0
+) -> str | None:
+    """Say what was made of a checkpoint that is, or says that it is, quantized.
+
+    stacks: of matrices, that are MXFP4.
+    """
+    counts = ((len(scales), "matrices are float8"), (stacks, "stacks of experts are MXFP4"))
+    packed = [f"{count} of its {what}" for count, what in counts if count]
+    if packed:
         return (
-            f"the source was quantized already: {len(scales)} of its matrices are float8; "
+            f"the source was quantized already: {' and '.join(packed)}; "
             "their values are taken as they are"
         )
     if quantization is not None:

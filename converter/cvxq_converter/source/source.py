@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cvxq_converter.source.folder import TensorInfo, load_pickle
+from cvxq_converter.source.mxfp4 import BLOCKS, SCALES, Mxfp4, from_mxfp4
 from cvxq_converter.source.scales import Scale, dequantize
 
 
@@ -31,6 +32,7 @@ class Source:
     made: Mapping[str, bytes] = field(default_factory=dict)  # carried in place of such files
     whole: Any = None  # configuration of the model that this is the text part of, if it is one
     scales: Mapping[str, Scale] = field(default_factory=dict)  # by the float8 tensor they are of
+    mxfp4: Mapping[str, Mxfp4] = field(default_factory=dict)  # by the tensor that is made of it
     notices: tuple[str, ...] = ()  # what is not as one may think, a line each
     is_gguf: bool = False
 
@@ -74,6 +76,11 @@ class Source:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor as the checkpoint stores it, but for scales, which are applied."""
+        if name in self.mxfp4:
+            packed = self.mxfp4[name]
+            return from_mxfp4(
+                _read(packed.blocks, name + BLOCKS), _read(packed.scales, name + SCALES)
+            )
         stored = _read(self.tensors[name].file, name)
         if name not in self.scales:
             return stored
@@ -87,6 +94,8 @@ class Source:
             stored |= _read_file(path)
         for name, scale in self.scales.items():
             stored[name] = dequantize(stored[name], stored.pop(scale.name), scale.block)
+        for name in self.mxfp4:
+            stored[name] = from_mxfp4(stored.pop(name + BLOCKS), stored.pop(name + SCALES))
         return stored
 
 

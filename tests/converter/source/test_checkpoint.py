@@ -261,14 +261,6 @@ def test_code_in_the_folder_never_runs(save_network: Any, tmp_path: Path) -> Non
     assert not witness.exists()
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3-moe"])
-def test_mixtures_of_experts_are_refused_by_module(architecture: str, save_network: Any) -> None:
-    text = refusal(save_network(architecture))
-    assert text.startswith("module model.layers.0.")
-    assert "experts" in text
-    assert "not supported" in text
-
-
 def test_refusals_of_folders(save_network: Any, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")

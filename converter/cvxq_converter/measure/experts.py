@@ -1,0 +1,32 @@
+"""Hessians of experts that few tokens came to: helped by those of the same layer's others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from cvxq_converter.measure.sums import Statistics
+from cvxq_converter.source.matrices import Matrix
+
+PRIOR_TOKENS = 32  # that the pool's Hessian counts for in each expert's
+
+
+def pool_hessians(
+    matrices: Iterable[Matrix], hessians: dict[str, Tensor], statistics: Statistics
+) -> None:
+    """Add to each expert's Hessian (K, K), in place, what `PRIOR_TOKENS` of its pool's have.
+
+    Pools are made of those of the `matrices` that have a Hessian.
+    """
+    pools: dict[str, list[str]] = {}
+    for matrix in matrices:
+        if matrix.pool is not None and matrix.name in hessians:
+            pools.setdefault(matrix.pool, []).append(matrix.name)
+    for names in pools.values():
+        routed = [statistics[name].routed_tokens for name in names]
+        tokens = sum(int(counts.sum()) for counts in routed if counts is not None)
+        if tokens:
+            pooled = sum((hessians[name] for name in names[1:]), hessians[names[0]].clone())
+            for name in names:
+                hessians[name] += pooled * (PRIOR_TOKENS / tokens)

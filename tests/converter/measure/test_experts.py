@@ -1,0 +1,88 @@
+"""Statistics of single experts, against autograd over transformers' stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cvxq_converter.measure import experts as pooling
+from cvxq_converter.measure.hessian import Feedback, input_hessians
+from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.source.checkpoint import open_source
+from cvxq_converter.source.loaded import load_model
+
+Build = Callable[..., Any]
+NAMES = {"Mixtral": ("w1", "w3", "w2"), "Qwen3Moe": ("gate_proj", "up_proj", "down_proj")}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_sums_are_those_of_the_stacks_gradients(
+    family: str, build_mixture: Build, tmp_path: Path
+) -> None:
+    network = build_mixture(family)
+    network.save_pretrained(tmp_path)
+    loaded = load_model(open_source(str(tmp_path)), ConversionOptions.of(bits=4))
+    sequences = torch.randint(3, 96, (1, 10))
+    found = measure_statistics(loaded.network, loaded.matrices, sequences, "logits")
+    logits = network(sequences, use_cache=False).logits
+    signs = torch.empty_like(logits)
+    signs.bernoulli_(0.5, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
+    logits.backward(signs)
+    stacks = network.model.layers[1].mlp.experts
+    both, down = stacks.gate_up_proj.grad, stacks.down_proj.grad
+    block = "block_sparse_moe" if family == "Mixtral" else "mlp"
+    unseen = 0
+    for expert in range(len(down)):
+        wanted = (*both[expert].chunk(2), down[expert])
+        for role, gradient in zip(NAMES[family], wanted, strict=True):
+            stats = found[f"model.layers.1.{block}.experts.{expert}.{role}.weight"]
+            squares = gradient.double().square().numpy() / 10
+            np.testing.assert_allclose(stats.row_sensitivity, squares.sum(1), rtol=1e-4, atol=1e-12)
+            np.testing.assert_allclose(
+                stats.column_sensitivity, squares.sum(0), rtol=1e-4, atol=1e-12
+            )
+            assert stats.routed_tokens is not None
+            assert (stats.routed_tokens.sum() == 0) == (not squares.any())
+            assert np.count_nonzero(stats.token_weights) <= stats.routed_tokens.sum()
+            unseen += not squares.any()
+    assert unseen or family == "Mixtral"  # of six experts some see none of ten tokens
+
+
+def test_hessians_are_of_the_tokens_that_came_and_help_each_other(
+    build_mixture: Build, tmp_path: Path
+) -> None:
+    build_mixture("Mixtral").save_pretrained(tmp_path)
+    loaded = load_model(open_source(str(tmp_path)), ConversionOptions.of(bits=4))
+    sequences = torch.randint(3, 96, (2, 6))
+    statistics = measure_statistics(loaded.network, loaded.matrices, sequences)
+    hessians = input_hessians(loaded.network, loaded.matrices, sequences, statistics)
+    names = [f"model.layers.0.block_sparse_moe.experts.{e}.w1.weight" for e in range(4)]
+    inputs: list[torch.Tensor] = []
+    experts = loaded.network.model.layers[0].mlp.experts
+    experts.get_submodule("0.gate_proj").register_forward_pre_hook(
+        lambda _, given: inputs.append(given[0])
+    )
+    for sequence in sequences:
+        loaded.network(sequence[None], use_cache=False)
+    weights = statistics[names[0]].token_weights
+    assert weights is not None
+    felt = [torch.from_numpy(w[: len(x)]) for w, x in zip(weights, inputs, strict=True)]
+    expected = sum((x * w[:, None]).T @ x for w, x in zip(felt, inputs, strict=True)) / 12
+    torch.testing.assert_close(hessians[names[0]], expected)
+    before = [hessians[name].clone() for name in names]
+    pooling.pool_hessians(loaded.matrices, hessians, statistics)
+    tokens = sum(int(statistics[name].routed_tokens.sum()) for name in names)  # type: ignore[union-attr]
+    assert tokens == 2 * 12  # two of the four experts for each of twelve tokens
+    share = pooling.PRIOR_TOKENS / tokens
+    torch.testing.assert_close(hessians[names[1]], before[1] + share * sum(before))
+    assert Feedback(loaded, sequences, statistics).factor(names[0]) is not None
