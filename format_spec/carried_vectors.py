@@ -15,6 +15,7 @@ from cvxq_format import Writer
 from cvxq_format.decoder_record import (
     Attention,
     DecoderRecord,
+    Experts,
     FeedForward,
     Layer,
     Norm,
@@ -84,6 +85,39 @@ def tiny_record() -> DecoderRecord:
         logit_scale=0.0625,
         logit_softcap=30.0,
         end_tokens=(2, 11),
+    )
+
+
+def tiny_mixture() -> DecoderRecord:
+    """Return a record with what version 2 added: experts of both kinds of shares, bounds, sinks."""
+    experts = Experts(3, 2, Part("a.router.weight", "a.router.bias"), "of_chosen")
+    gate, up = (Part(f"a.experts.*.{name}", f"a.experts.bias.*.{name}") for name in ("gate", "up"))
+    bounds = {"limit": 7.0, "slope": 1.702, "up_offset": 1.0}
+    first = Layer(
+        Attention(*(Part(f"a.{name}.weight") for name in "qkvo"), 0.5, sinks="a.sinks"),
+        FeedForward(up, Part("a.experts.*.down"), "silu", gate, **bounds, experts=experts),
+    )
+    second = Layer(
+        Attention(*(Part(f"b.{name}.weight") for name in "qkvo"), 0.5),
+        FeedForward(
+            Part("b.up.weight.*"),
+            Part("b.down.weight.*"),
+            "relu",
+            experts=Experts(2, 1, Part("b.router.weight"), "of_all"),
+        ),
+    )
+    return DecoderRecord(
+        vocabulary=12,
+        hidden=8,
+        heads=2,
+        kv_heads=2,
+        head_dim=4,
+        ffn=10,
+        context=32,
+        embedding_width=8,
+        embedding="embed.weight",
+        head=Part("head.weight"),
+        layers=(first, second),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from carried_vectors import deflated_faults, tiny_record, write_deflated
+from carried_vectors import deflated_faults, tiny_mixture, tiny_record, write_deflated
 from cvxq_format import (
     Codebook,
     CompandedTensor,
@@ -244,6 +244,33 @@ def write_decoder_record(folder: Path) -> None:
         writer.add_alias("head.weight", "embed.weight")
 
 
+def write_decoder_experts(folder: Path) -> None:
+    """Write a small mixture of experts, each of its matrices companded or raw, with its record."""
+    rng = np.random.default_rng(SEED + 13)
+    matrices = {
+        "embed.weight": (12, 8),
+        **{f"{layer}.{name}.weight": (8, 8) for layer in "ab" for name in "qkvo"},
+        **{f"a.experts.{e}.{name}": (10, 8) for e in range(3) for name in ("gate", "up")},
+        **{f"a.experts.{e}.down": (8, 10) for e in range(3)},
+        **{f"b.up.weight.{e}": (10, 8) for e in range(2)},
+        **{f"b.down.weight.{e}": (8, 10) for e in range(2)},
+    }
+    raw = {
+        "a.router.weight": (3, 8),
+        "a.router.bias": (3,),
+        "b.router.weight": (2, 8),
+        "a.sinks": (2,),
+        **{f"a.experts.bias.{e}.{name}": (10,) for e in range(3) for name in ("gate", "up")},
+    }
+    with Writer(folder / "decoder-experts.cvxq", [BOOK]) as writer:
+        writer.add_file("decoder.json", json.dumps(tiny_mixture().to_json()).encode())
+        for name, shape in matrices.items():
+            writer.add_companded(name, random_tensor(rng, shape, 4, depth=4))
+        for name, shape in raw.items():
+            writer.add_raw(name, rng.standard_normal(shape).astype(np.float16))
+        writer.add_alias("head.weight", "embed.weight")
+
+
 def write_raw_dtypes(writer: Writer) -> None:
     """Store one array of every raw dtype."""
     values = np.array([0, 1, 2, 3, 100, 127])
@@ -329,6 +356,7 @@ def main(folder: Path) -> None:
     write_features(valid)
     write_deflated(valid)
     write_decoder_record(valid)
+    write_decoder_experts(valid)
     write_json(valid / "expected.json", {p.name: expected(p) for p in sorted(valid.glob("*.cvxq"))})
     errors = {}
     for name, data, error, text in (*faulty_vectors(valid), *deflated_faults(valid)):

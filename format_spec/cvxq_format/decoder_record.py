@@ -16,6 +16,9 @@ down(act(gate(x)) · up(x)), or down(act(up(x))) without a gate. Attention norms
 turns them, scales the scores by `scale`, soft-caps them, and masks: a query at place i sees keys
 j ≤ i with i − j < window. Pairs (d, d + R/2) of the first R dimensions of a head are turned by
 place · inverse_frequencies[d], cosine and sine multiplied by `factor`.
+
+Version 2 adds mixtures of experts and what comes with them: `Experts`, bounds of a gated block and
+sinks of attention. A record without them is written as version 1.
 """
 
 from __future__ import annotations
@@ -25,14 +28,15 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from cvxq_format.errors import CorruptError, UnsupportedError
 from cvxq_format.json_strict import parse
 
 FILE_NAME = "decoder.json"
-VERSION = 1
+VERSION = 2  # the newest; a record has the oldest that holds what it says
+ANY_EXPERT = "*"  # stands for the expert's number in names
 MAX_RECORD_SIZE = 16 << 20
 _MOST_ITEMS = 1 << 16  # of a list: layers, frequencies, tokens
 _LARGEST = 2**63 - 1
@@ -103,7 +107,8 @@ class Attention:
     """q: heads · head_dim rows; k, v: kv_heads · head_dim; o takes heads · head_dim inputs.
 
     q_norm, k_norm: over each head, or, if norms_over_heads is false, over all of them at once.
-    window: None for all keys. rope: index of one of the record's, None for none.
+    window: None for all keys. rope: index of one of the record's, None for none. sinks: tensor of a
+    score for each head, of a key without a value that every query sees.
     """
 
     q: Part
@@ -117,16 +122,51 @@ class Attention:
     softcap: float | None = None
     window: int | None = None
     rope: int | None = None
+    sinks: str | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A choice among `count` blocks alike: the `chosen` ones whose router(x), count rows, is most.
+
+    Their outputs are added, each times its share: the softmax of the scores, of those that were
+    chosen, or of all. Parts of the block name tensors with `ANY_EXPERT` for 0 … count − 1.
+    """
+
+    count: int
+    chosen: int
+    router: Part
+    shares: Literal["of_chosen", "of_all"]
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """gate and up: ffn rows; down takes ffn inputs."""
+    """gate and up: ffn rows; down takes ffn inputs.
+
+    limit: gates are at most that, and what they gate at most that far from 0. slope: silu is
+    z / (1 + e^(−slope · z)). up_offset: added to what is gated. experts: None for a single block.
+    """
 
     up: Part
     down: Part
     activation: Activation
     gate: Part | None = None
+    limit: float | None = None
+    slope: float = 1.0
+    up_offset: float = 0.0
+    experts: Experts | None = None
+
+    def of_expert(self, index: int) -> FeedForward:
+        """The block of one expert."""
+        gate = None if self.gate is None else _of_expert(self.gate, index)
+        up, down = _of_expert(self.up, index), _of_expert(self.down, index)
+        return replace(self, up=up, down=down, gate=gate, experts=None)
+
+
+_VERSION_2: dict[type, tuple[str, ...]] = {
+    Attention: ("sinks",),
+    FeedForward: ("limit", "slope", "up_offset", "experts"),
+}
 
 
 @dataclass(frozen=True)
@@ -177,7 +217,7 @@ class DecoderRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the document; fields that have their default are left out."""
-        return {"version": VERSION, **_written(self)}
+        return {"version": 2 if _adds_of_version_2(self) else 1, **_written(self)}
 
 
 def parse_record(data: bytes) -> DecoderRecord:
@@ -198,14 +238,36 @@ def read_record(document: Any) -> DecoderRecord:
     if "version" not in document:
         raise _lacks(FILE_NAME, "version")
     version = _read(f"{FILE_NAME}.version", int, document["version"])
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         raise UnsupportedError(
-            f"{FILE_NAME} has version {version}, this reader knows {VERSION}; update cvxq"
+            f"{FILE_NAME} has version {version}, this reader knows 1 to {VERSION}; update cvxq"
         )
     values = {key: value for key, value in document.items() if key != "version"}
     record: DecoderRecord = _read(FILE_NAME, DecoderRecord, values)
     _check(record)
+    for place in _adds_of_version_2(record) if version == 1 else ():
+        raise CorruptError(f"{place} is of version 2, the document of 1; the file is corrupt")
     return record
+
+
+def _adds_of_version_2(record: DecoderRecord) -> list[str]:
+    """The places of what version 1 lacks."""
+    found = []
+    for where, part in _inside(FILE_NAME, record):
+        added = _VERSION_2.get(type(part), ())
+        found += [
+            f"{where}.{name}" for name in added if getattr(part, name) != _default(part, name)
+        ]
+    return found
+
+
+def _default(part: Any, name: str) -> Any:
+    return next(field.default for field in fields(part) if field.name == name)
+
+
+def _of_expert(part: Part, index: int) -> Part:
+    bias = None if part.bias is None else part.bias.replace(ANY_EXPERT, str(index))
+    return replace(part, weight=part.weight.replace(ANY_EXPERT, str(index)), bias=bias)
 
 
 def _check(record: DecoderRecord) -> None:
@@ -240,6 +302,16 @@ def _rules(record: DecoderRecord, part: Any) -> Iterator[tuple[str, bool, str]]:
         yield least("window", 1)
         known = part.rope is None or part.rope < len(record.ropes)
         yield "rope", known, f"an index of {len(record.ropes)} ropes"
+    elif isinstance(part, Experts):
+        yield least("count", 1)
+        yield "chosen", 1 <= part.chosen <= part.count, f"1 to {part.count}"
+    elif isinstance(part, FeedForward):
+        yield above_0("limit")
+        yield above_0("slope")
+        gated, swish = part.gate is not None, part.activation == "silu"
+        yield "limit", part.limit is None or gated, "none without a gate"
+        yield "up_offset", part.up_offset == 0 or gated, "0 without a gate"
+        yield "slope", part.slope == 1 or swish, "1 but for silu"
     elif isinstance(part, Norm):
         yield least("epsilon", 0)
         yield "bias", part.bias is None or part.kind == "layer", "in a norm of kind 'layer'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ _CONTEXT_FIELDS = (
     "context_length",
     "model_max_length",
 )
-
+_EXPERTS_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.|\.\d+(\.(gate|up))?$")
 
 # Rotary settings that stretch the places of a text, by the name of their kind.  longrope and llama3
 # state the whole range.
@@ -45,6 +47,19 @@ def unscaled_length(config: Mapping[str, Any]) -> int | None:
     """
     kinds = [_kind(settings) for settings in _rope_settings(config)]
     return _stated_length(config) if "dynamic" in kinds else None
+
+
+def routed_share(config: Mapping[str, Any]) -> float:
+    """Return which share of a layer's experts a token is routed to; 1 where nothing is stated."""
+    counts = (_length(config.get(field)) for field in _EXPERTS_FIELDS)
+    count = next((count for count in counts if count is not None), None)
+    chosen = _length(config.get("num_experts_per_tok"))
+    return 1.0 if count is None or chosen is None else min(1.0, chosen / count)
+
+
+def is_of_expert(tensor: str) -> bool:
+    """Whether a tensor's name says that it belongs to one of many experts (FORMAT.md, 7.6)."""
+    return _EXPERT.search(tensor) is not None
 
 
 def _stated_length(config: Mapping[str, Any]) -> int | None:

@@ -16,6 +16,7 @@ from cvxq_format.decoder_record import (
     Activation,
     Attention,
     DecoderRecord,
+    Experts,
     FeedForward,
     Layer,
     Norm,
@@ -31,7 +32,8 @@ from hypothesis import strategies as st
 SIZES = st.integers(1, 2**63 - 1)
 FACTORS = st.floats(allow_nan=False, allow_infinity=False)
 CAPS = st.none() | st.floats(0, exclude_min=True, allow_infinity=False)
-NAMES = st.text(max_size=8)
+SLOPES = st.floats(0, exclude_min=True, allow_infinity=False)
+NAMES = st.text("abc*.é", max_size=8)
 ROWS = st.tuples(st.integers(0, 99), st.integers(1, 99), st.integers(0, 99)).map(
     lambda drawn: Rows(drawn[0], drawn[1], drawn[1] + drawn[2])
 )
@@ -40,6 +42,10 @@ EPSILONS = st.floats(0, allow_infinity=False)
 NORMS = st.none() | st.one_of(
     st.builds(Norm, st.just("layer"), EPSILONS, st.none() | NAMES, st.none() | NAMES, FACTORS),
     st.builds(Norm, st.just("rms"), EPSILONS, st.none() | NAMES, st.none(), FACTORS),
+)
+EXPERTS = st.none() | st.builds(
+    lambda count, less, router, shares: Experts(count + less, count, router, shares),
+    *(st.integers(1, 99), st.integers(0, 99), PARTS, st.sampled_from(["of_chosen", "of_all"])),
 )
 
 
@@ -66,9 +72,14 @@ def records(draw: st.DrawFn) -> DecoderRecord:
         softcap=CAPS,
         window=st.none() | SIZES,
         rope=st.none() | st.integers(0, len(found) - 1) if found else st.none(),
+        sinks=st.none() | NAMES,
     )
     kinds = st.sampled_from(typing.get_args(Activation))
-    feed_forwards = st.builds(FeedForward, PARTS, PARTS, kinds, st.none() | PARTS)
+    plain = st.builds(FeedForward, PARTS, PARTS, kinds, st.none() | PARTS)
+    bounded = st.builds(
+        FeedForward, PARTS, PARTS, st.just("silu"), PARTS, CAPS, SLOPES, FACTORS, EXPERTS
+    )
+    feed_forwards = plain | bounded
     layers = st.builds(Layer, attentions, feed_forwards, st.booleans(), *[NORMS] * 6)
     hidden, width = draw(SIZES), draw(SIZES)
     return DecoderRecord(
@@ -107,8 +118,43 @@ def test_a_record_comes_back_as_it_was(record: DecoderRecord) -> None:
 @given(records())
 def test_a_document_comes_back_as_it_was(record: DecoderRecord) -> None:
     document = record.to_json()
-    assert document["version"] == 1
+    assert document["version"] == 1 + any(key in json.dumps(document) for key in OF_VERSION_2)
     assert read_record(document).to_json() == document
+
+
+OF_VERSION_2 = ('"sinks"', '"limit"', '"slope"', '"up_offset"', '"experts"')
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("attention.sinks", "s"),
+        ("feed_forward.limit", 7),
+        ("feed_forward.slope", 1.7),
+        ("feed_forward.up_offset", 1),
+        ("feed_forward.experts", {"count": 4, "chosen": 2, "router": {"weight": "r"}}),
+    ],
+)
+def test_what_version_2_added_is_not_of_version_1(
+    document: dict[str, Any], path: str, value: Any
+) -> None:
+    holder, key = at(document["layers"][1], path)
+    if key == "experts":
+        value = {**value, "shares": "of_all"}
+    holder[key] = value
+    document["layers"][1]["feed_forward"] |= {"activation": "silu", "gate": {"weight": "g"}}
+    with pytest.raises(CorruptError, match=rf"layers\[1\]\.{path} is of version 2, the document"):
+        read_record(document)
+    document["version"] = 2
+    assert read_record(document).to_json()["version"] == 2
+
+
+def test_the_parts_of_an_expert_have_its_number() -> None:
+    gate, up = Part("e.*.gate"), Part("e.up.*", "e.up_bias.*")
+    experts = Experts(8, 2, Part("r"), "of_all")
+    block = FeedForward(up, Part("e.*.down"), "silu", gate, experts=experts)
+    wanted = FeedForward(Part("e.up.7", "e.up_bias.7"), Part("e.7.down"), "silu", Part("e.7.gate"))
+    assert block.of_expert(7) == wanted
 
 
 @pytest.fixture
@@ -223,9 +269,10 @@ def test_a_wrong_value_names_its_place(
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("version", [0, 2, 2**40])
+@pytest.mark.parametrize("version", [0, 3, 2**40])
 def test_another_version_is_not_guessed_at(version: int) -> None:
-    with pytest.raises(UnsupportedError, match=rf"version {version}, this reader knows 1; update"):
+    message = rf"version {version}, this reader knows 1 to 2; update"
+    with pytest.raises(UnsupportedError, match=message):
         read_record({"version": version, "something": "else"})
 
 

@@ -26,6 +26,7 @@ from cvxq_format import (
 from cvxq_format.decoder_record import (
     Attention,
     DecoderRecord,
+    Experts,
     FeedForward,
     Layer,
     Norm,
@@ -36,7 +37,7 @@ from cvxq_format.decoder_record import (
 )
 from cvxq_format.limits import FEATURES, MAX_INFLATED_SIZE, MAX_INFLATION
 
-RECORDS = (DecoderRecord, Layer, Attention, FeedForward, Part, Rows, Norm, Rope)
+RECORDS = (DecoderRecord, Layer, Attention, FeedForward, Experts, Part, Rows, Norm, Rope)
 LATER = (
     "files-deflated-longer.cvxq",
     "minor-1-without-features.cvxq",
@@ -146,6 +147,21 @@ def test_vector_of_a_decoder_record(valid: Path, make_vectors: ModuleType) -> No
         )
         assert named == {*reader.names, *reader.aliases}
     assert record == make_vectors.tiny_record()
+
+
+def test_vector_of_a_mixture_of_experts(valid: Path, make_vectors: ModuleType) -> None:
+    with Reader(valid / "decoder-experts.cvxq") as reader:
+        document = json.loads(reader.file("decoder.json"))
+        assert document["version"] == 2
+        record = parse_record(reader.file("decoder.json"))
+        blocks = {
+            name.replace("*", str(index))
+            for layer in document["layers"]
+            for name in re.findall(r'"(?:weight|bias|sinks)": "([^"]*)"', json.dumps(layer))
+            for index in range(layer["feed_forward"]["experts"]["count"])
+        }
+        assert {*blocks, "embed.weight", "head.weight"} == {*reader.names, *reader.aliases}
+    assert record == make_vectors.tiny_mixture()
 
 
 def test_rows_equal_the_whole(valid: Path, valid_name: str) -> None:
