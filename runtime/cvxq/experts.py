@@ -27,6 +27,16 @@ _STACKS = ("gate_up_proj", "up_proj", "down_proj")  # and their biases, with _bi
 _LISTED = re.compile(r"(.+)\.(\d+)(?:\.(gate|up))?")  # a matrix cut from a source's stack
 
 
+def stacked_names(network: nn.Module) -> dict[str, tuple[str, str, str]]:
+    """What transformers calls the stacks → the module that had it, and the parts of its name."""
+    return {
+        f"{name}.{stack}{end}": (name, stack, end)
+        for name in experts_of(network)
+        for stack in _STACKS
+        for end in ("", "_bias")
+    }
+
+
 def stack_of(tensor: str) -> str:
     """The source's tensor that a matrix of a file was cut from, or the same name."""
     listed = _LISTED.fullmatch(tensor)
@@ -62,7 +72,8 @@ def share_per_token(experts: Any) -> float:
 
 def unstack(network: PreTrainedModel) -> None:
     """Cut the stacked parameters of all experts into linear layers that share their memory."""
-    for module in experts_of(network).values():
+    found = experts_of(network)
+    for module in found.values():
         for index, expert in enumerate(_experts(module)):
             module.add_module(str(index), expert)
         for name in _STACKS:
@@ -70,6 +81,7 @@ def unstack(network: PreTrainedModel) -> None:
                 if stack in module._parameters:
                     delattr(module, stack)
         module.num_experts = index + 1
+    if found:
         network.set_experts_implementation(IMPLEMENTATION)
 
 
@@ -168,12 +180,7 @@ class SourceNames:
         self._prefix = network.base_model_prefix
         self._experts = experts_of(network)
         self._names = set(network.state_dict())
-        self._stacks = {
-            f"{name}.{stack}{end}": (name, stack, end)
-            for name in self._experts
-            for stack in _STACKS
-            for end in ("", "_bias")
-        }
+        self._stacks = stacked_names(network)
         self._known = dict.fromkeys([*self._names, *self._stacks], True)
 
     def parts(self, tensor: str) -> dict[str, str]:

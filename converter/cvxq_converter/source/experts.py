@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from cvxq.experts import SourceNames, experts_of, stack_of, unstack
+from cvxq.experts import SourceNames, experts_of, stack_of, stacked_names, unstack
 from torch import nn
 
 from cvxq_converter.source.source import Source
 
-__all__ = ["expert_names", "experts_of", "pools_of", "router_weights", "stack_of", "unstack"]
+__all__ = [
+    "expert_names",
+    "experts_of",
+    "pools_of",
+    "router_weights",
+    "stack_of",
+    "stacked_names",
+    "unstack",
+]
 
 
 def expert_names(source: Source, network: Any) -> dict[str, str]:

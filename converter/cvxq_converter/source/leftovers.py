@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.source.experts import stack_of
+from cvxq_converter.source.experts import stack_of, stacked_names
 from cvxq_converter.source.source import Source
 
 _WRAPPING = re.compile(r"(^|\.)language_model\.")  # in names of the text part of a larger model
@@ -24,7 +24,7 @@ def leftover_notice(source: Source, network: Any, names: Mapping[str, str]) -> s
     if source.is_gguf:  # which is refused where it has more than the network
         return None
     used = {_core(stored) for name in names.values() for stored in (name, stack_of(name))}
-    used |= {_core(name) for name in network.state_dict()}
+    used |= {_core(name) for name in (*network.state_dict(), *stacked_names(network))}
     prefix = f"{network.base_model_prefix}."
     used |= {name.removeprefix(prefix) for name in used}
     left = [key for key in source.tensors if _core(key).removeprefix(prefix) not in used]
