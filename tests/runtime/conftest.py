@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cvxq.experts import unstack
 from cvxq_converter.source.decoding import NotDescribedError, describe
 from cvxq_format import Codebook, CompandedTensor, Writer, decoder_record, dequantize
 from cvxq_format.model_config import attention_options
@@ -136,6 +137,22 @@ def tiny_config(kind: str) -> Any:
         "stablelm": lambda: t.StableLmConfig(
             **like, partial_rotary_factor=0.5, use_qkv_bias=True, tie_word_embeddings=False
         ),
+        "mixtral": lambda: t.MixtralConfig(**like, num_local_experts=4),
+        "qwen3-moe": lambda: t.Qwen3MoeConfig(
+            **like, head_dim=12, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48
+        ),
+        "olmoe": lambda: t.OlmoeConfig(**like, num_experts=5, num_experts_per_tok=2),
+        "gpt-oss": lambda: t.GptOssConfig(
+            **like,
+            head_dim=8,
+            num_local_experts=5,
+            num_experts_per_tok=3,
+            sliding_window=8,
+            rope_scaling=_rope("default"),
+        ),
+        "granite-moe": lambda: t.GraniteMoeConfig(
+            **like, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5
+        ),
         "gemma2": lambda: t.Gemma2Config(
             **like,
             head_dim=16,
@@ -171,6 +188,7 @@ def random_network(kind: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    unstack(network)
     return network.float()
 
 

@@ -7,6 +7,7 @@ the ctypes classes below mirror field by field.
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,15 @@ class Rope:
 
 
 @dataclass(frozen=True, eq=False)
+class Expert:
+    """One of the blocks that tokens are routed to; without a gate, down(act(up(x)))."""
+
+    up: Matrix
+    down: Matrix
+    gate: Matrix | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """One layer's matrices and norms.
 
@@ -56,6 +66,9 @@ class Layer:
     `*_out` ones follow it, `*_sum` ones follow its sum with the stream; q_norm and k_norm, before
     rotation, are over each head, or all at once with wide_norms.  scale, cap: of scores, 0 for no
     cap.  window: keys that a query sees, 0 all of them.  rope: index of one, None for none.
+    experts: in place of gate, up and down, with a router that has an output for each; a token goes
+    through the `chosen` ones it scores highest.  limit, slope, up_offset: of gated blocks, see
+    `cvxq_decoder_math`.  sinks: (heads,) float32, scores without a value, or None.
     """
 
     q: Matrix
@@ -64,7 +77,7 @@ class Layer:
     o: Matrix
     gate: Matrix | None
     up: Matrix | None
-    down: Matrix
+    down: Matrix | None
     scale: float
     q_norm: Norm = Norm()
     k_norm: Norm = Norm()
@@ -80,6 +93,14 @@ class Layer:
     wide_norms: bool = False
     is_parallel: bool = False
     activation: str = "silu"
+    limit: float = math.inf
+    slope: float = 1.0
+    up_offset: float = 0.0
+    sinks: Floats | None = None
+    router: Matrix | None = None
+    experts: tuple[Expert, ...] = ()
+    chosen: int = 0
+    shares_of_all: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +161,14 @@ _LAYER_NORMS = (
 )
 
 
+class _Expert(ctypes.Structure):
+    _fields_ = (
+        ("gate", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+    )
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _LAYER_MATRICES),
@@ -151,6 +180,15 @@ class _Layer(ctypes.Structure):
         ("wide_norms", ctypes.c_int32),
         ("is_parallel", ctypes.c_int32),
         ("activation", ctypes.c_int32),
+        ("limit", ctypes.c_float),
+        ("slope", ctypes.c_float),
+        ("up_offset", ctypes.c_float),
+        ("sinks", _FLOATS),
+        ("router", ctypes.c_void_p),
+        ("experts", ctypes.POINTER(_Expert)),
+        ("expert_count", ctypes.c_int32),
+        ("chosen", ctypes.c_int32),
+        ("shares_of_all", ctypes.c_int32),
     )
 
 
@@ -275,7 +313,24 @@ class Decoder:
             layer.wide_norms,
             layer.is_parallel,
             ACTIVATIONS[layer.activation],
+            layer.limit,
+            layer.slope,
+            layer.up_offset,
+            self._floats(layer.sinks),
+            _handle(layer.router),
+            self._experts(layer.experts),
+            len(layer.experts),
+            layer.chosen,
+            layer.shares_of_all,
         )
+
+    def _experts(self, experts: tuple[Expert, ...]) -> Any:
+        if not experts:
+            return None
+        made = (_Expert(_handle(e.gate), _handle(e.up), _handle(e.down)) for e in experts)
+        array = (_Expert * len(experts))(*made)
+        self._kept.append(array)
+        return array
 
     def _shape(self, shape: Shape, layers: int) -> _Shape:
         return _Shape(

@@ -35,6 +35,7 @@ class Companded(ctypes.Structure):
         ("levels", c_void_p),
         ("row_scales", c_void_p),
         ("bias", c_void_p),
+        ("file", c_int),
     ]
 
 

@@ -67,11 +67,14 @@ class Matrix:
         codebook: Codebook,
         bias: npt.NDArray[Any] | None = None,
         pool: Pool | None = None,
+        scratch: int = -1,
     ) -> Matrix:
         """Repack a tensor read from a file; nothing of it is needed afterwards.
 
         The pages of the file that held the codes are given back to the system. bias: (N,), added
-        to every product. Raises ValueError for stacked experts or a bias of another shape.
+        to every product. scratch: descriptor of a file that is to hold the repacked codes instead
+        of memory, it only grows and may be closed afterwards. Raises ValueError for stacked experts
+        or a bias of another shape, MemoryError where memory or disk is short.
         """
         if len(tensor.shape) != 2:
             raise ValueError(
@@ -81,6 +84,7 @@ class Matrix:
         held = _bias(bias, tensor.shape[0])
         source, arrays = _describe(tensor, codebook)
         source.bias = _address(held)
+        source.file = scratch
         handle = native().cvxq_matrix_pack(pool.handle, ctypes.byref(source))
         del arrays
         if not handle:

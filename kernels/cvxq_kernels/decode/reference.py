@@ -98,27 +98,35 @@ def attend(
     mask: torch.Tensor,
     scale: float,
     softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from q (M, H, D) to keys and values (KV, L, D); mask (M, L) is True where seen.
 
-    Query heads h·H/KV … share key head h.  Returns (M, H·D).
+    Query heads h·H/KV … share key head h.  sinks: (H,) float32, scores that take part in the
+    softmax and have no value, or None.  Returns (M, H·D).
     """
     tokens, heads, width = q.shape
     kv_heads, length, _ = keys.shape
     step = max(1, SCORES // (heads * length))
-    if softcap is not None and tokens > step:  # nothing bounds these scores but their number
+    is_plain = softcap is None and sinks is None
+    if not is_plain and tokens > step:  # nothing bounds these scores but their number
         parts = zip(q.split(step), mask.split(step), strict=True)
-        return torch.cat([attend(q, keys, values, m, scale, softcap) for q, m in parts])
+        return torch.cat([attend(q, keys, values, m, scale, softcap, sinks) for q, m in parts])
     # (KV, H/KV, M, D); keys, values and mask are shared by a group's heads, not repeated for them.
     rows = q.view(tokens, kv_heads, -1, width).permute(1, 2, 0, 3)
-    if softcap is None:
+    if is_plain:
         keys, values = (x[:, None].expand(-1, rows.shape[1], -1, -1) for x in (keys, values))
         result = functional.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
     else:
         scores = torch.matmul(rows.reshape(kv_heads, -1, width), keys.transpose(1, 2))
-        scores = scores.float().mul_(scale / softcap).tanh_().mul_(softcap)
+        scores = scores.float().mul_(scale if softcap is None else scale / softcap)
+        if softcap is not None:
+            scores = scores.tanh_().mul_(softcap)
         scores = scores.view(*rows.shape[:3], length).masked_fill_(~mask, -torch.inf)
-        weights = scores.softmax(-1).to(values.dtype).view(kv_heads, -1, length)
+        if sinks is not None:
+            last = sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, last), -1)
+        weights = scores.softmax(-1)[..., :length].to(values.dtype).reshape(kv_heads, -1, length)
         result = torch.matmul(weights, values).view(rows.shape)
     return result.permute(2, 0, 1, 3).reshape(tokens, -1)
 
@@ -145,6 +153,25 @@ def visible(places: torch.Tensor, positions: torch.Tensor, window: int | None) -
     """Tell which places (L,) the tokens at positions (M,) see: (M, L) bool."""
     seen = places <= positions[:, None]
     return seen if window is None else seen & (places > positions[:, None] - window)
+
+
+def activate_bounded(
+    x: torch.Tensor,
+    activation: str,
+    gated: bool,
+    limit: float | None,
+    slope: float,
+    offset: float,
+) -> torch.Tensor:
+    """Return act(gate) · (up + offset), gate at most `limit` and up that far from 0 at most.
+
+    x: (M, 2·F), gate first, or (M, F) without a gate; `slope` is that of silu.
+    """
+    gate, up = x.float().chunk(2, dim=-1) if gated else (x.float(), None)
+    if limit is not None and up is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    value = activate(gate * slope, activation, gated=False) / slope
+    return (value if up is None else value * (up + offset)).to(x.dtype)
 
 
 def activate(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:

@@ -15,6 +15,7 @@ from cvxq.errors import ArgumentError, no_positions
 from cvxq.lean.decoder import Decoder
 from cvxq.lean.errors import NotLeanError
 from cvxq.lean.products import Tensors
+from cvxq.lean.scratch import scratch_for_experts
 from cvxq.parts import json_part
 from cvxq.summary import json_file, reason_without_record
 from cvxq.threads import useful_threads
@@ -72,19 +73,27 @@ def _open(
         from cvxq.lean.cuda.opening import open_torch_decoder
 
         return open_torch_decoder(record, reader, device, config)
-    return open_native(record, reader, threads or useful_threads(reader.path.stat().st_size))
+    threads = threads or useful_threads(reader.path.stat().st_size)
+    with scratch_for_experts(record, reader) as scratch:
+        return open_native(record, reader, threads, scratch=scratch)
 
 
 def open_native(
-    record: DecoderRecord, tensors: Tensors, threads: int, *, exact: bool = False
+    record: DecoderRecord,
+    tensors: Tensors,
+    threads: int,
+    *,
+    exact: bool = False,
+    scratch: int = -1,
 ) -> NativeDecoder:
     """Make the CPU's decoder of `record`; nothing of `tensors` is needed afterwards.
 
-    exact: products in float32 throughout, which is slow.  Raises as `open_decoder` does.
+    exact: products in float32 throughout, which is slow; scratch: descriptor of a file that is to
+    hold the experts.  Raises as `open_decoder` does.
     """
     from cvxq.lean.native_decoder import NativeDecoder
 
-    return NativeDecoder(record, tensors, threads, exact=exact)
+    return NativeDecoder(record, tensors, threads, exact=exact, scratch=scratch)
 
 
 def open_exact(record: DecoderRecord, tensors: Tensors, threads: int) -> Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -14,12 +15,18 @@ from cvxq_format import CompandedTensor, RawTensor
 from cvxq_format import decoder_record as described
 from cvxq_format.decoder_record import DecoderRecord
 from cvxq_kernels import cpu
-from cvxq_kernels.cpu.decoder import Decoder, Layer, Norm, Rope, Shape
+from cvxq_kernels.cpu.decoder import Decoder, Expert, Layer, Norm, Rope, Shape
 
 from cvxq.lean.errors import NotLeanError
-from cvxq.lean.products import DecoderProducts, Product, Tensors, find_products
+from cvxq.lean.products import (
+    BlockProducts,
+    DecoderProducts,
+    Product,
+    Tensors,
+    find_products,
+)
 from cvxq.lean.rope import Turning
-from cvxq.lean.weights import read_norm, read_product
+from cvxq.lean.weights import read_floats, read_norm, read_product
 
 CHUNK_TOKENS = 256  # read per call of a prompt; Ctrl-C is felt between two calls
 
@@ -37,11 +44,13 @@ class NativeDecoder:
         *,
         chunk: int = CHUNK_TOKENS,
         exact: bool = False,
+        scratch: int = -1,
     ) -> None:
         """Check and repack the tensors that the record names.
 
         chunk: tokens per call of a prompt; exact: products in float32 throughout, which is slow
-            for single tokens.
+            for single tokens; scratch: descriptor of a file that is to hold the experts, see
+            `Matrix.from_tensor`.
         Raises NotLeanError without the native library or for what it does not do, CorruptError
         where record and tensors contradict each other.
         """
@@ -59,7 +68,7 @@ class NativeDecoder:
         self.exact = exact
         self._ropes = record.ropes
         self._turning = Turning(record.ropes)
-        parts = _Parts(record, found, tensors, threads)
+        parts = _Parts(record, found, tensors, threads, scratch)
         shape = parts.shape(self.chunk)
         layers = [parts.layer(index) for index in range(self.layers)]
         self._native = Decoder(cpu.Pool(threads), shape, layers)
@@ -137,20 +146,25 @@ def _dense(value: RawTensor) -> npt.NDArray[Any]:
 
 
 def _load_matrices(
-    found: DecoderProducts, tensors: Tensors, threads: int
+    found: DecoderProducts, tensors: Tensors, threads: int, scratch: int
 ) -> dict[Product, cpu.Matrix]:
     """Check and repack all matrices, one per thread at a time, the largest first."""
+    routed = {p for y in found.layers if y.router for block in y.blocks for p in block}
     places = sorted(dict.fromkeys(found), key=lambda product: -product.outputs * product.inputs)
     with ThreadPoolExecutor(threads) as workers:
-        made = workers.map(lambda product: _load_matrix(tensors, product), places)
+        made = workers.map(
+            lambda product: _load_matrix(tensors, product, scratch if product in routed else -1),
+            places,
+        )
         return dict(zip(places, made, strict=True))
 
 
-def _load_matrix(tensors: Tensors, product: Product) -> cpu.Matrix:
+def _load_matrix(tensors: Tensors, product: Product, scratch: int) -> cpu.Matrix:
     value, bias = read_product(tensors, product)
     pool = cpu.Pool(1)
     if isinstance(value, CompandedTensor):
-        return cpu.Matrix.from_tensor(value, tensors.codebook(value.codebook), bias, pool)
+        codebook = tensors.codebook(value.codebook)
+        return cpu.Matrix.from_tensor(value, codebook, bias, pool, scratch)
     return cpu.Matrix.from_dense(_dense(value), bias, pool)
 
 
@@ -158,13 +172,18 @@ class _Parts:
     """Builds the native parts of a record; a matrix that several places share is made once."""
 
     def __init__(
-        self, record: DecoderRecord, found: DecoderProducts, tensors: Tensors, threads: int
+        self,
+        record: DecoderRecord,
+        found: DecoderProducts,
+        tensors: Tensors,
+        threads: int,
+        scratch: int,
     ) -> None:
         """Check and repack all matrices."""
         self._record = record
         self._found = found
         self._tensors = tensors
-        self._matrices = _load_matrices(found, tensors, threads)
+        self._matrices = _load_matrices(found, tensors, threads, scratch)
 
     def _optional(self, product: Product | None) -> cpu.Matrix | None:
         return None if product is None else self._matrices[product]
@@ -180,7 +199,10 @@ class _Parts:
         attention, block, hidden = layer.attention, layer.feed_forward, self._record.hidden
         q, *kv = [self._matrices[product] for product in found.qkv]
         k, v = kv or (None, None)
-        up = [self._matrices[product] for product in found.up]
+        is_gated, experts = block.gate is not None, block.experts
+        gate, up, down = (None, None, None)
+        if experts is None:
+            gate, up, down = self._block(found.blocks[0], is_gated)
         widths = [record.head_dim] * 2
         if not attention.norms_over_heads:
             widths = [record.heads * record.head_dim, record.kv_heads * record.head_dim]
@@ -189,9 +211,9 @@ class _Parts:
             k=k,
             v=v,
             o=self._matrices[found.o],
-            gate=None if block.gate is None else up[0],
-            up=None if block.gate is not None and len(up) == 1 else up[-1],
-            down=self._matrices[found.down],
+            gate=gate,
+            up=up,
+            down=down,
             scale=attention.scale,
             q_norm=self._norm(attention.q_norm, widths[0]),
             k_norm=self._norm(attention.k_norm, widths[1]),
@@ -207,7 +229,29 @@ class _Parts:
             wide_norms=not attention.norms_over_heads,
             is_parallel=layer.parallel,
             activation=block.activation,
+            limit=math.inf if block.limit is None else block.limit,
+            slope=block.slope,
+            up_offset=block.up_offset,
+            sinks=self._sinks(attention.sinks),
+            router=self._optional(found.router),
+            experts=() if experts is None else self._experts(found.blocks, is_gated),
+            chosen=0 if experts is None else experts.chosen,
+            shares_of_all=experts is not None and experts.shares == "of_all",
         )
+
+    def _block(
+        self, block: BlockProducts, is_gated: bool
+    ) -> tuple[cpu.Matrix | None, cpu.Matrix | None, cpu.Matrix]:
+        """Gate, up and down of a block; one matrix for both gate and up is its gate."""
+        up, down = [self._matrices[p] for p in block.up], self._matrices[block.down]
+        return up[0] if is_gated else None, up[-1] if len(up) == 1 + is_gated else None, down
+
+    def _experts(self, blocks: tuple[BlockProducts, ...], is_gated: bool) -> tuple[Expert, ...]:
+        made = (self._block(block, is_gated) for block in blocks)
+        return tuple(Expert(up, down, gate) for gate, up, down in made if up is not None)
+
+    def _sinks(self, name: str | None) -> Floats | None:
+        return None if name is None else read_floats(self._tensors, name, (self._record.heads,))
 
     def shape(self, chunk: int) -> Shape:
         """All but the layers."""
@@ -237,11 +281,21 @@ class _Parts:
         )
 
     def bytes_per_token(self, shape: Shape) -> int:
-        """Bytes of the matrices that predicting one token reads: one row of those looked up."""
-        rows = {id(shape.embed): shape.vocabulary, id(shape.head): 1}
+        """Bytes of the matrices that predicting one token reads.
+
+        One row of those looked up, and of experts as many as a token goes through.
+        """
+        parts: dict[int, float] = {id(shape.embed): 1 / shape.vocabulary, id(shape.head): 1}
         if shape.positions is not None:
-            rows[id(shape.positions)] = shape.capacity + shape.position_offset
-        return sum(matrix.nbytes // rows.get(id(matrix), 1) for matrix in self._matrices.values())
+            parts[id(shape.positions)] = 1 / (shape.capacity + shape.position_offset)
+        for layer, found in zip(self._record.layers, self._found.layers, strict=True):
+            experts = layer.feed_forward.experts
+            if experts is not None:
+                share = experts.chosen / experts.count
+                products = (product for block in found.blocks for product in block)
+                parts |= {id(self._matrices[product]): share for product in products}
+        read = (matrix.nbytes * parts.get(id(matrix), 1) for matrix in self._matrices.values())
+        return round(sum(read))
 
 
 def _rope(rope: described.Rope) -> Rope:

@@ -11,13 +11,21 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cvxq_format import Codebook, CompandedTensor, CorruptError, RawTensor
-from cvxq_format.decoder_record import FILE_NAME, DecoderRecord, Layer, Part, Rows
+from cvxq_format.decoder_record import (
+    FILE_NAME,
+    DecoderRecord,
+    FeedForward,
+    Layer,
+    Part,
+    Rows,
+)
 
 from cvxq.lean.errors import NotLeanError
 
 Value = RawTensor | CompandedTensor
 
 _MOST_PLACES = 1 << 24  # of a text, and tokens of a vocabulary
+_MOST_EXPERTS = 1 << 12  # of a layer
 _MOST_UNITS = 1 << 20  # of everything else that is counted: the kernels count products in 32 bits
 
 
@@ -54,13 +62,36 @@ class Product:
 
 
 @dataclass(frozen=True)
+class BlockProducts:
+    """The matrices of a feed-forward block; gate and up, in this order, are one each or one."""
+
+    up: tuple[Product, ...]
+    down: Product
+
+    def __iter__(self) -> Iterator[Product]:
+        """Yield every matrix."""
+        yield from (*self.up, self.down)
+
+
+@dataclass(frozen=True)
 class LayerProducts:
-    """The matrices of a layer; qkv, and up after gate, are one each or one together."""
+    """The matrices of a layer; q, k and v are one each or one together.
+
+    blocks: one, or with a router one for each expert.
+    """
 
     qkv: tuple[Product, ...]
     o: Product
-    up: tuple[Product, ...]
-    down: Product
+    blocks: tuple[BlockProducts, ...]
+    router: Product | None = None
+
+    def __iter__(self) -> Iterator[Product]:
+        """Yield every matrix."""
+        yield from (*self.qkv, self.o)
+        for block in self.blocks:
+            yield from block
+        if self.router is not None:
+            yield self.router
 
 
 @dataclass(frozen=True)
@@ -79,7 +110,7 @@ class DecoderProducts:
         whole = (self.embedding, self.head, self.positions, self.project_in, self.project_out)
         yield from (product for product in whole if product is not None)
         for layer in self.layers:
-            yield from (*layer.qkv, layer.o, *layer.up, layer.down)
+            yield from layer
 
 
 def find_products(record: DecoderRecord, tensors: Tensors) -> DecoderProducts:
@@ -108,14 +139,29 @@ def find_products(record: DecoderRecord, tensors: Tensors) -> DecoderProducts:
 
 def _layer(record: DecoderRecord, layer: Layer, tensors: Tensors) -> LayerProducts:
     queries, keys = record.heads * record.head_dim, record.kv_heads * record.head_dim
-    attention, block = layer.attention, layer.feed_forward
+    attention, experts = layer.attention, layer.feed_forward.experts
     qkv = ((attention.q, queries), (attention.k, keys), (attention.v, keys))
-    up = ((block.gate, record.ffn), (block.up, record.ffn))
     (o,) = _products(tensors, queries, (attention.o, record.hidden))
+    fused = _products(tensors, record.hidden, *qkv)
+    if experts is None:
+        return LayerProducts(fused, o, (_block(record, layer.feed_forward, tensors),))
+    if experts.count > _MOST_EXPERTS:
+        raise CorruptError(
+            f"{FILE_NAME}: {experts.count} experts, allowed up to {_MOST_EXPERTS}; "
+            "the file is corrupt"
+        )
+    parts = (layer.feed_forward.of_expert(index) for index in range(experts.count))
+    blocks = tuple(_block(record, part, tensors) for part in parts)
+    if layer.feed_forward.gate is not None and len(blocks[0].up) == 1:
+        raise NotLeanError("experts hold gate and up in one matrix")
+    (router,) = _products(tensors, record.hidden, (experts.router, experts.count))
+    return LayerProducts(fused, o, blocks, router)
+
+
+def _block(record: DecoderRecord, block: FeedForward, tensors: Tensors) -> BlockProducts:
+    up = ((block.gate, record.ffn), (block.up, record.ffn))
     (down,) = _products(tensors, record.ffn, (block.down, record.hidden))
-    return LayerProducts(
-        _products(tensors, record.hidden, *qkv), o, _products(tensors, record.hidden, *up), down
-    )
+    return BlockProducts(_products(tensors, record.hidden, *up), down)
 
 
 def _products(

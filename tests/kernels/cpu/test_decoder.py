@@ -15,7 +15,7 @@ from cvxq_kernels import cpu
 if not cpu.is_available():
     pytest.skip(cpu.why_not(), allow_module_level=True)
 
-from cvxq_kernels.cpu.decoder import Decoder, Layer, Norm, Rope, Shape
+from cvxq_kernels.cpu.decoder import Decoder, Expert, Layer, Norm, Rope, Shape
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -51,6 +51,9 @@ class Case:
         fused, parallel = options.pop("fused", False), options.pop("parallel", False)
         activation, factor = options.pop("activation", "silu"), options.pop("rotary_scale", 1.0)
         sizes = (width, width) if over == "each" else (heads * width, kv_heads * width)
+        experts, chosen = options.pop("experts", 0), options.pop("chosen", 0)
+        bounds = options.pop("bounds", {})
+        of_all, sinks = options.pop("shares_of_all", False), options.pop("sinks", False)
         q_norm, k_norm = (self.norm(n, kind) if over else Norm() for n in sizes)
         self.layers = [
             Layer(
@@ -58,9 +61,9 @@ class Case:
                 k=None if fused else self.matrix(kv_heads * width, hidden),
                 v=None if fused else self.matrix(kv_heads * width, hidden, bias=True),
                 o=self.matrix(hidden, heads * width),
-                gate=self.matrix(ffn * (1 + fused), hidden) if gated else None,
-                up=None if fused and gated else self.matrix(ffn, hidden),
-                down=self.matrix(hidden, ffn),
+                gate=self.matrix(ffn * (1 + fused), hidden) if gated and not experts else None,
+                up=None if (fused and gated) or experts else self.matrix(ffn, hidden),
+                down=None if experts else self.matrix(hidden, ffn),
                 scale=scale * (1 + index),
                 cap=cap,
                 q_norm=q_norm,
@@ -70,6 +73,19 @@ class Case:
                 wide_norms=over == "all",
                 is_parallel=parallel,
                 activation=activation if index else "silu",
+                **bounds,
+                sinks=self.vector(heads) if sinks else None,
+                router=self.matrix(experts, hidden, bias=True) if experts else None,
+                experts=tuple(
+                    Expert(
+                        up=self.matrix(ffn, hidden, bias=True),
+                        down=self.matrix(hidden, ffn, bias=True),
+                        gate=self.matrix(ffn, hidden, bias=True) if gated else None,
+                    )
+                    for _ in range(experts)
+                ),
+                chosen=chosen,
+                shares_of_all=of_all,
                 **{name: self.norm(hidden, kind) for name in names},
             )
             for index in range(3)
@@ -105,6 +121,9 @@ class Case:
         self.dense[id(matrix)] = np.column_stack([dense, zero if added is None else added])
         return matrix
 
+    def vector(self, size: int) -> Floats:
+        return self.rng.standard_normal(size).astype(np.float32)
+
     def norm(self, size: int, kind: str) -> Norm:
         weight = self.rng.standard_normal(size).astype(np.float32)
         bias = self.rng.standard_normal(size).astype(np.float32) if kind == "layer" else None
@@ -124,20 +143,39 @@ class Case:
             x = x + s.residual_scale * norm(layer.attention_out, branch)
             x = norm(layer.attention_sum, x)
             inner = norm(layer.ffn_in, before if layer.is_parallel else x)
-            if layer.gate is None:
-                up = activate(layer.activation, self.times(inner, layer.up))
+            if layer.experts:
+                branch = self.through_experts(layer, inner)
             else:
-                up = self.times(inner, layer.gate)
-                gate, up = (
-                    np.split(up, 2, axis=1)
-                    if layer.up is None
-                    else (up, self.times(inner, layer.up))
-                )
-                up = activate(layer.activation, gate) * up
-            branch = self.times(up, layer.down)
+                branch = self.block(layer, inner, layer.gate, layer.up, layer.down)
             x = x + s.residual_scale * norm(layer.ffn_out, branch)
             x = norm(layer.ffn_sum, x)
         return capped(self.times(norm(s.final, x), s.head) * s.logit_scale, s.logit_cap)
+
+    def block(self, layer: Layer, x: Doubles, gate: Any, up: Any, down: Any) -> Doubles:
+        """One feed-forward block; up None: the gate gives both."""
+        if gate is None:
+            return self.times(activate(layer.activation, self.times(x, up)), down)
+        made = self.times(x, gate)
+        gates, ups = np.split(made, 2, axis=1) if up is None else (made, self.times(x, up))
+        gates, ups = np.minimum(gates, layer.limit), np.clip(ups, -layer.limit, layer.limit)
+        acted = activate(layer.activation, gates * layer.slope) / layer.slope
+        return self.times(acted * (ups + layer.up_offset), down)
+
+    def through_experts(self, layer: Layer, x: Doubles) -> Doubles:
+        assert layer.router is not None
+        scores = self.times(x, layer.router)
+        chosen = np.argsort(-scores, axis=1)[:, : layer.chosen]
+        powers = np.exp(scores - scores.max(1, keepdims=True))
+        kept = np.take_along_axis(powers, chosen, 1)
+        shares = kept / (powers if layer.shares_of_all else kept).sum(1, keepdims=True)
+        result = np.zeros_like(x)
+        for token, experts in enumerate(chosen):
+            for share, index in zip(shares[token], experts, strict=True):
+                expert = layer.experts[index]
+                line = x[token : token + 1]
+                made = self.block(layer, line, expert.gate, expert.up, expert.down)
+                result[token] += share * made[0]
+        return result
 
     def attend(self, layer: Layer, x: Doubles, is_long: bool) -> Doubles:
         s, length = self.shape, len(x)
@@ -156,8 +194,12 @@ class Case:
             key = head // (s.heads // s.kv_heads)
             scores = queries[:, head] @ keys[:, key].T * layer.scale
             scores = np.where(seen, capped(scores, layer.cap), -np.inf)
-            shares = np.exp(scores - scores.max(1, keepdims=True))
-            heads.append(shares / shares.sum(1, keepdims=True) @ values[:, key])
+            most = scores.max(1, keepdims=True)
+            shares = np.exp(scores - most)
+            total = shares.sum(1, keepdims=True)
+            if layer.sinks is not None:
+                total += np.exp(float(layer.sinks[head]) - most)
+            heads.append(shares / total @ values[:, key])
         return self.times(np.concatenate(heads, axis=1), layer.o)
 
     def turned(self, x: Doubles, layer: Layer, chosen: Norm, is_long: bool) -> Doubles:
@@ -242,6 +284,23 @@ CASES: dict[str, dict[str, Any]] = {
         "gated": False, "norm": "layer", "activation": "relu",
     },
     "gelu": {"width": 9, "group": 2, "rotary": 2, "activation": "gelu"},
+    "experts": {"width": 9, "group": 2, "rotary": 4, "experts": 7, "chosen": 3},
+    "experts, shares of all": {
+        "width": 9, "group": 2, "rotary": 4, "experts": 6, "chosen": 6, "shares_of_all": True,
+        "residual_scale": 0.6,
+    },
+    "experts beside attention, not gated": {
+        "width": 9, "group": 1, "rotary": 4, "experts": 12, "chosen": 5, "parallel": True,
+        "gated": False, "activation": "relu", "shares_of_all": True,
+    },
+    "one expert, bounds and sinks": {
+        "width": 16, "group": 4, "rotary": 8, "experts": 1, "chosen": 1, "sinks": True,
+        "bounds": {"limit": 0.8, "slope": 1.7, "up_offset": 1.0}, "window": 20,
+    },
+    "bounds without experts": {
+        "width": 9, "group": 3, "rotary": 4, "sinks": True, "fused": True,
+        "bounds": {"limit": 0.5, "up_offset": 0.3},
+    },
 }  # fmt: skip
 
 

@@ -36,6 +36,11 @@ LEAN_KINDS = (
     "opt",
     "opt-post-norm",
     "opt-gelu",
+    "mixtral",
+    "qwen3-moe",
+    "olmoe",
+    "gpt-oss",
+    "granite-moe",
 )
 
 

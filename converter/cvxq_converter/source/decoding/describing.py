@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from cvxq_format.decoder_record import (
+    ANY_EXPERT,
     Attention,
     DecoderRecord,
+    Experts,
     FeedForward,
     Layer,
     Norm,
@@ -67,8 +70,7 @@ class _Describer:
             heads=config.num_attention_heads,
             kv_heads=self._kv_heads(),
             head_dim=_head_dim(first),
-            ffn=self._rows_of(layers[0].get_submodule(family.gate_up or family.up))
-            // (2 if family.gate_up else 1),
+            ffn=self._ffn(layers[0]),
             context=numbers.context_of(config),
             embedding_width=width,
             embedding=self._weight(embedding),
@@ -125,6 +127,7 @@ class _Describer:
             softcap=None if cap is None else float(cap),
             window=self._window(index),
             rope=self._rope(index) if getattr(attention, "use_rope", True) else None,
+            sinks=self._tensor(getattr(attention, family.sinks)) if family.sinks else None,
         )
 
     def _qkv(self, attention: Any) -> tuple[Part, Part, Part]:
@@ -147,8 +150,53 @@ class _Describer:
         q, k, v = (self._part(module, part) for part in rows)
         return q, k, v
 
+    def _ffn(self, layer: Any) -> int:
+        family = self._family
+        if family.experts is not None:
+            return self._rows_of(layer.get_submodule(f"{family.experts}.0.up_proj"))
+        rows = self._rows_of(layer.get_submodule(family.gate_up or family.up))
+        return rows // (2 if family.gate_up else 1)
+
+    def _mixture(self, layer: Any) -> FeedForward:
+        """The experts of a layer, each part named once for all of them."""
+        family = self._family
+        experts, router = (layer.get_submodule(n) for n in (family.experts, family.router))
+        gate, up, down = (
+            self._of_all(
+                [getattr(getattr(experts, str(e)), role) for e in range(len(router.weight))]
+            )
+            for role in ("gate_proj", "up_proj", "down_proj")
+        )
+        bounds = {}
+        if family.bounded:
+            bounds = {"limit": experts.limit, "slope": experts.alpha, "up_offset": 1.0}
+        act = (
+            "silu"
+            if family.bounded
+            else numbers.activation_of(layer.get_submodule(family.activation))
+        )
+        return FeedForward(
+            up=up,
+            down=down,
+            activation=act,
+            gate=gate,
+            experts=Experts(len(router.weight), router.top_k, self._part(router), family.shares),
+            **{key: float(value) for key, value in bounds.items()},
+        )
+
+    def _of_all(self, modules: list[Any]) -> Part:
+        """One part for what all experts have, with the place of their number marked."""
+        parts = [self._part(module) for module in modules]
+        weight = _marked([part.weight for part in parts])
+        biases = [part.bias for part in parts if part.bias is not None]
+        if biases and len(biases) < len(parts):
+            raise NotDescribedError("experts of which only some have a bias are not described")
+        return Part(weight, _marked(biases) if biases else None)
+
     def _feed_forward(self, layer: Any) -> FeedForward:
         family = self._family
+        if family.experts is not None:
+            return self._mixture(layer)
         if family.gate_up is not None:
             fused = layer.get_submodule(family.gate_up)
             half = self._rows_of(fused) // 2
@@ -206,7 +254,10 @@ class _Describer:
 
     def _weight(self, module: Any) -> str:
         """Name of the tensor of a module's weight."""
-        name = self._stored[id(module.weight)]
+        return self._tensor(module.weight)
+
+    def _tensor(self, parameter: Any) -> str:
+        name = self._stored[id(parameter)]
         self._used.add(name)
         return name
 
@@ -265,6 +316,17 @@ def _stored_names(network: Any, names: Mapping[str, str], embedding: Any) -> dic
         if module is embedding:
             stored[id(embedding.weight)] = names[f"{name}.weight"]
     return stored
+
+
+def _marked(names: list[str]) -> str:
+    """The names of all experts' tensors, 0 first, as one with `ANY_EXPERT` for their number."""
+    for match in re.finditer(r"(?<![0-9])0(?![0-9])", names[0]):
+        marked = names[0][: match.start()] + ANY_EXPERT + names[0][match.end() :]
+        if names == [marked.replace(ANY_EXPERT, str(i)) for i in range(len(names))]:
+            return marked
+    if len(names) == 1 and ANY_EXPERT not in names[0]:
+        return names[0]
+    raise NotDescribedError(f"the experts' tensors beside {names[0]} are not numbered")
 
 
 def _head_dim(attention: Any) -> int:

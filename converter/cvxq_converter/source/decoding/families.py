@@ -22,6 +22,8 @@ class Family:
     other, instead of all of q first. norms: slot of `decoder_record.Layer` → module.
     norm_offset: what norms add to their weights. softcap: attribute of the attention module.
     residual_scale: attribute of a layer. embedding_scale: of the embedding, or else of the body.
+    experts: the module that holds a layer's, in place of gate, up and down. bounded: gates are as
+    those of gpt-oss. sinks: parameter of the attention module.
     """
 
     body: str = "model"
@@ -51,6 +53,11 @@ class Family:
     down: str = "mlp.down_proj"
     gate_up: str | None = None
     activation: str = "mlp.act_fn"
+    experts: str | None = None
+    router: str = "mlp.gate"
+    shares: Literal["of_chosen", "of_all"] = "of_chosen"
+    bounded: bool = False
+    sinks: str | None = None
 
     norms: Mapping[str, str] = field(
         default_factory=lambda: {
@@ -69,6 +76,7 @@ class Family:
 _LLAMA = Family()
 _QWEN2 = replace(_LLAMA, windows="by layer type")
 _QWEN3 = replace(_QWEN2, q_norm="q_norm", k_norm="k_norm")
+_QWEN3_MOE = replace(_LLAMA, q_norm="q_norm", k_norm="k_norm", windows="always")
 _UNGATED = replace(_LLAMA, gate=None, activation="mlp.act")
 _SANDWICH = {
     "attention_in": "input_layernorm",
@@ -213,6 +221,48 @@ def _gpt_neox(network: Any) -> Family:
     )
 
 
+def _of_experts(family: Family, network: Any, normalizes: bool = True, **changes: Any) -> Family:
+    """A family whose layers all have experts, in place of their feed-forward blocks.
+
+    normalizes: whether shares are always made to add up to 1, else the configuration says.
+    """
+    dense = getattr(network.config, "mlp_only_layers", None)
+    if dense or getattr(network.config, "decoder_sparse_step", 1) != 1:
+        raise NotDescribedError("layers of which only some have experts are not described")
+    of_chosen = normalizes or network.config.norm_topk_prob
+    found = {"experts": "mlp.experts", "activation": "mlp.experts.act_fn", **changes}
+    return replace(family, shares="of_chosen" if of_chosen else "of_all", **found)
+
+
+def _olmoe(network: Any) -> Family:
+    """Like OLMo 2 in its attention only."""
+    if network.config.clip_qkv is not None:
+        raise NotDescribedError("queries, keys and values that are clipped are not described")
+    normed = replace(_LLAMA, q_norm="q_norm", k_norm="k_norm", norms_over_heads=False)
+    return _of_experts(normed, network, normalizes=False)
+
+
+def _gpt_oss(network: Any) -> Family:
+    return _of_experts(
+        replace(_LLAMA, windows="by layer type"),
+        network,
+        router="mlp.router",
+        bounded=True,
+        sinks="sinks",
+    )
+
+
+def _granite_moe(network: Any) -> Family:
+    block = "block_sparse_moe"
+    return _of_experts(
+        _granite(network),
+        network,
+        experts=f"{block}.experts",
+        router=f"{block}.router",
+        activation=f"{block}.experts.act_fn",
+    )
+
+
 FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "LlamaForCausalLM": lambda _: _LLAMA,
     "MistralForCausalLM": lambda _: replace(_LLAMA, windows="always"),
@@ -232,6 +282,11 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
     "OPTForCausalLM": _opt,
     "GPT2LMHeadModel": _gpt2,
     "GPTNeoXForCausalLM": _gpt_neox,
+    "MixtralForCausalLM": lambda n: _of_experts(replace(_LLAMA, windows="always"), n),
+    "Qwen3MoeForCausalLM": lambda n: _of_experts(_QWEN3_MOE, n, normalizes=False),
+    "OlmoeForCausalLM": _olmoe,
+    "GptOssForCausalLM": _gpt_oss,
+    "GraniteMoeForCausalLM": _granite_moe,
 }
 
 

@@ -50,6 +50,8 @@ typedef struct {
     const float *levels;        /* (512,): depth B's table at [2^B, 2^(B+1)) */
     const float *row_scales;    /* (N,): factor of each output's weights, or NULL: none */
     const float *bias;          /* (N,), or NULL */
+    int file; /* −1, or a file of the caller's that is to hold the repacked codes:
+                                   its pages need no memory while they are not used */
 } cvxq_companded;
 
 enum { CVXQ_BF16 = 0, CVXQ_F16 = 1, CVXQ_F32 = 2 };
@@ -60,8 +62,8 @@ CVXQ_API cvxq_matrix *cvxq_matrix_dense(cvxq_pool *pool, const void *weights, in
                                         int64_t outputs, int64_t inputs, const float *bias);
 CVXQ_API void cvxq_matrix_free(cvxq_matrix *matrix);
 CVXQ_API int64_t cvxq_matrix_outputs(const cvxq_matrix *matrix); /* N */
-CVXQ_API int64_t cvxq_matrix_inputs(const cvxq_matrix *matrix);  /* K */
-CVXQ_API int64_t cvxq_matrix_bytes(const cvxq_matrix *matrix);   /* memory held, all of it */
+CVXQ_API int64_t cvxq_matrix_inputs(const cvxq_matrix *matrix); /* K */
+CVXQ_API int64_t cvxq_matrix_bytes(const cvxq_matrix *matrix); /* memory held, all of it */
 
 /* y[i] (M, N_i) = x (M, K) · W_iᵀ + bias_i for `count` matrices of the same K, on all threads at
  * once: q/k/v, or gate/up. exact: sums of float32 products instead of the fast integer ones. The

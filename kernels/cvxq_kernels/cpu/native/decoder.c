@@ -10,6 +10,8 @@
 
 #include "decoder_state.h"
 
+enum { REPEATED = 5 }; /* steps from taking routes to giving their results */
+
 static int64_t now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
@@ -28,9 +30,8 @@ void cvxq_decoder_start_clock(cvxq_decoder *decoder, int64_t *spent_on) {
     decoder->spent_on = spent_on;
 }
 
-/* Begin a product; its jobs come before the next step. */
-static void multiply(cvxq_decoder *decoder, const cvxq_matrix *const *weights, int count,
-                     const float *x, int rows, float *const *y) {
+void cvxq_decoder_multiply(cvxq_decoder *decoder, const cvxq_matrix *const *weights, int count,
+                           const float *x, int rows, float *const *y) {
     cvxq_decoder_start_clock(decoder, &decoder->products);
     cvxq_product_begin(&decoder->product, decoder->pool, weights, count, x, rows, y, decoder->exact,
                        0);
@@ -79,12 +80,14 @@ static void project_in(cvxq_decoder *decoder, cvxq_work *work) {
     float *const results[] = {is_one ? decoder->together : decoder->query, decoder->key,
                               decoder->value};
     (void)work;
-    multiply(decoder, weights, is_one ? 1 : 3, decoder->input, decoder->count, results);
+    cvxq_decoder_multiply(decoder, weights, is_one ? 1 : 3, decoder->input, decoder->count,
+                          results);
 }
 
 static void project_out(cvxq_decoder *decoder, cvxq_work *work) {
     (void)work;
-    multiply(decoder, &layer_of(decoder)->o, 1, decoder->query, decoder->count, &decoder->branch);
+    cvxq_decoder_multiply(decoder, &layer_of(decoder)->o, 1, decoder->query, decoder->count,
+                          &decoder->branch);
 }
 
 static void settle_attention(cvxq_decoder *decoder, cvxq_work *work) {
@@ -100,10 +103,16 @@ static void project_up(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_matrix *const weights[] = {layer->up, layer->gate};
     float *const results[] = {decoder->up, decoder->gate};
     (void)work;
-    if (gated && layer->up == NULL)
-        multiply(decoder, &layer->gate, 1, input, decoder->count, &decoder->together);
+    if (layer->experts != NULL)
+        cvxq_decoder_experts_up(decoder);
+    else if (gated && layer->up == NULL)
+        cvxq_decoder_multiply(decoder, &layer->gate, 1, input, decoder->count, &decoder->together);
     else
-        multiply(decoder, weights, 1 + gated, input, decoder->count, results);
+        cvxq_decoder_multiply(decoder, weights, 1 + gated, input, decoder->count, results);
+}
+
+static int is_gated(const cvxq_layer *layer) {
+    return (layer->experts != NULL ? layer->experts->gate : layer->gate) != NULL;
 }
 
 static void activate_row(const void *context, int64_t row, int thread) {
@@ -112,26 +121,35 @@ static void activate_row(const void *context, int64_t row, int thread) {
     const int ffn = decoder->shape.ffn;
     float *up = decoder->up + row * ffn, *gate = decoder->gate + row * ffn;
     (void)thread;
-    if (layer->gate == NULL) {
+    if (!is_gated(layer)) {
         decoder->math->activate(up, NULL, layer->activation, ffn);
         return;
     }
-    if (layer->up == NULL) { /* both side by side */
+    if (layer->experts == NULL && layer->up == NULL) { /* both side by side */
         memcpy(gate, decoder->together + row * 2 * ffn, (size_t)ffn * sizeof *gate);
         up = decoder->together + (row * 2 + 1) * ffn;
     }
-    decoder->math->activate(gate, up, layer->activation, ffn);
+    if (isfinite(layer->limit) || layer->slope != 1.0f || layer->up_offset != 0.0f)
+        decoder->math->activate_bounded(gate, up, layer->limit, layer->slope, layer->up_offset,
+                                        ffn);
+    else
+        decoder->math->activate(gate, up, layer->activation, ffn);
 }
 
 static void activate(cvxq_decoder *decoder, cvxq_work *work) {
-    cvxq_decoder_share(decoder, work, activate_row, decoder->count);
+    const int rows = layer_of(decoder)->experts != NULL ? decoder->taken : decoder->count;
+    cvxq_decoder_share(decoder, work, activate_row, rows);
 }
 
 static void project_down(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_layer *layer = layer_of(decoder);
     (void)work;
-    multiply(decoder, &layer->down, 1, layer->gate != NULL ? decoder->gate : decoder->up,
-             decoder->count, &decoder->branch);
+    if (layer->experts != NULL)
+        cvxq_decoder_experts_down(decoder);
+    else
+        cvxq_decoder_multiply(decoder, &layer->down, 1,
+                              layer->gate != NULL ? decoder->gate : decoder->up, decoder->count,
+                              &decoder->branch);
 }
 
 /* The norm of what a layer's feed-forward block reads beside its attention, if it does. */
@@ -180,7 +198,7 @@ static void scale_embedding(cvxq_decoder *decoder, cvxq_work *work) {
     (void)work;
     if (s->embedding_scale != 1.0f) decoder->math->scale(x, s->embedding_scale, (int)all);
     if (s->project_in != NULL)
-        multiply(decoder, &s->project_in, 1, x, decoder->count, &decoder->stream);
+        cvxq_decoder_multiply(decoder, &s->project_in, 1, x, decoder->count, &decoder->stream);
 }
 
 static void add_position(const void *context, int64_t row, int thread) {
@@ -212,15 +230,16 @@ static void project_last(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_decoder_shape *s = &decoder->shape;
     (void)work;
     if (decoder->wanted && s->project_out != NULL)
-        multiply(decoder, &s->project_out, 1, last_inputs(decoder), decoder->wanted,
-                 &decoder->branch);
+        cvxq_decoder_multiply(decoder, &s->project_out, 1, last_inputs(decoder), decoder->wanted,
+                              &decoder->branch);
 }
 
 static void predict(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const float *input = s->project_out != NULL ? decoder->branch : last_inputs(decoder);
     (void)work;
-    if (decoder->wanted) multiply(decoder, &s->head, 1, input, decoder->wanted, &decoder->logits);
+    if (decoder->wanted)
+        cvxq_decoder_multiply(decoder, &s->head, 1, input, decoder->wanted, &decoder->logits);
 }
 
 /* Scale and cap a piece of the logits. */
@@ -241,11 +260,31 @@ static void finish(cvxq_decoder *decoder, cvxq_work *work) {
         cvxq_decoder_share(decoder, work, finish_logits, (int)ceil_div(all, LOGITS));
 }
 
+/* Go back to the next routes until all experts have done their part. */
+static void repeat(cvxq_decoder *decoder, cvxq_work *work) {
+    (void)work;
+    if (cvxq_decoder_again(decoder)) decoder->step -= REPEATED + 1;
+}
+
 typedef void (*step)(cvxq_decoder *, cvxq_work *);
 static const step FIRST[] = {embed, scale_embedding, add_positions, settle_embedding};
-static const step LAYER[] = {project_in,  cvxq_decoder_prepare, cvxq_decoder_attend,
-                             project_out, settle_attention,     project_up,
-                             activate,    project_down,         settle_block};
+static const step LAYER[] = {
+    project_in,
+    cvxq_decoder_prepare,
+    cvxq_decoder_attend,
+    project_out,
+    settle_attention,
+    cvxq_decoder_score,
+    cvxq_decoder_choose,
+    cvxq_decoder_order,
+    cvxq_decoder_take,
+    project_up,
+    activate,
+    project_down,
+    cvxq_decoder_give,
+    repeat,
+    settle_block,
+};
 static const step LAST[] = {project_last, predict, finish};
 enum {
     FIRST_STEPS = sizeof FIRST / sizeof *FIRST,

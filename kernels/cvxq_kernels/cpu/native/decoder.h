@@ -36,8 +36,15 @@ typedef struct {
     int32_t pairs;
 } cvxq_rope;
 
+/* One of the blocks that tokens are routed to; gate NULL: down(act(up(x))). */
+typedef struct {
+    const cvxq_matrix *gate, *up, *down;
+} cvxq_expert;
+
 /* k and v NULL: q gives queries, keys and values side by side. gate NULL: down(act(up(x))), else
- * down(act(gate(x)) * up(x)); up NULL: gate gives both, gate first. */
+ * down(act(gate(x)) * up(x)); up NULL: gate gives both, gate first. experts: in place of gate, up
+ * and down; the router scores them, and a token goes through the `chosen` ones with the highest
+ * scores, whose outputs are added, each times its share of the softmax. */
 typedef struct {
     const cvxq_matrix *q, *k, *v, *o, *gate, *up, *down;
     cvxq_norm q_norm, k_norm;                             /* before rotation */
@@ -49,6 +56,13 @@ typedef struct {
     int32_t wide_norms;  /* q_norm and k_norm are over all heads at once, else over each */
     int32_t is_parallel; /* the feed-forward block reads the layer's own input */
     int32_t activation;
+    float limit, slope, up_offset; /* of gated blocks; INFINITY, 1 and 0 for none, see
+                                      cvxq_decoder_math */
+    const float *sinks;            /* (heads): a score without a value, or NULL */
+    const cvxq_matrix *router;
+    const cvxq_expert *experts; /* (expert_count), or NULL */
+    int32_t expert_count, chosen;
+    int32_t shares_of_all; /* the softmax is over all scores, else over those of the chosen */
 } cvxq_layer;
 
 typedef struct {
@@ -67,7 +81,7 @@ typedef struct {
 
 typedef struct cvxq_decoder cvxq_decoder;
 
-/* Copies `shape`, its ropes and its `layers` layers; NULL when memory is short. */
+/* Copies `shape`, its ropes and its `layers` layers, but not their experts; NULL when memory is short. */
 CVXQ_API cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
                                         const cvxq_layer *layers);
 CVXQ_API void cvxq_decoder_free(cvxq_decoder *decoder);

@@ -111,16 +111,21 @@ static void attend_rows(const void *context, int64_t chunk, int thread) {
     const int width = decoder->shape.head_dim, head = (int)(chunk % decoder->shape.kv_heads);
     const int64_t window = job->layer->window, index = (int64_t)head * decoder->blocks;
     float *tile = decoder->parts + thread * decoder->part_floats;
-    float *out[ROWS];
+    const int group = decoder->shape.heads / decoder->shape.kv_heads;
+    const int begin = (int)(chunk / decoder->shape.kv_heads) * job->step;
+    float *out[ROWS], sinks[ROWS];
     int64_t first[ROWS], last[ROWS];
     const int rows = attention_rows(job, chunk, out, last);
     for (int r = 0; r < rows; r++) {
         memcpy(tile + r * width, out[r], (size_t)width * sizeof *tile);
         out[r] = tile + r * width; /* read before it is written */
         first[r] = window > 0 && last[r] >= window ? last[r] - window + 1 : 0;
+        if (job->layer->sinks != NULL)
+            sinks[r] = job->layer->sinks[head * group + (begin + r) % group];
     }
     decoder->math->attend(tile, rows, width, job->keys + index, job->values + index, first, last,
-                          job->layer->cap, out, tile + span(ROWS, width));
+                          job->layer->cap, job->layer->sinks != NULL ? sinks : NULL, out,
+                          tile + span(ROWS, width));
 }
 
 /* The results replace the queries. */

@@ -16,15 +16,23 @@ static int reserve_scratch(cvxq_decoder *decoder) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const int64_t chunk = s->chunk;
     const int wide = s->hidden > s->embedding ? s->hidden : s->embedding;
-    int64_t beside = 0, together = 0, pairs = 0;
+    int64_t beside = 0, together = 0, pairs = 0, experts = 0, chosen = 0;
     for (int i = 0; i < s->layers; i++) {
         const cvxq_layer *layer = decoder->layers + i;
         const int64_t projected = ((int64_t)s->heads + 2 * s->kv_heads) * s->head_dim;
         if (layer->is_parallel) beside = s->hidden;
+        if (layer->experts != NULL) {
+            experts = max_of(experts, layer->expert_count);
+            chosen = max_of(chosen, layer->chosen);
+        }
         if (layer->k == NULL && projected > together) together = projected;
         if (layer->up == NULL && 2 * (int64_t)s->ffn > together) together = 2 * (int64_t)s->ffn;
     }
     for (int i = 0; i < s->ropes; i++) pairs += s->rope[i].pairs;
+    const int64_t taken = experts ? max_of(chunk, TOGETHER) : chunk;
+    decoder->picks = malloc((size_t)(chunk * chosen + 1) * sizeof *decoder->picks);
+    decoder->routes = malloc((size_t)(chunk * chosen + 1) * sizeof *decoder->routes);
+    if (decoder->picks == NULL || decoder->routes == NULL) return 1;
     decoder->part_floats = span(ROWS, s->head_dim) +
                            span(ROWS, CVXQ_BLOCK + padded(s->head_dim) + 2);
     struct {
@@ -37,8 +45,11 @@ static int reserve_scratch(cvxq_decoder *decoder) {
         {&decoder->key, span(chunk, (int64_t)s->kv_heads * s->head_dim)},
         {&decoder->value, span(chunk, (int64_t)s->kv_heads * s->head_dim)},
         {&decoder->branch, span(chunk, wide)},
-        {&decoder->gate, span(chunk, s->ffn)},
-        {&decoder->up, span(chunk, s->ffn)},
+        {&decoder->gate, span(taken, s->ffn)},
+        {&decoder->up, span(taken, s->ffn)},
+        {&decoder->scores, span(chunk, experts)},
+        {&decoder->shares, span(chunk, chosen)},
+        {&decoder->outputs, span(experts ? taken : 0, s->hidden)},
         {&decoder->beside, span(chunk, beside)},
         {&decoder->together, span(chunk, together)},
         {&decoder->cosine, span(chunk, pairs)},
@@ -101,6 +112,8 @@ void cvxq_decoder_free(cvxq_decoder *decoder) {
     free(decoder->values);
     free(decoder->layers);
     free(decoder->ropes);
+    free(decoder->picks);
+    free(decoder->routes);
     if (decoder->scratch != NULL)
         cvxq_arena_free(decoder->scratch, (size_t)decoder->scratch_floats * sizeof(float));
     free(decoder);

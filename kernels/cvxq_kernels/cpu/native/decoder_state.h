@@ -8,6 +8,7 @@
 
 #define ROWS 16     /* rows of attention that one thread computes together */
 #define LOGITS 8192 /* that one thread finishes together */
+#define TOGETHER (MOST_FACTORS / 2) /* experts that one token goes through together */
 
 struct cvxq_decoder {
     cvxq_decoder_shape shape;
@@ -24,6 +25,12 @@ struct cvxq_decoder {
     float *cosine, *sine; /* of each rope (chunk, pairs), one after the other */
     float *beside;        /* (chunk, hidden): what a parallel feed-forward block reads */
     float *together;      /* (chunk, …): results of one matrix for several parts */
+    float *scores;        /* (chunk, experts): what the router gives */
+    float *shares;        /* (chunk, chosen) */
+    float *outputs;       /* (taken, hidden): of the experts in work */
+    int32_t *picks;       /* (chunk, chosen): experts of each token */
+    int32_t *routes;      /* (chunk, chosen): places in picks, by expert */
+    int at, taken;        /* routes that are done, and those in work */
     int is_long;
     int64_t products, attended, total;
     /* this call, and how far it has come */
@@ -58,11 +65,26 @@ static inline cvxq_decoder *decoder_of(const void *context) {
 /* Let all threads do `chunk` for each of some rows, which is not worth it for one. */
 void cvxq_decoder_share(cvxq_decoder *decoder, cvxq_work *work, cvxq_chunk chunk, int rows);
 
+/* Begin a product; its jobs come before the next step. */
+void cvxq_decoder_multiply(cvxq_decoder *decoder, const cvxq_matrix *const *weights, int count,
+                           const float *x, int rows, float *const *y);
+
 /* Count time as spent on products, or attention, until the next step. */
 void cvxq_decoder_start_clock(cvxq_decoder *decoder, int64_t *spent_on);
 
 /* decoder_attention.c: steps of a layer. */
 void cvxq_decoder_prepare(cvxq_decoder *decoder, cvxq_work *work);
 void cvxq_decoder_attend(cvxq_decoder *decoder, cvxq_work *work);
+
+/* decoder_experts.c: steps of a layer that has experts, which do nothing in others. From `take` to
+ * `give` they are repeated for some routes at a time, and `again` says for how long. */
+void cvxq_decoder_score(cvxq_decoder *decoder, cvxq_work *work);
+void cvxq_decoder_choose(cvxq_decoder *decoder, cvxq_work *work);
+void cvxq_decoder_order(cvxq_decoder *decoder, cvxq_work *work);
+void cvxq_decoder_take(cvxq_decoder *decoder, cvxq_work *work);
+void cvxq_decoder_give(cvxq_decoder *decoder, cvxq_work *work);
+int cvxq_decoder_again(cvxq_decoder *decoder);
+void cvxq_decoder_experts_up(cvxq_decoder *decoder);
+void cvxq_decoder_experts_down(cvxq_decoder *decoder);
 
 #endif

@@ -146,6 +146,7 @@ struct cvxq_matrix {
     int64_t item_count;
     uint8_t *codes; /* units, or dense weights, or bit planes */
     int64_t code_bytes;
+    int file; /* that holds the codes, −1: memory does */
     /* packed and transposed */
     cvxq_tables *tables;
     float scales[256];
@@ -196,9 +197,12 @@ extern const cvxq_ops cvxq_ops_neon;
 #endif
 const cvxq_ops *cvxq_ops_in_use(void);
 
-/* arena.c: large read-only memory on huge pages where the system has them. */
+/* arena.c: large read-only memory on huge pages where the system has them. `_in`: in a file, −1
+ * for none; the file only grows, and must not be used for another purpose. */
 void *cvxq_arena_new(size_t bytes);
 void cvxq_arena_free(void *memory, size_t bytes);
+void *cvxq_arena_new_in(size_t bytes, int file);
+void cvxq_arena_free_in(void *memory, size_t bytes, int file);
 
 /* unit.c: eight code vectors to 64·depth bytes and back, and one code of them. */
 void cvxq_pack_unit(int depth, const uint8_t codes[UNIT][VECTOR], uint8_t *out);
@@ -305,13 +309,13 @@ extern const cvxq_wide_ops cvxq_wide_amx;
 enum { MOST_FACTORS = 8 };
 typedef struct {
     cvxq_job job;
+    const float *from;         /* (M, K): its input */
     float *ordered;            /* (M, K) to fill, or NULL */
     const cvxq_wide_ops *many; /* for many inputs at once, or NULL */
     cvxq_wide wide;
 } cvxq_factor;
 typedef struct {
     cvxq_pool *pool;
-    const float *x;
     int64_t m, inputs;
     int32_t count;
     enum { PRODUCT_ORDERS, PRODUCT_COMPUTES, PRODUCT_COLLECTS, PRODUCT_DONE } stage;
@@ -322,6 +326,8 @@ _Static_assert(sizeof(cvxq_product) <= CVXQ_CONTEXT_BYTES, "a job's context must
 void cvxq_product_begin(cvxq_product *p, cvxq_pool *pool, const cvxq_matrix *const *weights,
                         int count, const float *x, int64_t m, float *const *y, int exact,
                         int is_passing);
+/* Let matrix `index` of a product that was just begun have an input of its own; not is_passing. */
+void cvxq_product_read(cvxq_product *p, int index, const float *x);
 /* Fill `work` with the next job; 0 when the product is done. */
 int cvxq_product_next(cvxq_product *p, cvxq_work *work);
 

@@ -108,10 +108,10 @@ static void put_in_order(const void *context, int64_t step, int thread) {
         const cvxq_matrix *w = factor->job.weight;
         if (step >= orders_of(factor, p->m)) continue;
         if (factor->many) {
-            factor->many->fill(&factor->wide, w, p->x, step);
+            factor->many->fill(&factor->wide, w, factor->from, step);
             continue;
         }
-        const float *x = p->x + step * p->inputs;
+        const float *x = factor->from + step * p->inputs;
         float *out = factor->ordered + step * p->inputs;
         if (w->order)
             for (int64_t k = 0; k < p->inputs; k++) out[k] = x[w->order[k]];
@@ -168,7 +168,6 @@ void cvxq_product_begin(cvxq_product *p, cvxq_pool *pool, const cvxq_matrix *con
     const int threads = cvxq_pool_threads(pool);
     size_t scratch = 0, shared_bytes = 0;
     p->pool = pool;
-    p->x = x;
     p->count = count;
     p->m = m;
     p->inputs = weights[0]->inputs;
@@ -176,6 +175,7 @@ void cvxq_product_begin(cvxq_product *p, cvxq_pool *pool, const cvxq_matrix *con
     for (int i = 0; i < count; i++) {
         cvxq_factor *factor = &p->factors[i];
         *factor = (cvxq_factor){.job = {weights[i], x, y[i], m, exact},
+                                .from = x,
                                 .many = ops_for(weights[i], m, exact),
                                 .wide = {.m = (int32_t)m}};
         if (factor->many) factor->many->plan(&factor->wide, weights[i], threads);
@@ -196,6 +196,12 @@ void cvxq_product_begin(cvxq_product *p, cvxq_pool *pool, const cvxq_matrix *con
         }
         shared += bytes + wide_results_bytes(factor, m);
     }
+}
+
+void cvxq_product_read(cvxq_product *p, int index, const float *x) {
+    cvxq_factor *factor = &p->factors[index];
+    factor->from = x;
+    if (!factor->ordered && !factor->many) factor->job.x = x;
 }
 
 int cvxq_product_next(cvxq_product *p, cvxq_work *work) {

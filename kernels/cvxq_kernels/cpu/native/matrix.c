@@ -18,6 +18,7 @@ static cvxq_matrix *new_matrix(cvxq_kind kind, int64_t outputs, int64_t inputs, 
     w->kind = kind;
     w->outputs = outputs;
     w->inputs = inputs;
+    w->file = -1;
     if (bias && !(w->bias = copy_of(bias, sizeof(float) * (size_t)outputs))) {
         free(w);
         return NULL;
@@ -69,7 +70,7 @@ static int copy_transposed(cvxq_matrix *w, const cvxq_companded *source) {
     w->scale_codes = copy_of(source->scale_codes, (size_t)groups);
     if (source->mean_codes) w->mean_codes = copy_of(source->mean_codes, (size_t)groups);
     if (source->permutation) w->order = calloc((size_t)source->rows, sizeof *w->order);
-    w->codes = cvxq_arena_new((size_t)source->code_bytes);
+    w->codes = cvxq_arena_new_in((size_t)source->code_bytes, w->file);
     if (!w->depths || !w->scale_codes || (source->mean_codes && !w->mean_codes) ||
         (source->permutation && !w->order) || !w->codes ||
         !even_items(w, source->columns, TRANSPOSED_OUTPUTS))
@@ -101,6 +102,7 @@ cvxq_matrix *cvxq_matrix_pack(cvxq_pool *pool, const cvxq_companded *source) {
     if (source->transposed && source->row_scales) return NULL;
     cvxq_matrix *w = new_matrix(kind, outputs, inputs, source->bias);
     if (!w) return NULL;
+    w->file = source->file;
     if (copy_side(w, source) &&
         (source->transposed ? copy_transposed(w, source) : cvxq_repack(pool, w, source)))
         return w;
@@ -129,7 +131,7 @@ cvxq_matrix *cvxq_matrix_dense(cvxq_pool *pool, const void *weights, int dtype, 
 void cvxq_matrix_free(cvxq_matrix *w) {
     if (!w) return;
     cvxq_pools_settle(); /* a late thread may still read it */
-    if (w->codes) cvxq_arena_free(w->codes, (size_t)w->code_bytes);
+    if (w->codes) cvxq_arena_free_in(w->codes, (size_t)w->code_bytes, w->file);
     free(w->bias);
     free(w->row_scales);
     free(w->items);

@@ -261,7 +261,7 @@ int cvxq_repack(cvxq_pool *pool, cvxq_matrix *w, const cvxq_companded *source) {
                find_clusters(source, found, first_row, first_row + count + 1) ==
                    source->code_bytes &&
                plan_clusters(w, source, found) && plan_tiles(w, source, first_row) &&
-               (w->codes = cvxq_arena_new((size_t)w->code_bytes));
+               (w->codes = cvxq_arena_new_in((size_t)w->code_bytes, w->file));
     if (is_whole) {
         cvxq_pool_each(pool, repack_on, &job, count);
         w->bytes += (int64_t)groups * (1 + !!source->mean_codes) + (w->order ? 4 * columns : 0);

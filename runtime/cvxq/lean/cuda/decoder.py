@@ -52,7 +52,7 @@ class TorchDecoder:
         self.capacity = network.record.context
         self.vocabulary = network.record.vocabulary
         self.end_tokens = frozenset(network.record.end_tokens)
-        self.bytes_per_token = network.weights.bytes_per_token()
+        self.bytes_per_token = network.weights.bytes_per_token(network.record)
         self.length = 0
         self.holder: ReferenceType[object] | None = None
         self.prefill_tokens = prefill_tokens
@@ -162,12 +162,14 @@ class TorchDecoder:
         """Read the token in `_token` and leave the logits after it in `_logits`."""
         self._position.fill_(self.length)
         if self._step_launch is None:
-            self._step_launch = self._captured(self._compute_step)
+            compute = self._compute_step
+            self._step_launch = compute if self.network.waits else self._captured(compute)
         self._step_launch()
         self.length += 1
 
     def _compute_step(self) -> None:
-        length = None if self._is_cuda else self.length + 1
+        finds_length = self._is_cuda and not self.network.waits
+        length = None if finds_length else self.length + 1
         logits = self.network.forward(self._token, self._position, self.cache, length)
         self._logits.copy_(logits[0])
 

@@ -17,7 +17,7 @@ from cvxq_format.decoder_record import DecoderRecord, Rope
 from cvxq_kernels.decode import Norm, reference
 
 from cvxq import cuda
-from cvxq.lean.cuda.weights import Layer, TorchWeights
+from cvxq.lean.cuda.weights import Block, Layer, TorchWeights
 
 
 class KeyValueCache:
@@ -90,12 +90,18 @@ class TorchNetwork:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Join record and weights."""
+        """Join record and weights.
+
+        `waits` tells that a forward pass waits for the device, so that no graph can hold it: where
+        experts are chosen, or attention has sinks, which the kernel for one token lacks.
+        """
         self.record = record
         self.weights = weights
         self.device = device
         self.dtype = dtype
         self._ops = _operations(device)
+        layers = record.layers
+        self.waits = any(y.feed_forward.experts or y.attention.sinks for y in layers)
 
     def forward(
         self,
@@ -120,9 +126,7 @@ class TorchNetwork:
             delta = self._attention(index, told.attention, layer, h, positions, cache, masks)
             before = None if told.parallel else layer.ffn_in
             h = self._join(x, delta, layer.attention_out, layer.attention_sum, before)
-            block = told.feed_forward
-            up = layer.up(h if beside is None else beside)
-            delta = layer.down(self._ops.activate(up, block.activation, block.gate is not None))
+            delta = self._feed_forward(told.feed_forward, layer, h if beside is None else beside)
             following = weights.layers[index + 1 : index + 2]
             after = following[0].attention_in if following else weights.final_norm
             h = self._join(x, delta, layer.ffn_out, layer.ffn_sum, after)
@@ -170,9 +174,30 @@ class TorchNetwork:
             mask = masks[told.window]
             seen = mask.shape[1]
             y = reference.attend(
-                q, keys[:, :seen], values[:, :seen], mask, told.scale, told.softcap
+                *(q, keys[:, :seen], values[:, :seen], mask),
+                *(told.scale, told.softcap, layer.sinks),
             )
         return layer.o(y)
+
+    def _feed_forward(
+        self, told: described.FeedForward, layer: Layer, x: torch.Tensor
+    ) -> torch.Tensor:
+        if told.experts is None:
+            return self._block(told, layer.blocks[0], x)
+        assert layer.router is not None
+        shares, routes = route(layer.router(x), told.experts)
+        made = torch.zeros(x.shape[0], self.record.hidden, device=self.device)
+        for index, (tokens, places) in routes.items():
+            out = self._block(told, layer.blocks[index], x[tokens]).float()
+            made.index_add_(0, tokens, out * shares[tokens, places, None])
+        return made
+
+    def _block(self, told: described.FeedForward, block: Block, x: torch.Tensor) -> torch.Tensor:
+        up, gated = block.up(x), told.gate is not None
+        if told.limit is None and (told.slope, told.up_offset) == (1, 0):
+            return block.down(self._ops.activate(up, told.activation, gated))
+        bounds = told.limit, told.slope, told.up_offset
+        return block.down(reference.activate_bounded(up, told.activation, gated, *bounds))
 
     def _join(
         self,
@@ -197,6 +222,25 @@ class TorchNetwork:
         logits = self.weights.head(h).float().mul_(self.record.logit_scale)
         cap = self.record.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+Routes = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+def route(scores: torch.Tensor, experts: described.Experts) -> tuple[torch.Tensor, Routes]:
+    """Choose the experts of each token by scores (M, count); waits for the device.
+
+    Returns the chosen ones' shares (M, chosen) float32, and of each expert that is chosen by any:
+    which tokens did, and as the how-manieth, both int64.
+    """
+    kept, picks = scores.float().topk(experts.chosen, dim=1)
+    total = kept if experts.shares == "of_chosen" else scores.float()
+    shares = (kept - total.logsumexp(1, keepdim=True)).exp()
+    order = torch.argsort(picks.reshape(-1), stable=True)
+    counts = torch.bincount(picks.reshape(-1), minlength=experts.count).tolist()
+    parts = enumerate(order.split(counts))
+    found = {e: (p // experts.chosen, p % experts.chosen) for e, p in parts if len(p)}
+    return shares, found
 
 
 def _operations(device: torch.device) -> ModuleType:

@@ -21,7 +21,7 @@ from cvxq_kernels.decode import Norm
 from torch.nn import functional
 
 from cvxq.lean.products import LayerProducts, Product, Tensors, Value, find_products
-from cvxq.lean.weights import read_norm, read_product
+from cvxq.lean.weights import read_floats, read_norm, read_product
 from cvxq.tensors import raw_to_torch
 
 
@@ -80,13 +80,25 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
+class Block:
+    """A feed-forward block; up: gate and up where it is gated."""
+
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer; its norms are named as the record's."""
+    """One layer; its norms are named as the record's.
+
+    blocks: one, or with a router one for each expert. sinks: (heads,) float32, or None.
+    """
 
     qkv: Linear
     o: Linear
-    up: Linear  # gate and up where the block is gated
-    down: Linear
+    blocks: tuple[Block, ...]
+    router: Linear | None
+    sinks: torch.Tensor | None
     q_norm: Norm | None
     k_norm: Norm | None
     attention_in: Norm | None
@@ -113,17 +125,31 @@ class TorchWeights:
         """Bytes of device memory that the matrices take, shared ones once."""
         return sum(weight.nbytes for weight in {*self.multiplied(), self.embedding})
 
-    def bytes_per_token(self) -> int:
-        """Bytes of matrices that predicting one token reads: all, but one row of embeddings."""
-        return sum(weight.nbytes for weight in self.multiplied())
+    def bytes_per_token(self, record: DecoderRecord) -> int:
+        """Bytes of matrices that predicting one token reads.
+
+        All, but one row of embeddings, and of experts as many as a token goes through.
+        """
+        shares: dict[Weight, float] = {}
+        for told, layer in zip(record.layers, self.layers, strict=True):
+            experts = told.feed_forward.experts
+            if experts is not None:
+                routed = (w for block in layer.blocks for w in _weights(block.up, block.down))
+                shares |= dict.fromkeys(routed, experts.chosen / experts.count)
+        return round(sum(w.nbytes * shares.get(w, 1) for w in self.multiplied()))
 
     def multiplied(self) -> list[Weight]:
         """All weights that some input is multiplied by, in a fixed order."""
         linears = [self.project_in, self.project_out, self.head]
         for layer in self.layers:
-            linears += [layer.qkv, layer.o, layer.up, layer.down]
-        found = [weight for linear in linears if linear for weight in linear.weights]
-        return list(dict.fromkeys(found))
+            linears += [layer.qkv, layer.o, layer.router]
+            for block in layer.blocks:
+                linears += [block.up, block.down]
+        return list(dict.fromkeys(_weights(*linears)))
+
+
+def _weights(*linears: Linear | None) -> list[Weight]:
+    return [weight for linear in linears if linear for weight in linear.weights]
 
 
 def load_weights(
@@ -209,8 +235,11 @@ class _Loader:
         return Layer(
             qkv=self.linear(*found.qkv),
             o=self.linear(found.o),
-            up=self.linear(*found.up),
-            down=self.linear(found.down),
+            blocks=tuple(
+                Block(self.linear(*block.up), self.linear(block.down)) for block in found.blocks
+            ),
+            router=None if found.router is None else self.linear(found.router),
+            sinks=self._sinks(attention.sinks),
             q_norm=self.norm(attention.q_norm, queries),
             k_norm=self.norm(attention.k_norm, keys),
             attention_in=self.norm(layer.attention_in, hidden),
@@ -220,6 +249,12 @@ class _Loader:
             ffn_out=self.norm(layer.ffn_out, hidden),
             ffn_sum=self.norm(layer.ffn_sum, hidden),
         )
+
+    def _sinks(self, name: str | None) -> torch.Tensor | None:
+        if name is None:
+            return None
+        values = read_floats(self.tensors, name, (self.record.heads,))
+        return torch.tensor(values, device=self.device)
 
     def _packed(self, value: CompandedTensor) -> PackedWeight:
         return PackedWeight.from_tensor(value, self.tensors.codebook(value.codebook))

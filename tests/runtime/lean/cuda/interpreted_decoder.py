@@ -42,7 +42,7 @@ def test_logits_equal_transformers(make_file: Callable[..., Any]) -> None:
     assert any(
         isinstance(part, GpuWeight)
         for layer in weights.layers
-        for linear in (layer.qkv, layer.o, layer.up, layer.down)
+        for linear in (layer.qkv, layer.o, layer.blocks[0].up, layer.blocks[0].down)
         for part in linear.weights
     )
     one = replace(weights, layers=weights.layers[:1])

@@ -274,9 +274,13 @@ def test_bytes_per_token(make_file: MakeFile) -> None:
     layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48
     table = 96 * 32
     untied, tied = network_of(make_file("llama")), network_of(make_file("llama-tied", "t.cvxq"))
-    assert untied.weights.bytes_per_token() == 4 * (2 * layer + table)
+    assert untied.weights.bytes_per_token(untied.record) == 4 * (2 * layer + table)
     assert untied.weights.matrix_bytes() == 4 * (2 * layer + 2 * table)
-    assert tied.weights.bytes_per_token() == tied.weights.matrix_bytes() == 4 * (2 * layer + table)
+    read = tied.weights.bytes_per_token(tied.record)
+    assert read == tied.weights.matrix_bytes() == 4 * (2 * layer + table)
+    mixed = network_of(make_file("mixtral", "m.cvxq"))
+    layer = 32 * (32 + 16 + 16 + 32) + 2 * 3 * 32 * 48 + 4 * 32  # two experts of four, the router
+    assert mixed.weights.bytes_per_token(mixed.record) == 4 * (2 * layer + table)
 
 
 def test_penalized_tokens_stay_penalized(decoder: TorchDecoder) -> None:
