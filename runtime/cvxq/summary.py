@@ -24,6 +24,7 @@ from cvxq_format import (
 )
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 from cvxq_format.decoder_record import DecoderRecord, parse_record
+from cvxq_format.model_config import is_of_expert, routed_share
 
 from cvxq.cache_size import CacheSize, Reach, cache_size, reach_of
 
@@ -92,6 +93,7 @@ class FileSummary:
 
     carried_files: name → bytes that it takes in the file; original_sizes: name → its own bytes,
     more than these where it is stored deflated; cache: None where nothing tells its size.
+    active_parameters: those that one token is computed with, fewer where experts are chosen.
     """
 
     file_bytes: int
@@ -100,6 +102,7 @@ class FileSummary:
     original_sizes: dict[str, int]
     matrices: tuple[MatrixSummary, ...]
     parameters: int
+    active_parameters: int
     provenance: dict[str, Any] | None
     report: dict[str, Any] | None
     reach: Reach
@@ -150,6 +153,7 @@ class FileSummary:
             "carried_files": self.carried_files,
             "carried_files_original": self.original_sizes,
             "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
             "companded_weights": self.weights,
             "rate_bits_per_weight": self.rate_bits_per_weight,
             "file_bits_per_parameter": self.file_bits_per_parameter,
@@ -192,13 +196,16 @@ def summarize(path: Path) -> FileSummary:
         config, record = json_file(reader, "config.json") or {}, _record(reader)
         counts: Counter[str] = Counter()
         matrices: list[MatrixSummary] = []
-        parameters = 0
+        parameters, inactive = 0, 0.0
+        unused = 1 - routed_share(_text_part(config))
         for kind, name, _, size, padding in reader.sections():
             counts["padding"] += padding
             if kind != "tensor":
                 counts[kind] += size
                 continue
             entry = reader.entry(name)
+            if is_of_expert(name):
+                inactive += unused * math.prod(entry.shape)
             if isinstance(entry, RawEntry):
                 is_added = name in reader.added_biases
                 counts["added_bias" if is_added else "raw"] += size
@@ -218,11 +225,17 @@ def summarize(path: Path) -> FileSummary:
             original_sizes={entry.name: entry.original_size for entry in reader.header.files},
             matrices=tuple(matrices),
             parameters=parameters,
+            active_parameters=parameters - round(inactive),
             provenance=json_file(reader, "provenance.json"),
             report=json_file(reader, "report.json"),
             reach=reach_of(config, record),
             cache=cache_size(config, record),
         )
+
+
+def _text_part(config: dict[str, Any]) -> dict[str, Any]:
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config
 
 
 def _record(reader: Reader) -> DecoderRecord | None:

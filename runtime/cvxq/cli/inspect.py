@@ -80,9 +80,12 @@ def rates_text(summary: FileSummary) -> str:
             f"({summary.weights:,} weights in {len(summary.matrices)} matrices)"
         )
     if summary.file_bits_per_parameter is not None:
+        active = ""
+        if summary.active_parameters < summary.parameters:
+            active = f", {summary.active_parameters:,} of them for each token"
         texts.append(
             f"whole file {summary.file_bits_per_parameter:.3f} bits per parameter "
-            f"({summary.parameters:,} parameters)"
+            f"({summary.parameters:,} parameters{active})"
         )
     return ", ".join(texts) or "no parameters"
 
