@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cvxq_converter.job import convert, measure_model
 from cvxq_converter.measure import experts as pooling
 from cvxq_converter.measure.hessian import Feedback, input_hessians
+from cvxq_converter.measure.measurement import load_measurement
 from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.source.checkpoint import open_source
@@ -86,3 +88,20 @@ def test_hessians_are_of_the_tokens_that_came_and_help_each_other(
     share = pooling.PRIOR_TOKENS / tokens
     torch.testing.assert_close(hessians[names[1]], before[1] + share * sum(before))
     assert Feedback(loaded, sequences, statistics).factor(names[0]) is not None
+
+
+@pytest.mark.slow
+def test_a_measurement_of_experts_serves_conversions(build_mixture: Build, tmp_path: Path) -> None:
+    folder, file = tmp_path / "model", tmp_path / "model.stats.safetensors"
+    build_mixture("Mixtral", num_hidden_layers=1, hidden_size=64).save_pretrained(folder)
+    options = ConversionOptions.of(bits=4, sequences=3, length=12, group_size=16)
+    measure_model(str(folder), file, options)
+    measurement = load_measurement(file)
+    routed = measurement.statistics["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+    assert routed.routed_tokens is not None
+    assert routed.routed_tokens.shape == (len(routed.token_weights),)  # type: ignore[arg-type]
+    assert measurement.statistics["lm_head.weight"].routed_tokens is None
+    direct, reused = tmp_path / "direct.cvxq", tmp_path / "reused.cvxq"
+    convert(str(folder), direct, options)
+    convert(str(folder), reused, options, measurement=measurement)
+    assert direct.read_bytes() == reused.read_bytes()
