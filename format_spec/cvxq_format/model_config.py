@@ -18,7 +18,7 @@ _CONTEXT_FIELDS = (
     "model_max_length",
 )
 _EXPERTS_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
-_EXPERT = re.compile(r"(^|\.)experts\.\d+\.|\.\d+(\.(gate|up))?$")
+_EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)|(?<=\.)\d+(?=(\.(gate|up))?$)")
 
 # Rotary settings that stretch the places of a text, by the name of their kind.  longrope and llama3
 # state the whole range.
@@ -57,9 +57,13 @@ def routed_share(config: Mapping[str, Any]) -> float:
     return 1.0 if count is None or chosen is None else min(1.0, chosen / count)
 
 
-def is_of_expert(tensor: str) -> bool:
-    """Whether a tensor's name says that it belongs to one of many experts (FORMAT.md, 7.6)."""
-    return _EXPERT.search(tensor) is not None
+def expert_pool(tensor: str) -> str | None:
+    """Return the name of an expert's tensor with * for the expert's number; None for any other.
+
+    All tensors of that name do the same for the experts of one layer (FORMAT.md, 7.6).
+    """
+    number = _EXPERT.search(tensor)
+    return None if number is None else f"{tensor[: number.start()]}*{tensor[number.end() :]}"
 
 
 def _stated_length(config: Mapping[str, Any]) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cvxq_format import (
 )
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 from cvxq_format.decoder_record import DecoderRecord, parse_record
-from cvxq_format.model_config import is_of_expert, routed_share
+from cvxq_format.model_config import expert_pool, routed_share
 
 from cvxq.cache_size import CacheSize, Reach, cache_size, reach_of
 
@@ -112,6 +112,14 @@ class FileSummary:
     def weights(self) -> int:
         """Weights in companded matrices."""
         return sum(matrix.weights for matrix in self.matrices)
+
+    @property
+    def pooled_matrices(self) -> tuple[MatrixSummary, ...]:
+        """The matrices, those that do the same for a layer's experts as one (E, N, K)."""
+        pools: dict[str, list[MatrixSummary]] = {}
+        for matrix in self.matrices:
+            pools.setdefault(expert_pool(matrix.name) or matrix.name, []).append(matrix)
+        return tuple(_pooled(name, pool) for name, pool in pools.items())
 
     @property
     def rate_bits_per_weight(self) -> float | None:
@@ -204,7 +212,7 @@ def summarize(path: Path) -> FileSummary:
                 counts[kind] += size
                 continue
             entry = reader.entry(name)
-            if is_of_expert(name):
+            if expert_pool(name):
                 inactive += unused * math.prod(entry.shape)
             if isinstance(entry, RawEntry):
                 is_added = name in reader.added_biases
@@ -231,6 +239,19 @@ def summarize(path: Path) -> FileSummary:
             reach=reach_of(config, record),
             cache=cache_size(config, record),
         )
+
+
+def _pooled(name: str, pool: list[MatrixSummary]) -> MatrixSummary:
+    if len(pool) == 1:
+        return pool[0]
+    counts = np.sum([matrix.depth_histogram for matrix in pool], axis=0)
+    return replace(
+        pool[0],
+        name=name,
+        shape=(len(pool), *pool[0].shape),
+        payload_bytes=sum(matrix.payload_bytes for matrix in pool),
+        depth_histogram=tuple(int(count) for count in counts),
+    )
 
 
 def _text_part(config: dict[str, Any]) -> dict[str, Any]:

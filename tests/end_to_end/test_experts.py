@@ -187,6 +187,10 @@ def test_inspect_counts_the_parameters_that_a_token_uses(
     assert summary.active_parameters == round(everything - unused * experts)
     shown = CliRunner().invoke(application, ["inspect", str(path)]).output
     assert f"{everything:,} parameters, {summary.active_parameters:,} of them for each tok" in shown
+    pool = "experts.*.up_proj.weight" if family == "Qwen3Moe" else "experts.gate_up_proj.*.up"
+    (line,) = [line for line in shown.splitlines() if f"model.layers.1.mlp.{pool}" in line]
+    assert f"{6 if family == 'Qwen3Moe' else 4}×24×32" in line
+    assert sum(matrix.weights for matrix in summary.pooled_matrices) == summary.weights
 
 
 def _choosing(record: DecoderRecord, chosen: int) -> DecoderRecord:

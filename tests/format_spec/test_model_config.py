@@ -1,9 +1,17 @@
-"""The context length under each of its names."""
+"""What every reader needs of a config: the context under each of its names, and experts."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from cvxq_format.model_config import attention_options, context_length, unscaled_length
+from cvxq_format.model_config import (
+    attention_options,
+    context_length,
+    expert_pool,
+    routed_share,
+    unscaled_length,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +91,32 @@ def test_no_limit() -> None:
 def test_capped_scores_ask_for_the_attention_that_caps_them() -> None:
     assert attention_options({"attn_logit_softcapping": 50.0}) == {"attn_implementation": "eager"}
     assert attention_options({"attn_logit_softcapping": None}) == attention_options({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pool"),
+    [
+        ("model.layers.10.mlp.experts.7.w1.weight", "model.layers.10.mlp.experts.*.w1.weight"),
+        ("h.1.mlp.experts.gate_up_proj.12.gate", "h.1.mlp.experts.gate_up_proj.*.gate"),
+        ("h.1.output_linear.weight.3", "h.1.output_linear.weight.*"),
+        ("model.layers.1.mlp.shared_experts.up_proj.weight", None),
+        ("model.layers.1.mlp.gate.weight", None),
+    ],
+)
+def test_the_pool_of_an_experts_tensor(tensor: str, pool: str | None) -> None:
+    assert expert_pool(tensor) == pool
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        ({"num_local_experts": 8, "num_experts_per_tok": 2}, 0.25),
+        ({"n_routed_experts": 64, "num_experts_per_tok": 6}, 6 / 64),
+        ({"num_experts": 4, "num_experts_per_tok": 8}, 1),
+        ({"num_experts": 4}, 1),
+        ({"num_experts_per_tok": 2}, 1),
+        ({"num_experts": None, "num_experts_per_tok": "2"}, 1),
+    ],
+)
+def test_the_share_of_experts_that_a_token_uses(config: dict[str, Any], share: float) -> None:
+    assert routed_share(config) == share

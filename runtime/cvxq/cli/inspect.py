@@ -133,7 +133,7 @@ def _print_matrices(summary: FileSummary) -> None:
             "{}–{}".format(*matrix.depth_range),
             f"{matrix.pruned_share:.2%}",
         )
-        for matrix in summary.matrices
+        for matrix in summary.pooled_matrices
     ]
     columns = ("matrix", "shape", "bytes", "bits/weight", "mean depth", "depths", "pruned")
     print_table("Matrices", columns, rows, text_columns=2)

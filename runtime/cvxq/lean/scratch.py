@@ -18,7 +18,7 @@ from pathlib import Path
 from cvxq_format import Reader
 from cvxq_format.decoder_record import DecoderRecord
 from cvxq_format.memory import available_memory
-from cvxq_format.model_config import is_of_expert
+from cvxq_format.model_config import expert_pool
 
 _REPACKED = 1.15  # of the stored size, at most, by what was seen
 
@@ -34,7 +34,7 @@ def scratch_for_experts(record: DecoderRecord, reader: Reader) -> Iterator[int]:
     if not has_experts or free is None or reader.path.stat().st_size <= free:
         yield -1
         return
-    experts = sum(entry.size for entry in reader.header.tensors if is_of_expert(entry.name))
+    experts = sum(entry.size for entry in reader.header.tensors if expert_pool(entry.name))
     folder = _folder(reader.path)
     room = shutil.disk_usage(folder).free
     if room < _REPACKED * experts:
