@@ -100,7 +100,7 @@ def measure_lean(
         name,
         rounds[1:],
         setting,
-        weights.bytes_per_token() + per_token * (setting.prompt + setting.tokens / 2),
+        decoder.bytes_per_token + per_token * (setting.prompt + setting.tokens / 2),
         weights.matrix_bytes() + decoder.cache.nbytes,
         device,
         loaded,
