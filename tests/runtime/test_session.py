@@ -158,4 +158,6 @@ def test_scores_of_a_text_whose_angles_change_are_those_of_the_long_text(
         whole = np.asarray(decoder.logits(text))
         decoder.rewind(0)
         decoder.feed(text[:switch])
-        np.testing.assert_allclose(np.asarray(decoder.rows(text[switch:])), whole[switch:], atol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(decoder.rows(text[switch:])), whole[switch:], atol=1e-4
+        )

@@ -29,8 +29,8 @@ class Steps:
 
 # Products of both low bytes are left out: 127.5² at most, each.
 BYTES = Steps((84,) * 4 + (32512,) * 4, (127,) * 4 + (32639,) * 4, (0,) * 4 + (128 * 128,) * 4)
-# Two thirds of 127, 181 and 511 steps cover a table; four, or two, inputs fill 256, or 180, steps; one
-# sum per block is rounded to whole steps.
+# Two thirds of 127, 181 and 511 steps cover a table; four, or two, inputs fill 256, or 180, steps;
+# one sum per block is rounded to whole steps.
 NIBBLES = Steps(
     (42.5,) * 3 + (60.6, 171, 8191, 8191, 8191), (64,) * 3 + (90,) + (8191,) * 4, (0.5,) * 8
 )
