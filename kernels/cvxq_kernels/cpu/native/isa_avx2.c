@@ -288,6 +288,8 @@ INLINE float scale_inputs(const cvxq_matrix *w, int64_t groups, const float *x, 
     for (int64_t k = 0; k < w->inputs; k += 32) {
         __m256 scales[4];
         scales_of(w, w->scale_codes + groups + k, scales);
+        fetch(w->scale_codes + groups + k + w->inputs); /* of the next cluster */
+        if (w->mean_codes) fetch((const uint8_t *)w->mean_codes + groups + k + w->inputs);
         UNROLL for (int j = 0; j < 32; j += 8) {
             const int64_t have = w->inputs - k - j;
             const __m256 eight = have >= 8 ? _mm256_loadu_ps(x + k + j)
