@@ -276,10 +276,10 @@ INLINE void scales_of(const cvxq_matrix *w, const uint8_t *codes, __m256 scales[
     }
 }
 
-/* Eight places of which the first `have` count: all ones there, else 0. */
+/* Masks of eight places: all ones for the first `have`, else 0; `have` is −56 … 64. */
+static const int32_t FIRST[2 * BLOCK + 8] = {[0 ... BLOCK - 1] = -1};
 INLINE __m256i first_of_eight(int64_t have) {
-    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)min_of(have, 8)), places);
+    return _mm256_loadu_si256((const __m256i *)(FIRST + BLOCK - have));
 }
 
 /* scaled (K,) = inputs times the scales of their groups; returns what the groups' means add. */
@@ -293,7 +293,7 @@ INLINE float scale_inputs(const cvxq_matrix *w, int64_t groups, const float *x, 
         UNROLL for (int j = 0; j < 32; j += 8) {
             const int64_t have = w->inputs - k - j;
             const __m256 eight = have >= 8 ? _mm256_loadu_ps(x + k + j)
-                                           : _mm256_maskload_ps(x + k + j, first_of_eight(have));
+                                           : _mm256_maskload_ps(x + k + j, first_of_eight(max_of(have, 0)));
             const __m256 y = _mm256_mul_ps(eight, scales[j / 8]);
             _mm256_storeu_ps(scaled + k + j, y);
             if (!w->mean_codes) continue;
@@ -335,7 +335,7 @@ INLINE void round_block(const int depth, const float *scaled, int64_t count, int
     __m256 y[BLOCK / 8];
     __m256i most_bits = _mm256_setzero_si256(), joined_bits = most_bits, sum = most_bits;
     UNROLL for (int j = 0; j < BLOCK / 8; j++) {
-        const __m256 own = _mm256_castsi256_ps(first_of_eight(count - 8 * j));
+        const __m256 own = _mm256_castsi256_ps(first_of_eight(min_of(count, BLOCK) - 8 * j));
         y[j] = _mm256_and_ps(_mm256_loadu_ps(scaled + 8 * j), own);
         const __m256 size = _mm256_and_ps(y[j], magnitude);
         most_bits = _mm256_max_epi32(most_bits, _mm256_castps_si256(size));
