@@ -90,6 +90,7 @@ def test_products(
 def test_batches(isa: str, m: int, random_companded: Maker, reference: Any) -> None:
     tensor = random_companded((80, 90), seed=m, group_size=32, partitions=1)
     check(isa, tensor, inputs(m, 90), reference)
+    check(isa, separable(tensor), inputs(m, 90), reference)
 
 
 @pytest.mark.parametrize("depth", range(9))
