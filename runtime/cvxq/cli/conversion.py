@@ -101,7 +101,7 @@ def prepare(threads: int | None) -> None:
 
     Raises MissingExtraError without the packages that converting needs.
     """
-    need("convert", click.get_current_context().command_path)
+    need("convert", str(click.get_current_context().info_name))
     import transformers
 
     from cvxq.threads import set_torch_threads

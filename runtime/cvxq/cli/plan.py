@@ -37,7 +37,7 @@ def command(statistics: Path, plot: Path | None, as_json: bool) -> None:
     if plot is not None:
         if plot.suffix.lower() not in PICTURES:
             raise click.UsageError(f"--plot {plot}: its name must end in .png or .svg")
-        need("plot", "cvxq plan --plot")
+        need("plot", "plan --plot")
     from cvxq_converter.measure.measurement_file import read_record
 
     record = read_record(existing_file(statistics, "a file that cvxq measure wrote"))

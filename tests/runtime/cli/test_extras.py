@@ -130,7 +130,7 @@ def test_files_with_a_record_run_without_any_extra(chat_file: Path, tmp_path: Pa
         ["chat", file, *greedy],
         ["verify", file],
         ["inspect", file],
-        ["bench", file, "--repeats", "1"],
+        ["bench", file, "--repeats", "1", "--tokens", "4", "--threads", "1"],
         ["perplexity", file, "--text", str(text), "--json"],
     ]
     done = subprocess.run(
@@ -139,7 +139,7 @@ def test_files_with_a_record_run_without_any_extra(chat_file: Path, tmp_path: Pa
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=300,
         check=True,
     )
     outcomes, loaded = json.loads(done.stdout)
@@ -163,8 +163,8 @@ def test_files_with_a_record_run_without_any_extra(chat_file: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "who", "extra"),
     [
-        (["convert", "FOLDER", "-o", "OUT", "--bits", "3"], "cvxq convert", "convert"),
-        (["measure", "FOLDER", "-o", "OUT"], "cvxq measure", "convert"),
+        (["convert", "FOLDER", "-o", "OUT", "--bits", "3"], "convert", "convert"),
+        (["measure", "FOLDER", "-o", "OUT"], "measure", "convert"),
         (["perplexity", "FOLDER", "--text", "TEXT"], "FOLDER, a checkpoint,", "convert"),
         (
             ["perplexity", "FILE", "--text", "TEXT", "--against", "FOLDER"],
@@ -172,7 +172,7 @@ def test_files_with_a_record_run_without_any_extra(chat_file: Path, tmp_path: Pa
             "convert",
         ),
         (["generate", "FILE", "a", "--device", "cuda"], "device 'cuda'", "cuda"),
-        (["plan", "TEXT", "--plot", "OUT.png"], "cvxq plan --plot", "plot"),
+        (["plan", "TEXT", "--plot", "OUT.png"], "plan --plot", "plot"),
     ],
 )
 def test_a_command_without_its_extra_says_which_to_install(

@@ -112,9 +112,7 @@ def test_drawing_without_matplotlib_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     said = fails(5, "plan", statistics, "--plot", tmp_path / "a.png")
-    assert said == (
-        "cvxq plan --plot needs matplotlib, not installed here: pip install 'cvxq[plot]'"
-    )
+    assert said == ("plan --plot needs matplotlib, not installed here: pip install 'cvxq[plot]'")
 
 
 def test_plans_that_cannot_be(fails: Fails, statistics: Path, tmp_path: Path) -> None:
