@@ -179,8 +179,14 @@ class Model:
             raise ArgumentError("the prompt is empty, and the tokenizer has no token to begin with")
         return ids
 
+    def text_end_ids(self, ids: Collection[int]) -> frozenset[int]:
+        """Return what ends a text that goes on after the tokens `ids`.
+
+        That is what ends any, and what ends an answer in the chat template if it is among them.
+        """
+        return self.end_ids | self._turn_end_ids(ids)
+
     def _turn_end_ids(self, ids: Collection[int]) -> frozenset[int]:
-        """Return what ends an answer in the chat template, if it is among the tokens `ids`."""
         inner = list(set(ids) - self.end_ids - {self.tokenizer.bos_token_id})
         spelled, plain = (self.tokenizer.decode(inner, skipped) for skipped in (False, True))
         if spelled == plain:  # no special tokens, and trying templates takes a quarter of a second
@@ -207,7 +213,7 @@ class Model:
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_tokens(ids, self.vocabulary, self.tokenizer)
         if end_ids is None:
-            end_ids = self.end_ids | self._turn_end_ids(ids)
+            end_ids = self.text_end_ids(ids)
         return generate_text(
             session or self.session(),
             self.tokenizer,

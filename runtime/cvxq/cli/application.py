@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("cvxq.cli.plan", "Show the sizes and losses that a model can have."),
     "generate": ("cvxq.cli.generate", "Continue a prompt, streaming the text to stdout."),
     "chat": ("cvxq.cli.chat", "Talk with the model, turn by turn."),
+    "serve": ("cvxq.cli.serve", "Answer the OpenAI API, and show a page to chat with."),
     "perplexity": ("cvxq.cli.perplexity", "Measure perplexity, and KL to the original."),
     "inspect": ("cvxq.cli.inspect", "Show where every byte went, depths and provenance."),
     "verify": ("cvxq.cli.verify", "Check every checksum and invariant of a file."),
@@ -55,6 +56,11 @@ class CommandGroup(click.Group):
         """Write the list of subcommands without importing any of them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, sentence) for name, (_, sentence) in COMMANDS.items()])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the exit codes right below the commands: a screen has 24 lines."""
+        with formatter.indentation():
+            formatter.write_text(str(self.epilog))
 
     def main(
         self,

@@ -1,0 +1,111 @@
+"""`cvxq serve`: what it refuses, and a server that starts, answers and ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+
+import httpx
+
+Cvxq = Callable[..., Result]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str, float]]]:
+    """Return what starts a server: the process, its address, and seconds until it answered."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: object) -> tuple[subprocess.Popen[str], str, float]:
+        began = time.monotonic()
+        command = [sys.executable, "-m", "cvxq.cli", "serve", *map(str, arguments)]
+        process = subprocess.Popen(
+            [*command, "--port", "0"], stderr=subprocess.PIPE, text=True, env={**os.environ}
+        )
+        started.append(process)
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r"at (http://\S+)", line)
+        assert found, line + process.stderr.read()
+        while True:
+            try:
+                assert httpx.get(found[1] + "/health", timeout=10).status_code == 200
+                return process, found[1], time.monotonic() - began
+            except httpx.ConnectError:
+                time.sleep(0.01)
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_server_answers_soon_and_ends_by_ctrl_c(
+    chat_file: Path,
+    model_file: Path,
+    start: Callable[..., tuple[subprocess.Popen[str], str, float]],
+) -> None:
+    process, url, seconds = start(chat_file, model_file, "--threads", 1)
+    body = {"model": "chat", "messages": [{"role": "user", "content": "ab"}], "max_tokens": 3}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+    assert [m["id"] for m in httpx.get(f"{url}/v1/models").json()["data"]] == ["chat", "model"]
+    missing = httpx.post(f"{url}/v1/completions", json={"prompt": "a"})
+    assert "model is missing; served are chat, model" in missing.json()["error"]["message"]
+    assert seconds < 30  # one second on a machine with nothing else to do
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) in (0, 130)
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_a_server_is_not_torn_open_by_mistake(cvxq: Cvxq, model_file: Path, tmp_path: Path) -> None:
+    refused = cvxq("serve", model_file, "--host", "0.0.0.0")
+    assert refused.exit_code == 2
+    assert "give --api-key KEY, or --no-key" in refused.output
+    empty = tmp_path / "keys"
+    empty.write_text("\n")
+    refused = cvxq("serve", model_file, "--api-key", f"@{empty}")
+    assert refused.exit_code == 3
+    assert "has no key in it" in refused.output
+    assert cvxq("serve", model_file, "--api-key", "").exit_code == 2
+
+
+def test_files_of_one_name_and_missing_ones(cvxq: Cvxq, model_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / model_file.name
+    other.parent.mkdir()
+    other.write_bytes(model_file.read_bytes())
+    refused = cvxq("serve", model_file, other)
+    assert refused.exit_code == 2
+    assert f"two files are called {model_file.stem}" in refused.output
+    assert cvxq("serve", tmp_path / "none.cvxq").exit_code == 3
+
+
+def test_an_address_that_cannot_be_had(cvxq: Cvxq, model_file: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused = cvxq("serve", model_file, "--port", taken.getsockname()[1])
+    assert refused.exit_code == 2
+    assert "cannot listen on 127.0.0.1" in refused.output
+
+
+def test_a_missing_extra_is_named(
+    cvxq: Cvxq, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cvxq.serve.access", "cvxq.serve.run"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "starlette.datastructures", None)
+    refused = cvxq("serve", model_file)
+    assert refused.exit_code == 5
+    assert "pip install 'cvxq[serve]'" in refused.output
