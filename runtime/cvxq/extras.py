@@ -17,6 +17,7 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "convert": ("torch", "transformers", "gguf", "sentencepiece"),
     "cuda": ("torch",),  # there are platforms without Triton, and expanded matrices do without
     "plot": ("matplotlib",),
+    "serve": ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance"),
 }
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 import click
 
 from cvxq.cli.failures import FileProblem, existing_file
 from cvxq.cli.options import context_option, load_model, running_options
-from cvxq.errors import UnsupportedModelError
+from cvxq.extras import need
 from cvxq.serve import LOOPBACK
 
 
@@ -86,6 +85,7 @@ def command(
     Example:
       cvxq serve model.cvxq --port 8000
     """
+    need("serve", "serve")
     for file in files:
         existing_file(file, "a .cvxq file")
     secrets = _keys(keys)
@@ -98,7 +98,7 @@ def command(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise click.UsageError(f"two files are called {twice}; rename one")
     with ThreadPoolExecutor(1) as beside:  # importing takes as long as loading a small model
-        module = beside.submit(_serve)
+        module = beside.submit(importlib.import_module, "cvxq.serve.run")
         models = {
             name: load_model(file, weights, device, threads, context)
             for name, file in zip(names, files, strict=True)
@@ -115,16 +115,6 @@ def command(
         sessions=sessions,
         say=lambda text: click.echo(text, err=True),
     )
-
-
-def _serve() -> ModuleType:
-    """Import what serves; raises UnsupportedModelError where the extra is missing."""
-    try:
-        return importlib.import_module("cvxq.serve.run")
-    except ModuleNotFoundError as error:
-        raise UnsupportedModelError(
-            f"serve needs the package {error.name}: pip install 'cvxq[serve]'"
-        ) from None
 
 
 def _keys(given: tuple[str, ...]) -> list[str]:

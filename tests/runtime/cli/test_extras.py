@@ -173,6 +173,7 @@ def test_files_with_a_record_run_without_any_extra(chat_file: Path, tmp_path: Pa
         ),
         (["generate", "FILE", "a", "--device", "cuda"], "device 'cuda'", "cuda"),
         (["plan", "TEXT", "--plot", "OUT.png"], "plan --plot", "plot"),
+        (["serve", "FILE"], "serve", "serve"),
     ],
 )
 def test_a_command_without_its_extra_says_which_to_install(

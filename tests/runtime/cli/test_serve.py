@@ -97,15 +97,3 @@ def test_an_address_that_cannot_be_had(cvxq: Cvxq, model_file: Path) -> None:
         refused = cvxq("serve", model_file, "--port", taken.getsockname()[1])
     assert refused.exit_code == 2
     assert "cannot listen on 127.0.0.1" in refused.output
-
-
-def test_a_missing_extra_is_named(
-    cvxq: Cvxq, model_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("cvxq.serve.access", "cvxq.serve.run"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.setitem(sys.modules, "starlette.datastructures", None)
-    refused = cvxq("serve", model_file)
-    assert refused.exit_code == 5
-    assert "pip install 'cvxq[serve]'" in refused.output
