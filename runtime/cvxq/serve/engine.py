@@ -132,7 +132,7 @@ class Engine:
 
     def submit(self, client: str, work: Callable[[Job], None]) -> Job:
         """Put `work` in the queue; raises ApiError 429 when that is full."""
-        if len(self._queue) >= self.most_waiting:
+        if self._running is not None and len(self._queue) >= self.most_waiting:
             wait = math.ceil(self._mean_seconds * (len(self._queue) + 1))
             self.metrics.refused.inc()
             raise ApiError(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ Until = Callable[[Callable[[], bool]], float]
 ENDLESS = {
     "messages": [{"role": "user", "content": "Hi"}],
     "max_tokens": 1900,
-    "logit_bias": {"2": -100},  # never the end
+    "logit_bias": {"2": -100, "4": -100},  # never the end, of text or of turn
 }
 
 
@@ -88,6 +89,23 @@ def test_one_at_a_time_and_no_more_than_may_wait() -> None:
         for job in jobs:
             assert [event async for event in job] == []
         assert most[1] == 1
+        engine.close()
+
+    asyncio.run(run())
+
+
+def test_without_a_queue_an_idle_decoder_answers() -> None:
+    async def run() -> None:
+        engine = Engine(0, 60, Metrics())
+        for _ in range(2):
+            release = threading.Event()
+            job = engine.submit("a", lambda job, release=release: release.wait(5))  # type: ignore[misc]
+            with pytest.raises(ApiError):
+                engine.submit("b", lambda job: None)
+            release.set()
+            assert [event async for event in job] == []
+            while not engine.is_idle:
+                await asyncio.sleep(0.001)
         engine.close()
 
     asyncio.run(run())
@@ -196,6 +214,8 @@ def test_time_that_is_up_is_told(model: Any, serve: Any) -> None:
         assert answer.json()["error"]["code"] == "timeout"
         *_, last = tiny.events("/v1/chat/completions", ENDLESS)
         assert last["error"]["code"] == "timeout"
+        tiny.served.end_ids = frozenset()
+        tiny.served.turns = replace(tiny.served.turns, end_ids=frozenset())
         *_, last = tiny.events("/v1/responses", {"input": "Hi", "temperature": 0})
         assert last["type"] == "response.failed"
         assert last["response"]["error"]["code"] == "timeout"
