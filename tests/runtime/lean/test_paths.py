@@ -78,7 +78,7 @@ def test_sessions_take_turns_on_one_decoder(make_file: MakeFile) -> None:
         ({"report.json": b"{"}, "it has no decoder.json"),
         (
             {"decoder.json": b'{"version": 99}'},
-            "decoder.json has version 99, this reader knows 1; update cvxq",
+            "decoder.json has version 99, this reader knows 1 to 2; update cvxq",
         ),
     ],
 )
