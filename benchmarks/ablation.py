@@ -20,7 +20,7 @@ from cvxq.evaluate import divergence, token_ids, windows
 from cvxq_converter.job import Prepared, prepare, quantize_prepared
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import calibration_amount, preflight
-from cvxq_converter.quantize.correction import install
+from cvxq_converter.quantize.correction import Replacement
 from cvxq_converter.source.checkpoint import load_network, load_tokenizer, open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
 from cvxq_converter.stages import Stages
@@ -93,10 +93,11 @@ class Bench:
             prepared = replace(prepared, lessons=[])
         result = quantize_prepared(prepared, options, Stages(None))
         if prepared.choosing is None:  # then the job leaves the network alone
-            with torch.no_grad():
-                install(self.loaded, result.tensors, result.codebook, {}, [], options.method)
+            tensors, codebook = result.tensors, result.codebook
+            Replacement(self.loaded, tensors, codebook, {}, [], options.method).install()
         self.last_steps = result.allocation.steps if result.allocation else 0
-        found = divergence(self.loaded.network, self.original, self.windows)
+        with self.loaded.whole() as network:
+            found = divergence(network, self.original, self.windows)
         return f"{found.kl.mean:.4f} ± {found.kl.standard_error:.4f}"
 
 

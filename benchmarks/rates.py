@@ -46,12 +46,13 @@ def judge(model: str, text: Path | None, prepared: Prepared) -> Elsewhere:
     if text is None:
         return lambda: ""
     source = open_source(model)
-    original = load_network(source, prepared.loaded.network.dtype)
+    original = load_network(source, prepared.loaded.hollow.dtype)
     ids = evaluate.token_ids(load_tokenizer(source), text.read_text("utf-8"))
     windows = evaluate.windows(ids, min(original.config.max_position_embeddings, 2048))
 
     def measured() -> str:
-        found = evaluate.divergence(prepared.loaded.network, original, windows).kl
+        with prepared.loaded.whole() as network:
+            found = evaluate.divergence(network, original, windows).kl
         return f"{found.mean:.5f} ± {found.standard_error:.5f}"
 
     return measured

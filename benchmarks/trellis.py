@@ -24,6 +24,7 @@ from cvxq_converter.measure.quality import divergence as loss
 from cvxq_converter.quantize.companding import fit_levels
 from cvxq_converter.quantize.gain import EXPONENTS, shrinkage_ratios
 from cvxq_converter.quantize.search import Tables, make_grid, search_scales
+from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.stages import Stages
 from cvxq_format import Codebook, CompandedTensor
 from torch import Tensor
@@ -172,18 +173,20 @@ class Comparison:
         ratios = torch.from_numpy(shrinkage_ratios(*zip(*sums, strict=True))).float()
         best = min(EXPONENTS, key=lambda p: self._loss(coded, ratios**p))
         self._install(coded, ratios**best)
-        found = divergence(self.bench.loaded.network, self.bench.original, self.bench.windows)
+        with self.bench.loaded.whole() as network:
+            found = divergence(network, self.bench.original, self.bench.windows)
         return f"{found.kl.mean:.4f} ± {found.kl.standard_error:.4f} (p = {best:g})"
 
     def _loss(self, coded: dict[str, Encoded], gains: Tensor) -> float:
         self._install(coded, gains)
         assert self.prepared.choosing is not None
-        return loss(self.bench.loaded.network, self.prepared.choosing).mean
+        return loss(self.bench.loaded.streamed, self.prepared.choosing).mean
 
     def _install(self, coded: dict[str, Encoded], gains: Tensor) -> None:
-        for matrix in self.bench.loaded.matrices:
-            dense = self.parts[matrix.name].dense(coded[matrix.name], gains)
-            self.bench.loaded.install(matrix, dense)
+        def dense(matrix: Matrix) -> Tensor:
+            return self.parts[matrix.name].dense(coded[matrix.name], gains)
+
+        self.bench.loaded.replace(dense)
 
 
 def codes() -> dict[str, Code]:

@@ -36,6 +36,7 @@ from cvxq_converter.measure.measurement import (
     shared_arrays,
 )
 from cvxq_converter.measure.measurement_file import Record
+from cvxq_converter.measure.moments import InputMoments
 from cvxq_converter.measure.quality import (
     Reference,
     divergence,
@@ -45,10 +46,10 @@ from cvxq_converter.measure.quality import (
 from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.measure.teaching import Lesson, make_lessons
-from cvxq_converter.options import ConversionOptions
+from cvxq_converter.options import Calibration, ConversionOptions
 from cvxq_converter.preflight import (
     Preflight,
-    available_memory,
+    allowed_memory,
     preflight,
     proving_bytes,
     refuse_what_cannot_fit,
@@ -58,9 +59,10 @@ from cvxq_converter.quantize.iteration import quantize_network
 from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.quantize.rtn import quantize_network_rtn
 from cvxq_converter.quantize.tuning import tune_network
+from cvxq_converter.source.allocator import give_freed_memory_back
 from cvxq_converter.source.checkpoint import Source, load_tokenizer, open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
-from cvxq_converter.stages import Progress, Stages
+from cvxq_converter.stages import Done, Progress, Stages
 from cvxq_converter.write.assembling import (
     longest_documents,
     make_report,
@@ -196,6 +198,8 @@ def _begin(
     trials: int | None = None,
 ) -> tuple[Source, Preflight]:
     """Look at the model before any work: estimate, and refuse what cannot be done."""
+    if not _samples(options, measurement):
+        give_freed_memory_back()
     torch.manual_seed(options.calibration.seed)
     source = open_source(model, options.place.revision)
     if measurement is not None:
@@ -210,7 +214,7 @@ def _begin(
         for notice in source.notices:
             announce(notice)
         announce(estimate.line())
-    refuse_what_cannot_fit(estimate, output, options.place.device)
+    refuse_what_cannot_fit(estimate, output, options.place)
     return source, estimate
 
 
@@ -228,19 +232,22 @@ def prepare(
         with stages.stage("calibrate") as done:
             count, length = estimate.sequences or 1, estimate.length or 2
             wanted = replace(options.calibration, sequences=count, length=length)
-            tokenizer = load_tokenizer(loaded.source)
-            sequences = make_sequences(loaded.network, tokenizer, wanted, done)
+            sequences = _calibrate(loaded, wanted, done)
     if not len(sequences):
         return Prepared(loaded, sequences, {}, None, None)
     training, held_back = split_sequences(sequences)
     with stages.stage("reference"):
-        choosing, certifying = make_references(loaded.network, held_back)
-        lessons = make_lessons(loaded.network, training) if options.method.tune else []
+        choosing, certifying = make_references(loaded.streamed, held_back)
+        lessons = []
+        if options.method.tune:
+            with loaded.whole() as network:
+                lessons = make_lessons(network, training)
     if measurement is not None:
-        statistics = measurement.statistics_for(loaded)
+        moments, statistics = None, measurement.statistics_for(loaded)
     else:
-        statistics = _measure(loaded, training, options, stages)
-    feedback = Feedback(loaded, training, statistics)
+        moments = _moments(loaded, training) if options.method.feedback else None
+        statistics = _measure(loaded, training, options, stages, moments, estimate.rounds)
+    feedback = Feedback(loaded, training, statistics, moments)
     return Prepared(loaded, sequences, statistics, choosing, certifying, feedback, lessons)
 
 
@@ -278,7 +285,7 @@ def quantize_prepared(prepared: Prepared, options: ConversionOptions, stages: St
             )
     if prepared.certifying is not None and prepared.certifying is not prepared.choosing:
         with stages.stage("certify"):
-            quality = divergence(loaded.network, prepared.certifying)
+            quality = divergence(loaded.streamed, prepared.certifying)
         result = replace(result, quality=quality)
     return result
 
@@ -339,10 +346,9 @@ def finish(
 def _prove(loaded: LoadedModel, result: Quantized, options: ConversionOptions) -> Proof:
     """Prove the decoder's record if there is memory for that."""
     packed = sum(tensor.payload_size for tensor in result.tensors.values())
-    vocabulary = len(loaded.network.get_input_embeddings().weight)
-    needed = proving_bytes(loaded.parameters, packed, vocabulary, options)
+    needed = proving_bytes(loaded.source, packed)
     for device in {"cpu", options.place.device}:
-        free = available_memory(device)
+        free = allowed_memory(options.place, device)
         if free is not None and needed > free:
             what = f"proving its record needs {size_text(needed)} of memory on {device}"
             return Proof(None, NotDescribedError(what))
@@ -377,12 +383,40 @@ def _details(
     return Details(curve, bool(prepared.statistics), by_group, by_matrix, positions)
 
 
+def _calibrate(loaded: LoadedModel, calibration: Calibration, done: Done) -> torch.Tensor:
+    """The sequences; sampling them takes the network whole."""
+    tokenizer = load_tokenizer(loaded.source)
+    if calibration.source != "self":
+        return make_sequences(loaded.hollow, tokenizer, calibration, done)
+    with loaded.whole() as network:
+        sequences = make_sequences(network, tokenizer, calibration, done)
+    give_freed_memory_back()
+    return sequences
+
+
+def _samples(options: ConversionOptions, measurement: Measurement | None) -> bool:
+    """Whether the model is to write its own calibration text."""
+    is_measured = measurement is not None or not options.replaces_weights
+    return options.calibration.source == "self" and not is_measured
+
+
+def _moments(loaded: LoadedModel, training: torch.Tensor) -> InputMoments:
+    return InputMoments(loaded.streamed.scratch, training.numel())
+
+
 def _measure(
-    loaded: LoadedModel, training: torch.Tensor, options: ConversionOptions, stages: Stages
+    loaded: LoadedModel,
+    training: torch.Tensor,
+    options: ConversionOptions,
+    stages: Stages,
+    moments: InputMoments | None = None,
+    rounds: int = 1,
 ) -> dict[str, MatrixStatistics]:
     metric, seed = options.calibration.metric, options.calibration.seed
     with stages.stage("measure") as done:
-        return measure_statistics(loaded.network, loaded.matrices, training, metric, seed, done)
+        return measure_statistics(
+            loaded.streamed, loaded.matrices, training, metric, seed, done, moments, rounds
+        )
 
 
 def _plans(prepared: Prepared, options: ConversionOptions) -> list[MatrixPlan]:

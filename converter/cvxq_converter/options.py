@@ -101,11 +101,18 @@ class Method:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the work is done, in which type, and which revision of a hub id is meant."""
+    """Where the work is done, in which type, and which revision of a hub id is meant.
+
+    memory, disk: bytes that may be used, and scratch: the folder of temporary files; None for what
+    is free, and for the system's own. They have no influence on the result.
+    """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     revision: str | None = None
+    memory: int | None = None
+    disk: int | None = None
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,8 @@ class ConversionOptions:
         values["dtype"] = str(self.place.dtype).removeprefix("torch.")
         values["keep"] = list(self.method.keep)
         values["calibration"] = Path(self.calibration.source).name
-        del values["device"]
+        for without_influence in ("device", "memory", "disk", "scratch"):
+            del values[without_influence]
         return values
 
 

@@ -8,7 +8,6 @@ nominal machine of that many threads does in `CALIBRATION_SECONDS`.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +16,23 @@ from typing import Any
 
 import torch
 from cvxq_format import memory
-from cvxq_format.model_config import context_length
 
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.calibration import cache_bytes, sampling_batch
-from cvxq_converter.measure.hessian import MEMORY as HESSIAN_BYTES
+from cvxq_converter.footprint import (
+    disk_bytes,
+    free_disk,
+    peak_memory,
+    proving_bytes,
+    rate_of,
+    scratch_and_rounds,
+)
+from cvxq_converter.measure.calibration import sampling_batch
 from cvxq_converter.measure.measurement import Measurement
-from cvxq_converter.measure.teaching import KEPT
-from cvxq_converter.options import ConversionOptions
+from cvxq_converter.options import ConversionOptions, Place
 from cvxq_converter.quantize.tuning import BATCH
+from cvxq_converter.shapes import Shape, shape_of
 from cvxq_converter.source.checkpoint import Source
-from cvxq_converter.source.loaded import matches
+from cvxq_converter.source.scratch import Scratch
 from cvxq_converter.write.proof import MOST_PLACES as PROOF_PLACES
 
 FULL_SEQUENCES, FULL_LENGTH = 128, 2048  # the papers' amount; the default on a GPU
@@ -40,11 +45,8 @@ EXPECTED_TRIALS = 4  # of a search for a loss
 
 _OPERATIONS_PER_LAYER = 50  # small tensor operations of one block, forward
 _OPERATIONS_PER_COLUMN = 120  # small tensor operations for each column, with feedback
-_BASE_BYTES = 450 << 20  # interpreter, torch and transformers, loaded
 _QUANTIZER_PASSES = 45  # element-wise passes per weight: 13 scales, 3–4 passes each
-_QUANTIZER_BYTES = 14  # per weight of the matrix at hand: codes, permuted copy, dequantized copy
 _READ_RATE = 5e8  # bytes per second from disk
-_REFERENCE_BYTES = 256 << 20  # log-probabilities of the original kept for comparison
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Preflight:
     sequences: int  # 0 without calibration
     length: int
     proving_memory_bytes: int = 0  # at the end, where that much is free; else nothing is proved
+    scratch_bytes: int = 0  # of temporary files
+    rounds: int = 1  # of measuring, with some of the sequences in each
 
     def line(self) -> str:
         """Say it in one line, for people."""
@@ -66,9 +70,10 @@ class Preflight:
             else "no calibration"
         )
         memory = max(self.peak_memory_bytes, self.proving_memory_bytes)
+        scratch = f" and {size_text(self.scratch_bytes)} for a while" if self.scratch_bytes else ""
         return (
             f"about {_duration(self.seconds)}, {size_text(memory)} of memory, "
-            f"{size_text(self.disk_bytes)} on disk ({calibration})"
+            f"{size_text(self.disk_bytes)} on disk{scratch} ({calibration})"
         )
 
 
@@ -79,25 +84,6 @@ class Speed:
     flops: float  # matrix products
     elements: float  # element-wise, one pass
     call_seconds: float
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """The sizes that costs depend on."""
-
-    parameters: int
-    matrix_weights: int
-    quantized_weights: int
-    largest_weights: int
-    largest_inputs: int
-    inputs: int  # summed over the matrices
-    squared_inputs: int  # Σ K²
-    pushed: int  # Σ N K²
-    layers: int
-    hidden: int
-    inner: int
-    vocabulary: int
-    context: int | None
 
 
 def preflight(
@@ -114,7 +100,7 @@ def preflight(
     search takes, or one, if not given. speed: of this machine; measured if not given.
     """
     method, place = options.method, options.place
-    shape = _shape_of(source, method.keep)
+    shape = shape_of(source, method.keep)
     speed = speed or measure_speed(place.dtype, place.device)
     trials = trials or (EXPECTED_TRIALS if options.target.seeks_rate else 1)
     count, tokens = _amount(source, options, measurement)
@@ -131,11 +117,12 @@ def preflight(
         seconds += method.iterations * factors + rounds * pushing
         seconds += trials * method.tune * BATCH * _backward_seconds(shape, speed, tokens)
     seconds += _proving_seconds(shape, speed)
-    memory = _peak_memory(source, shape, options, count, tokens)
-    packed = int(shape.quantized_weights * _rate(shape, options) / 8)
-    proving = _BASE_BYTES + _held_bytes(shape, options, packed)
-    proving += proving_bytes(shape.parameters, packed, shape.vocabulary, options)
-    return Preflight(seconds, memory, _disk_bytes(source, shape, options), count, tokens, proving)
+    memory = peak_memory(source, shape, options, count, tokens)
+    packed = int(shape.quantized_weights * rate_of(shape, options) / 8)
+    proving = proving_bytes(source, packed)
+    disk = disk_bytes(source, shape, options)
+    rounds, scratch = scratch_and_rounds(shape, options, count, tokens)
+    return Preflight(seconds, memory, disk, count, tokens, proving, scratch, rounds)
 
 
 def _amount(
@@ -150,36 +137,27 @@ def _amount(
     return calibration_amount(source, options.place.device, wanted.sequences, wanted.length)
 
 
-def _disk_bytes(source: Source, shape: _Shape, options: ConversionOptions) -> int:
-    if options.target.size_bytes is not None:
-        return options.target.size_bytes
-    # Everything outside the matrices is stored in 16 bits; the header is small.
-    rest = (shape.parameters - shape.quantized_weights) * 2
-    carried = sum(len(data) for _, data in source.carried())
-    return int(shape.quantized_weights * _rate(shape, options) / 8) + rest + carried + (1 << 16)
-
-
-def _rate(shape: _Shape, options: ConversionOptions) -> float:
-    """Bits per weight, or an upper bound where a loss is asked for."""
-    target = options.target
-    if target.size_bytes is not None:
-        return min(8.0, 8 * target.size_bytes / max(1, shape.quantized_weights))
-    return 8.0 if target.bits is None else target.bits
-
-
-def refuse_what_cannot_fit(plan: Preflight, output: Path, device: str) -> None:
+def refuse_what_cannot_fit(plan: Preflight, output: Path, place: Place) -> None:
     """Raise ConversionError, with the figure needed, if memory or disk is too small for `plan`."""
-    available = available_memory(device)
+    available = allowed_memory(place, place.device)
     if available is not None and plan.peak_memory_bytes > available:
-        advice = "use --calibration none, or a machine with more memory"
+        advice = "use --calibration FILE or none, or a machine with more memory"
         raise ConversionError(
-            f"needs about {size_text(plan.peak_memory_bytes)} of memory on {device}, "
-            f"{size_text(available)} are free; {advice}"
+            f"needs about {size_text(plan.peak_memory_bytes)} of memory on {place.device}, "
+            f"{size_text(available)} are {'allowed' if place.memory else 'free'}; {advice}"
         )
     folder = output.absolute().parent
     if not folder.is_dir():
         raise ConversionError(f"{output}: its folder does not exist; create it first")
-    free = shutil.disk_usage(folder).free
+    scratch = Scratch(place.scratch).folder
+    room = min(place.disk or plan.scratch_bytes, free_disk(scratch))
+    if plan.scratch_bytes > room:
+        raise ConversionError(
+            f"{scratch}: needs about {size_text(plan.scratch_bytes)} for temporary files, "
+            f"{size_text(room)} are {'allowed' if place.disk == room else 'free'}; use less "
+            "calibration, or another folder (--scratch)"
+        )
+    free = free_disk(folder)
     if plan.disk_bytes > free:
         raise ConversionError(
             f"{output}: needs about {size_text(plan.disk_bytes)} of disk, "
@@ -194,7 +172,7 @@ def calibration_amount(
 
     Depends on shapes, kind of device and number of threads only, never on a measurement.
     """
-    shape = _shape_of(source)
+    shape = shape_of(source)
     limit = shape.context or FULL_LENGTH
     if torch.device(device).type != "cpu":
         return sequences or FULL_SEQUENCES, min(length or FULL_LENGTH, limit)
@@ -218,6 +196,12 @@ def calibration_amount(
         else:
             break
     return count, tokens
+
+
+def allowed_memory(place: Place, device: str) -> int | None:
+    """Bytes that may be used on a device: what is free, or less if that was said."""
+    known = [n for n in (place.memory, available_memory(device)) if n is not None]
+    return min(known, default=None)
 
 
 def available_memory(device: str) -> int | None:
@@ -253,42 +237,7 @@ def _best_seconds(work: Callable[[], Any], device: str) -> float:
 # --- costs --------------------------------------------------------------------------------------
 
 
-def _shape_of(source: Source, keep: tuple[str, ...] = ()) -> _Shape:
-    text = source.config.get_text_config()
-
-    def find(*names: str) -> int:
-        values = [getattr(text, name, None) for name in names]
-        return next((v for v in values if isinstance(v, int) and v > 0), 0)
-
-    matrices = [(name, shape) for name, info in source.tensors.items() for shape in _matrices(info)]
-    quantized = [shape for name, shape in matrices if not matches(name, keep)]
-    inputs = [columns for _, columns in quantized]
-    hidden = find("hidden_size", "n_embd", "d_model")
-    return _Shape(
-        parameters=source.parameters,
-        matrix_weights=sum(n * k for _, (n, k) in matrices),
-        quantized_weights=sum(n * k for n, k in quantized),
-        largest_weights=max((n * k for n, k in quantized), default=0),
-        largest_inputs=max(inputs, default=0),
-        inputs=sum(inputs),
-        squared_inputs=sum(k * k for k in inputs),
-        pushed=sum(n * k * k for n, k in quantized),
-        layers=find("num_hidden_layers", "n_layer"),
-        hidden=hidden,
-        inner=find("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
-        vocabulary=find("vocab_size"),
-        context=context_length(source.config.get_text_config().to_dict()),
-    )
-
-
-def _matrices(info: Any) -> list[tuple[int, int]]:
-    """The shapes of the matrices in a tensor: of one, of a stack of them, or of none."""
-    if len(info.shape) not in (2, 3) or min(info.shape[-2:]) < 2:
-        return []
-    return [info.shape[-2:]] * (info.shape[0] if len(info.shape) == 3 else 1)
-
-
-def _backward_seconds(shape: _Shape, speed: Speed, tokens: int) -> float:
+def _backward_seconds(shape: Shape, speed: Speed, tokens: int) -> float:
     """Forward and backward over one sequence: 6 operations per weight and token."""
     attention = 12 * shape.layers * shape.hidden * tokens**2
     flops = 6.0 * shape.matrix_weights * tokens + attention
@@ -298,7 +247,7 @@ def _backward_seconds(shape: _Shape, speed: Speed, tokens: int) -> float:
 
 
 def _sampling_seconds(
-    source: Source, shape: _Shape, speed: Speed, count: int, tokens: int, dtype: torch.dtype
+    source: Source, shape: Shape, speed: Speed, count: int, tokens: int, dtype: torch.dtype
 ) -> float:
     """One forward step per position and batch; small batches run far below the product rate."""
     batch = sampling_batch(source.config, tokens, dtype.itemsize)
@@ -307,13 +256,13 @@ def _sampling_seconds(
     return calls + 3 * 2.0 * shape.matrix_weights * count * tokens / speed.flops
 
 
-def _quantizing_seconds(shape: _Shape, speed: Speed, group_size: int) -> float:
+def _quantizing_seconds(shape: Shape, speed: Speed, group_size: int) -> float:
     clusters = shape.quantized_weights / group_size / max(1, shape.hidden)
     calls = clusters * 5 * 13 * 12 * speed.call_seconds  # a few depths in each
     return calls + _QUANTIZER_PASSES / 3 * shape.quantized_weights / speed.elements
 
 
-def _feedback_seconds(shape: _Shape, speed: Speed, tokens: int) -> tuple[float, float]:
+def _feedback_seconds(shape: Shape, speed: Speed, tokens: int) -> tuple[float, float]:
     """Of Hessians and their factors, once; and of pushing errors on, for every quantization."""
     moments = 2.0 * shape.squared_inputs * tokens + 2.0 * shape.matrix_weights * tokens
     factors = 2.0 * shape.squared_inputs * shape.largest_inputs  # in float64, half as fast
@@ -321,52 +270,10 @@ def _feedback_seconds(shape: _Shape, speed: Speed, tokens: int) -> tuple[float, 
     return (moments + factors) / speed.flops, calls + shape.pushed / speed.flops
 
 
-def _proving_seconds(shape: _Shape, speed: Speed) -> float:
+def _proving_seconds(shape: Shape, speed: Speed) -> float:
     """One text through the network and through the decoder, twice where windows are long."""
     products = 2 * 2 * 2.0 * shape.matrix_weights * PROOF_PLACES / speed.flops
     return products + 2 * shape.layers * _OPERATIONS_PER_LAYER * speed.call_seconds
-
-
-def proving_bytes(
-    parameters: int, packed_bytes: int, vocabulary: int, options: ConversionOptions
-) -> int:
-    """Bytes that proving a decoder's record takes beside what a conversion holds anyway.
-
-    Weights in float32 where the network's are others, the decoder's own, and two sets of logits.
-    """
-    is_there = options.replaces_weights and options.place.dtype is torch.float32
-    return (0 if is_there else 4 * parameters) + packed_bytes + 8 * PROOF_PLACES * vocabulary
-
-
-def _held_bytes(shape: _Shape, options: ConversionOptions, packed: int) -> int:
-    """The network, the originals, the packed result."""
-    element = options.place.dtype.itemsize
-    originals = shape.quantized_weights * element if options.replaces_weights else 0
-    return shape.parameters * element + originals + packed
-
-
-def _peak_memory(
-    source: Source, shape: _Shape, options: ConversionOptions, count: int, tokens: int
-) -> int:
-    """The network, the originals, the packed result, and the larger of measuring and quantizing."""
-    element = options.place.dtype.itemsize
-    packed = int(shape.quantized_weights * _rate(shape, options) / 8)
-    lessons = 12 * KEPT * count * tokens if options.method.tune else 0
-    quantizing = shape.largest_weights * _QUANTIZER_BYTES
-    measuring = 0
-    if count:
-        factors = max(min(4 * shape.squared_inputs, HESSIAN_BYTES), 4 * shape.largest_inputs**2)
-        quantizing += factors + 24 * shape.largest_inputs**2  # a few float64 copies of one
-        activations = shape.layers * tokens * (12 * shape.hidden + 4 * shape.inner) * element
-        logits = 2 * tokens * shape.vocabulary * element
-        block = (shape.matrix_weights // max(1, shape.layers) + shape.largest_weights) * element
-        cache = cache_bytes(source.config, tokens, element)
-        cache *= min(count, sampling_batch(source.config, tokens, element))
-        sequence = tokens * shape.vocabulary * 4  # of log-probabilities; two are kept at least
-        reference = min(max(_REFERENCE_BYTES, 2 * sequence), count * sequence)
-        measuring = max(activations + logits + block, cache) + reference
-    held = _held_bytes(shape, options, packed) + lessons
-    return _BASE_BYTES + held + max(measuring, quantizing)
 
 
 def _duration(seconds: float) -> str:

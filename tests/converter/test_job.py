@@ -123,11 +123,11 @@ def test_a_file_carries_the_record_that_was_proved(
 def test_without_memory_for_the_proof_a_file_has_no_record(
     save_network: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cvxq_converter.job.available_memory", lambda _: 1000)
+    monkeypatch.setattr("cvxq_converter.job.allowed_memory", lambda *_: 1000)
     report = run(save_network("llama"), tmp_path / "a.cvxq", calibration="none")
     assert not report.decoder.is_proved
     assert re.fullmatch(
-        r"through transformers: proving its record needs \d+ kB of memory on cpu",
+        r"through transformers: proving its record needs \d+ MB of memory on cpu",
         report.decoder.line(),
     )
     with Reader(tmp_path / "a.cvxq") as reader:

@@ -13,7 +13,7 @@ import cvxq_converter.preflight as module
 import pytest
 import torch
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.options import ConversionOptions
+from cvxq_converter.options import ConversionOptions, Place
 from cvxq_converter.preflight import (
     Preflight,
     Speed,
@@ -23,6 +23,7 @@ from cvxq_converter.preflight import (
     preflight,
     refuse_what_cannot_fit,
 )
+from cvxq_converter.shapes import shape_of
 from cvxq_converter.source.checkpoint import open_source
 from transformers import LlamaConfig
 
@@ -54,6 +55,8 @@ def llama(layers: int, hidden: int, context: int = 4096) -> Any:
         parameters=sum(info.shape[0] * info.shape[1] for info in tensors.values()),
         weight_files=(),
         carried=dict,
+        has_names_of_network=False,
+        scales={},
     )
 
 
@@ -91,20 +94,24 @@ def test_costs_grow_with_the_work() -> None:
     assert base.seconds < again.seconds
     assert none.peak_memory_bytes < base.peak_memory_bytes
     assert half.peak_memory_bytes < 0.7 * base.peak_memory_bytes
-    assert base.peak_memory_bytes > 2 * 4e9  # network and originals, float32
+    assert base.peak_memory_bytes > 4e9  # the network in float32, sampled from
+    text = plan_for(ONE_BILLION, sequences=16, length=512, calibration="a.txt")
+    assert text.peak_memory_bytes < 3e9  # a block at a time
+    assert none.scratch_bytes < base.scratch_bytes == text.scratch_bytes
+    assert base.scratch_bytes > 4 * 16 * 512 * 2048 * 15  # what lies between the blocks
     assert (none.sequences, none.length) == (0, 0)
 
 
 @pytest.mark.parametrize(
     ("changes", "figures"),
     [
-        ({"bits": 6.0}, "peak_memory_bytes disk_bytes"),
-        ({"size_bytes": 9 << 30}, "peak_memory_bytes disk_bytes"),
-        ({"max_kl": 0.1}, "seconds peak_memory_bytes disk_bytes"),
+        ({"bits": 6.0}, "disk_bytes scratch_bytes"),
+        ({"size_bytes": 9 << 30}, "disk_bytes scratch_bytes"),
+        ({"max_kl": 0.1}, "seconds disk_bytes scratch_bytes"),
         ({"calibration": "none"}, "seconds peak_memory_bytes"),
-        ({"calibration": "a.txt"}, "seconds"),
-        ({"sequences": 32}, "seconds"),
-        ({"length": 1024}, "seconds peak_memory_bytes"),
+        ({"calibration": "self"}, "seconds peak_memory_bytes"),
+        ({"sequences": 32}, "seconds scratch_bytes"),
+        ({"length": 1024}, "seconds scratch_bytes"),
         ({"iterations": 2}, "seconds"),
         ({"tune": 60}, "seconds peak_memory_bytes"),
         ({"method": "rtn"}, "seconds peak_memory_bytes"),
@@ -114,14 +121,14 @@ def test_costs_grow_with_the_work() -> None:
     ],
 )
 def test_every_option_that_costs_moves_the_estimate(changes: Any, figures: str) -> None:
-    asked = {"sequences": 16, "length": 512}
+    asked = {"sequences": 16, "length": 512, "calibration": "a.txt"}
     before, after = plan_for(ONE_BILLION, **asked), plan_for(ONE_BILLION, **{**asked, **changes})
-    for figure in ("seconds", "peak_memory_bytes", "disk_bytes"):
+    for figure in ("seconds", "peak_memory_bytes", "disk_bytes", "scratch_bytes"):
         changed = getattr(before, figure) != getattr(after, figure)
         assert changed or figure not in figures.split(), figure
     if changes.keys() & {"iterations", "tune", "max_kl", "sequences", "length", "group_size"}:
         assert after.seconds > before.seconds
-    if changes.keys() & {"tune", "length", "bits", "max_kl"}:
+    if "tune" in changes:
         assert after.peak_memory_bytes > before.peak_memory_bytes
 
 
@@ -173,17 +180,43 @@ def test_what_does_not_fit_is_refused_with_the_figure(
 ) -> None:
     output = tmp_path / "model.cvxq"
     fits = Preflight(1, 1000, 1000, 0, 0)
-    refuse_what_cannot_fit(fits, output, "cpu")
+    refuse_what_cannot_fit(fits, output, Place())
     with pytest.raises(
         ConversionError, match=r"needs about 9000000\.0 GB of memory on cpu, .* free"
     ):
-        refuse_what_cannot_fit(Preflight(1, 9 * 10**15, 1000, 0, 0), output, "cpu")
+        refuse_what_cannot_fit(Preflight(1, 9 * 10**15, 1000, 0, 0), output, Place())
     with pytest.raises(ConversionError, match="its folder does not exist"):
-        refuse_what_cannot_fit(fits, tmp_path / "absent" / "model.cvxq", "cpu")
+        refuse_what_cannot_fit(fits, tmp_path / "absent" / "model.cvxq", Place())
     usage = SimpleNamespace(free=2_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ConversionError, match="needs about 3 MB for temporary files, 2 MB are"):
+        refuse_what_cannot_fit(Preflight(1, 1000, 1000, 8, 64, 0, 3_000_000), output, Place())
     with pytest.raises(ConversionError, match="needs about 3 MB of disk, 2 MB are free"):
-        refuse_what_cannot_fit(Preflight(1, 1000, 3_000_000, 0, 0), output, "cpu")
+        refuse_what_cannot_fit(Preflight(1, 1000, 3_000_000, 0, 0), output, Place())
+
+
+def test_less_may_be_allowed_than_is_free(tmp_path: Path) -> None:
+    output = tmp_path / "model.cvxq"
+    plan = Preflight(1, 2_000_000, 1000, 8, 64, 0, 3_000_000)
+    refuse_what_cannot_fit(plan, output, Place(memory=2_000_000, disk=3_000_000))
+    with pytest.raises(ConversionError, match=r"needs about 2 MB of memory on cpu, 1 MB are allow"):
+        refuse_what_cannot_fit(plan, output, Place(memory=1_000_000))
+    with pytest.raises(ConversionError, match=r"needs about 3 MB for .* files, 2 MB are allowed"):
+        refuse_what_cannot_fit(plan, output, Place(disk=2_000_000, scratch=tmp_path))
+
+
+def test_what_lies_between_blocks_takes_rounds_if_the_disk_is_small() -> None:
+    asked = {"sequences": 32, "length": 2048, "calibration": "a.txt"}
+    whole = plan_for(SEVEN_BILLION, **asked, disk=10**12)
+    assert whole.rounds == 1
+    state = 4 * 32 * 2048 * 4096
+    assert whole.scratch_bytes > 27 * state
+    less = plan_for(SEVEN_BILLION, **asked, disk=whole.scratch_bytes - 20 * state)
+    assert less.rounds >= 3
+    assert less.scratch_bytes <= whole.scratch_bytes - 20 * state
+    least = plan_for(SEVEN_BILLION, **asked, disk=1)  # then it is refused
+    assert least.rounds == 32
+    assert least.scratch_bytes > 1
 
 
 def test_this_machine_can_be_measured(save_network: Any, tmp_path: Path) -> None:
@@ -194,9 +227,12 @@ def test_this_machine_can_be_measured(save_network: Any, tmp_path: Path) -> None
     assert memory is not None
     assert memory > 1 << 20
     plan = preflight(open_source(str(save_network("gpt2"))), ConversionOptions.of(bits=4))
-    assert re.fullmatch(r"about .* (s|min|h), .* of memory, .* on disk \(.* tokens\)", plan.line())
+    assert re.fullmatch(
+        r"about .* (s|min|h), .* of memory, .* on disk and .* for a while \(.* tokens\)",
+        plan.line(),
+    )
     assert 0 < plan.seconds < 600
-    refuse_what_cannot_fit(plan, tmp_path / "model.cvxq", "cpu")
+    refuse_what_cannot_fit(plan, tmp_path / "model.cvxq", Place())
 
 
 def test_stacked_matrices_of_experts_count_each(
@@ -204,7 +240,7 @@ def test_stacked_matrices_of_experts_count_each(
 ) -> None:
     network = build_mixture("GraniteMoe")
     network.save_pretrained(tmp_path)
-    found = module._shape_of(open_source(str(tmp_path)))
+    found = shape_of(open_source(str(tmp_path)))
     inside = [p for p in network.parameters() if p.ndim > 1]
     assert found.matrix_weights == sum(p.numel() for p in inside)
     assert found.largest_weights == 96 * 32

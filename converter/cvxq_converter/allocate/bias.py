@@ -16,6 +16,7 @@ from cvxq_converter.measure.sums import MatrixStatistics, Statistics
 from cvxq_converter.source.matrices import Matrix
 
 BIAS_BITS = 16
+_PIECE = 1 << 24  # weights multiplied together
 
 
 def layers_to_gain_bias(matrices: Sequence[Matrix], statistics: Statistics) -> list[Matrix]:
@@ -56,4 +57,6 @@ def output_shift(
     weight, quantized: (N, K); input_mean: (K,).
     """
     mean = torch.from_numpy(input_mean).to(weight.device, torch.float32)
-    return quantized.float() @ mean - weight.float() @ mean
+    step = max(1, _PIECE // weight.shape[1])  # a table in float32 is large
+    original = torch.cat([piece.float() @ mean for piece in weight.split(step)])
+    return quantized.float() @ mean - original

@@ -34,6 +34,7 @@ from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.stages import Done
 
+_PIECE = 1 << 22  # weights squared together
 SMALLEST_VARIANCE = 1e-12  # of the matrix's mean; below it a group is rounding noise about its mean
 
 
@@ -91,15 +92,19 @@ def make_plans(
     loaded: LoadedModel, statistics: Statistics, method: Method, progress: Done | None = None
 ) -> list[MatrixPlan]:
     """Plan every matrix of a model; statistics: by matrix name, those that were measured."""
-    plans = []
+    plans, scratch = [], loaded.streamed.scratch
     statistics = pool_experts(loaded.matrices, statistics)
     for done, matrix in enumerate(loaded.matrices, start=1):
         weight, stats = loaded.originals[matrix.name], statistics.get(matrix.name)
         if stats is None:
-            plans.append(plan_matrix(matrix, weight, Sensitivity.uniform(*weight.shape), method))
+            plan = plan_matrix(matrix, weight, Sensitivity.uniform(*weight.shape), method)
         else:
             sensitivity, power = Sensitivity.from_statistics(stats), stats.input_second_moment
-            plans.append(plan_matrix(matrix, weight, sensitivity, method, power))
+            plan = plan_matrix(matrix, weight, sensitivity, method, power)
+        if weight.device.type == "cpu":
+            mean, mean_square = plan.moments
+            plan = replace(plan, moments=(scratch.copy(mean), scratch.copy(mean_square)))
+        plans.append(plan)
         if progress is not None:
             progress(done, len(loaded.matrices))
     return plans
@@ -117,8 +122,7 @@ def plan_matrix(
     input_power: (K,) mean square of the inputs, 1 if not known.
     """
     rows, columns = weight.shape
-    largest = torch.stack(weight.aminmax()).abs().max().float().clamp_min(1e-38)
-    row_variance = (weight / largest).float().square_().mean(1).double().cpu().numpy()
+    row_variance = _row_variance(weight)
     group_size = method.group_size
     partitions = choose_partitions(rows, group_size, method.partitions)
     clustering = cluster_rows(row_variance, sensitivity.row, group_size, partitions)
@@ -144,6 +148,14 @@ def plan_matrix(
         trusted = trusted_offsets(worths, energy, method.largest_error)
         worths = replace(worths, largest_offsets=trusted)
     return MatrixPlan(matrix, clustering, scales, weights, (mean, mean_square), with_means, worths)
+
+
+def _row_variance(weight: torch.Tensor) -> np.ndarray:
+    """(N,) float64 mean square of each row of weight (N, K), in units of the largest square."""
+    largest = torch.stack(weight.aminmax()).abs().max().float().clamp_min(1e-38)
+    pieces = weight.split(max(1, _PIECE // weight.shape[1]))  # a table in float32 is large
+    means = [(piece.float() / largest).square_().mean(1) for piece in pieces]
+    return torch.cat(means).double().cpu().numpy()
 
 
 def group_worth(

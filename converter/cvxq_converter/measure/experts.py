@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ PRIOR_TOKENS = 32  # that the pool's Hessian counts for in each expert's
 
 
 def pool_hessians(
-    matrices: Iterable[Matrix], hessians: dict[str, Tensor], statistics: Statistics
+    matrices: Iterable[Matrix], hessians: Mapping[str, Tensor], statistics: Statistics
 ) -> None:
     """Add to each expert's Hessian (K, K), in place, what `PRIOR_TOKENS` of its pool's have.
 
@@ -27,6 +27,9 @@ def pool_hessians(
         routed = [statistics[name].routed_tokens for name in names]
         tokens = sum(int(counts.sum()) for counts in routed if counts is not None)
         if tokens:
-            pooled = sum((hessians[name] for name in names[1:]), hessians[names[0]].clone())
+            pooled = hessians[names[0]].clone()
+            for name in names[1:]:
+                pooled += hessians[name]
+            pooled *= PRIOR_TOKENS / tokens
             for name in names:
-                hessians[name] += pooled * (PRIOR_TOKENS / tokens)
+                hessians[name].add_(pooled)

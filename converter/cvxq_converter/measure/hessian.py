@@ -8,15 +8,14 @@ The loss of an error δ in one row is to second order ½ δᵀ F δ, with F the 
 The first term is for a matrix that multiplies inputs x_t: w_t = Σ_n (∂/∂y_tn)² is how much the
 loss feels the outputs of token t. (GPTQ has w_t = 1; tokens that nobody attends to count as much
 as any.) The second is for a table whose rows are looked up: g_t is the gradient of what token t
-looked up. A tied embedding has both. The weights w_t come from the measuring pass; the first term
-then takes forward passes only, over the original network, for as many matrices at a time as
-`MEMORY` holds.
+looked up. A tied embedding has both. Measuring gathers H on the way (`InputMoments`); where the
+weights w_t were measured before, one pass forward over the original network does.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,18 +26,15 @@ from torch import Tensor, nn
 
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.measure.experts import pool_hessians
+from cvxq_converter.measure.moments import InputMoments
 from cvxq_converter.measure.sums import MatrixStatistics, Statistics
+from cvxq_converter.source.blocks import as_streamed
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.stages import Done
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
-MEMORY = 4 << 30  # bytes of Hessians, float32, held at once; one matrix is always allowed
 SMALLEST_SHARE = 1e-6  # of a column's input that is taken to remain unexplained
-
-
-class _AllSeenError(Exception):
-    """Every input that was wanted has been seen: the rest of the forward pass is not needed."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +63,28 @@ class InverseFactor:
         ordered = hessian[order][:, order].double()
         damping = DAMPING * float(diagonal.double().mean())
         ordered.diagonal().add_(damping if damping > 0 else 1.0)
-        upper = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)
+        damped = ordered.diagonal().clone()
+        # Each step lets go of what it was made from: K² of float64 are large.
+        ordered = ordered.flip(0, 1)
+        ordered = torch.linalg.cholesky(ordered)
+        upper = ordered.flip(0, 1)
+        del ordered
         identity = torch.eye(len(order), dtype=torch.float64, device=hessian.device)
         factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        del identity
         unexplained = torch.empty_like(diagonal)
-        unexplained[order] = (upper.diagonal().square() / ordered.diagonal()).float()
+        unexplained[order] = (upper.diagonal().square() / damped).float()
+        del upper
         return cls(order, factor.float().contiguous(), unexplained)
 
 
 class Feedback:
     """The inverse factors of a network's Hessians, by matrix, made when first asked for.
 
-    sequences: (S, L) int64, those that `statistics` were measured on. Asking leaves the original
-    weights in the network. Factors stay in memory as long as they fit, so that further
-    quantizations of the same model find them. Raises ConversionError for inputs so large that their
+    sequences: (S, L) int64, those that `statistics` were measured on. moments: the Hessians, where
+    measuring gathered them; else one pass over the original weights does, which it leaves in the
+    network. A factor takes the place of its Hessian, in a scratch file, so that further
+    quantizations of the same model find it. Raises ConversionError for inputs so large that their
     squares are not finite.
     """
 
@@ -89,20 +93,50 @@ class Feedback:
         loaded: LoadedModel,
         sequences: Tensor,
         statistics: Statistics,
-        memory: int = MEMORY,
+        moments: InputMoments | None = None,
     ) -> None:
         self._loaded = loaded
         self._sequences = sequences
         self._statistics = statistics
-        self._memory = memory
+        self._moments = moments
+        self._matrices = {matrix.name: matrix for matrix in loaded.matrices}
+        self._pooled: set[str] = set()
         self._factors: dict[str, InverseFactor] = {}
         self._foresights: dict[str, NDArray[np.float64]] = {}
 
     def factor(self, name: str) -> InverseFactor | None:
         """The factor for one matrix; None for one that nothing was measured of."""
+        if self._moments is None:
+            self._loaded.restore()
+            streamed, statistics = self._loaded.streamed, self._statistics
+            self._moments = InputMoments(streamed.scratch, self._sequences.numel())
+            input_hessians(
+                streamed, self._loaded.matrices, self._sequences, statistics, self._moments
+            )
+        if name not in self._factors and name in self._moments.found:
+            self._pool(self._matrices[name].pool, self._moments)
+            self._factors[name] = self._make(self._matrices[name], self._moments.found[name])
         if name not in self._factors:
-            self._prepare(name)
-        return self._factors.get(name)
+            return None
+        stored, device = self._factors[name], self._matrices[name].parameter.device
+        return replace(stored, order=stored.order.to(device), factor=stored.factor.to(device))
+
+    def _pool(self, pool: str | None, moments: InputMoments) -> None:
+        """Let the Hessians of a pool's experts help each other, before one becomes a factor."""
+        if pool is not None and pool not in self._pooled:
+            members = [m for m in self._loaded.matrices if m.pool == pool]
+            pool_hessians(members, moments.found, self._statistics)
+            self._pooled.add(pool)
+
+    def _make(self, matrix: Matrix, hessian: Tensor) -> InverseFactor:
+        if not bool(torch.isfinite(hessian).all()):
+            dtype = str(matrix.parameter.dtype).removeprefix("torch.")
+            raise ConversionError(
+                f"{matrix.name}: the squares of its inputs are not finite in {dtype}; "
+                "convert with --dtype float32, or use other calibration text"
+            )
+        made = InverseFactor.of(hessian.to(matrix.parameter.device))
+        return replace(made, factor=hessian.copy_(made.factor))
 
     def foresee(
         self, statistics: Statistics, progress: Done | None = None
@@ -125,35 +159,6 @@ class Feedback:
                 progress(done, len(statistics))
         return foreseen
 
-    def _prepare(self, name: str) -> None:
-        """Make the factors of this matrix and of those that follow, as many as fit."""
-        names = [m.name for m in self._loaded.matrices]
-        batch: list[Matrix] = []
-        used = sum(f.factor.nbytes for f in self._factors.values())
-        for matrix in self._loaded.matrices[names.index(name) :]:
-            size = 4 * matrix.weight.shape[1] ** 2
-            if used + size > self._memory:
-                if batch:
-                    break
-                self._factors.clear()
-                used = 0
-            used += size
-            batch.append(matrix)
-        self._loaded.restore()
-        sums = input_hessians(self._loaded.network, batch, self._sequences, self._statistics)
-        pool_hessians(batch, sums, self._statistics)
-        for matrix in batch:
-            hessian = sums.pop(matrix.name, None)
-            if hessian is None:
-                continue
-            if not bool(torch.isfinite(hessian).all()):
-                dtype = str(matrix.parameter.dtype).removeprefix("torch.")
-                raise ConversionError(
-                    f"{matrix.name}: the squares of its inputs are not finite in {dtype}; "
-                    "convert with --dtype float32, or use other calibration text"
-                )
-            self._factors[matrix.name] = InverseFactor.of(hessian)
-
 
 @torch.no_grad()
 def input_hessians(
@@ -161,48 +166,55 @@ def input_hessians(
     matrices: list[Matrix],
     sequences: Tensor,
     statistics: Statistics,
-) -> dict[str, Tensor]:
-    """H (K, K) float32 of each matrix that has statistics, by name, on the network's device."""
-    found: dict[str, Tensor] = {}
+    moments: InputMoments,
+) -> None:
+    """Gather H of each matrix that has statistics by running the network, whole or by blocks."""
+    streamed = as_streamed(network)
+    last_stage = len(streamed.blocks)
+    multiplied = [m for m in matrices if _weights(m, statistics) is not None]
+    head = next((m for m in multiplied if streamed.is_head(m.input_module_name)), None)
+
+    @contextmanager
+    def watching(is_at: Callable[[int], bool]) -> Iterator[None]:
+        chosen = [m for m in multiplied if m is not head and m.input_module_name is not None]
+        hooks = [
+            streamed.network.get_submodule(m.input_module_name).register_forward_pre_hook(seen(m))
+            for m in chosen
+            if is_at(streamed.stage_of(m.input_module_name or ""))
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def seen(matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, inputs: add(matrix, inputs[0].flatten(0, -2))
+
+    def add(matrix: Matrix, rows: Tensor) -> None:
+        weights = _weights(matrix, statistics)
+        assert weights is not None
+        moments.add(matrix, rows, weights[streamed.sequence])
+
+    with streamed.opened():
+        with watching(lambda stage: 0 <= stage < last_stage):
+            states = streamed.forward(sequences, keep=False, after_block=moments.settle)
+        for s, ids in enumerate(sequences):
+            if streamed.blocks:
+                with watching(lambda stage: stage < 0):
+                    streamed.call(0, s, ids)
+            last = states[-1][s][None].to(streamed.device) if states else None
+            with watching(lambda stage: stage == last_stage):
+                x = streamed.head_input(s, ids, last)
+            if head is not None:
+                add(head, x[0])
+    moments.settle()
     for matrix in matrices:
-        stats = statistics.get(matrix.name)
-        if stats is not None and stats.lookup_moment is not None:
-            moment = torch.tensor(stats.lookup_moment, device=matrix.parameter.device)  # a copy
-            found[matrix.name] = moment
-    users: dict[str, list[Matrix]] = {}
-    for matrix in matrices:
-        module, stats = matrix.input_module_name, statistics.get(matrix.name)
-        if module is not None and stats is not None and stats.token_weights is not None:
-            users.setdefault(module, []).append(matrix)
-    if not users:
-        return found
-    seen: set[str] = set()
-    current = 0
+        if matrix.name in statistics:
+            moments.add_lookups(matrix, statistics[matrix.name].lookup_moment)
 
-    def hook(module: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            rows = inputs[0].flatten(0, -2).float()
-            for matrix in users[module]:
-                weights = statistics[matrix.name].token_weights
-                assert weights is not None
-                felt = torch.from_numpy(weights[current][: len(rows)])
-                share = felt.to(rows) / sequences.numel()
-                moment = (rows * share[:, None]).T @ rows
-                before = found.get(matrix.name)
-                found[matrix.name] = moment if before is None else before.add_(moment)
-            seen.add(module)
-            if len(seen) == len(users):
-                raise _AllSeenError
 
-        return add
-
-    hooks = [network.get_submodule(n).register_forward_pre_hook(hook(n)) for n in users]
-    try:
-        for current, sequence in enumerate(sequences):  # noqa: B007 (read by the hooks)
-            seen.clear()
-            with contextlib.suppress(_AllSeenError):
-                network(input_ids=sequence[None].to(network.device), use_cache=False)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return found
+def _weights(matrix: Matrix, statistics: Statistics) -> NDArray[np.float32] | None:
+    """How much each token's outputs of a matrix count, (S, L)."""
+    stats = statistics.get(matrix.name)
+    return None if stats is None or matrix.input_module_name is None else stats.token_weights

@@ -1,16 +1,22 @@
 """KL divergence to the original on a few sequences, while both are at hand.
 
-The original's log-probabilities are computed once, before the network's weights are replaced.
+The original's log-probabilities are computed once, before the network's weights are replaced, and
+lie in a scratch file; those of the other network are there for a few positions at a time.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from cvxq_converter.source.blocks import as_streamed
+
 HELD_BACK = 8  # one sequence in eight is kept from the measurement
-LOGIT_LIMIT = 1 << 26  # entries kept in float32: 256 MiB
+LOGIT_LIMIT = 1 << 26  # entries kept in float32: 256 MiB on disk
 
 
 @dataclass(frozen=True)
@@ -32,23 +38,26 @@ class Divergence:
 class Reference:
     """Next-token log-probabilities of the original on held-back sequences.
 
-    sequences: (S, L) int64; log_probabilities: per sequence (L, V) float32.
+    sequences: (S, L) int64; log_probabilities: per sequence (L, V) float32, on the CPU.
     """
 
     sequences: torch.Tensor
-    log_probabilities: list[torch.Tensor]
+    log_probabilities: Sequence[torch.Tensor]
 
 
 @torch.no_grad()
 def make_reference(network: Any, sequences: torch.Tensor, limit: int = LOGIT_LIMIT) -> Reference:
     """Run the original over as many of the sequences (S, L) as keep `limit` entries, or one."""
+    streamed = as_streamed(network)
+    size = sequences.shape[1] * streamed.network.config.get_text_config().vocab_size
+    sequences = sequences[: max(1, limit // size)]
     kept: list[torch.Tensor] = []
-    vocabulary = network.config.get_text_config().vocab_size
-    for row in sequences:
-        if kept and (len(kept) + 1) * row.numel() * vocabulary > limit:
-            break
-        kept.append(_log_probabilities(network, row))
-    return Reference(sequences[: len(kept)], kept)
+    for s, part, logits in streamed.all_logits(sequences):
+        if s == len(kept):
+            shape = (sequences.shape[1], logits.shape[1])
+            kept.append(streamed.scratch.zeros(shape, torch.float32))
+        kept[s][part] = torch.log_softmax(logits.float(), dim=-1).cpu()
+    return Reference(sequences, kept)
 
 
 def split_sequences(sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,25 +81,23 @@ def make_references(network: Any, held_back: torch.Tensor) -> tuple[Reference, R
 
 @torch.no_grad()
 def divergence(network: Any, reference: Reference) -> Divergence:
-    """KL of the network, as it is now, to the reference."""
-    losses, increases = [], []
-    for row, original in zip(reference.sequences, reference.log_probabilities, strict=True):
-        ours = _log_probabilities(network, row)
-        losses.append((original.exp() * (original - ours)).sum(-1).double().cpu().numpy())
-        came = row[1:, None].to(ours.device)
-        change = original[:-1].gather(1, came) - ours[:-1].gather(1, came)
-        increases.append(change.double().cpu().numpy())
-    values = np.concatenate(losses)
+    """KL of the network, whole or by blocks, to the reference."""
+    S, L = reference.sequences.shape
+    losses, increases = np.empty((S, L)), np.empty((S, L - 1))
+    for s, part, logits in as_streamed(network).all_logits(reference.sequences):
+        ours = torch.log_softmax(logits.float(), dim=-1)
+        original = reference.log_probabilities[s][part].to(ours.device)
+        losses[s, part] = (original.exp() * (original - ours)).sum(-1).double().cpu().numpy()
+        came = reference.sequences[s][part.start + 1 : part.stop + 1, None].to(ours.device)
+        known = slice(len(came))  # the last one has no successor
+        change = original[known].gather(1, came) - ours[known].gather(1, came)
+        increases[s, part.start : part.start + len(came)] = change[:, 0].double().cpu().numpy()
+    values = losses.ravel()
     error = float(values.std(ddof=1) / np.sqrt(len(values)))
     return Divergence(
         mean=float(values.mean()),
         standard_error=error,
         tokens=len(values),
         loss_increase=float(np.mean(increases)),
-        by_position=np.stack(losses),
+        by_position=losses,
     )
-
-
-def _log_probabilities(network: Any, row: torch.Tensor) -> torch.Tensor:
-    logits = network(row[None].to(network.device), use_cache=False).logits[0]
-    return torch.log_softmax(logits.float(), dim=-1)

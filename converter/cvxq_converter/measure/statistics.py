@@ -13,6 +13,10 @@ So a single pass estimates what would otherwise take one pass per token and comp
 Everything is reported per token: divided by the number of tokens, averaged over the sequences.
 Gradients live only from their last accumulation to the hook that reduces them.
 
+The network runs by blocks (`source.blocks`): forward with the inputs of all blocks kept in scratch
+files, then back, each block recomputed and differentiated for all sequences in turn. Every sequence
+draws from a generator of its own, so that the order of the work plays no part.
+
 Evidence says in how many sequences a row or column was felt at all. For the rows of an output head
 under "kl" that means: the token was drawn as a target (or, for a tied head, read as an input). Its
 softmax share alone is a gradient too, but says only that calibration never needed the token.
@@ -23,20 +27,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.measure.head import HeadPass, head_pass, output_gradient
+from cvxq_converter.measure.moments import InputMoments
 from cvxq_converter.measure.sums import AxisSums, InputMean, MatrixStatistics, TokenWeights
+from cvxq_converter.source.blocks import States, Streamed, as_streamed
 from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.stages import Done
 
 METRICS = ("kl", "logits")
-_LOGITS_CHUNK = 1 << 18  # logits turned into float32 probabilities at once
 
 
 def measure_statistics(
@@ -46,164 +53,356 @@ def measure_statistics(
     metric: str = "kl",
     seed: int = 0,
     progress: Done | None = None,
+    moments: InputMoments | None = None,
+    rounds: int = 1,
 ) -> dict[str, MatrixStatistics]:
     """Measure squared gradients of weights and of outputs, and moments of inputs, of every matrix.
 
-    sequences: (S, L) int64 tokens. Same arguments and machine, same result.
+    network: whole, or by blocks. sequences: (S, L) int64 tokens. moments: takes the second moments
+    of the inputs on the way. rounds: so many times some of the sequences go forward and back, which
+    takes less disk and gives the same. Same arguments and machine, same result.
     Raises ConversionError if a gradient overflows the network's dtype.
     """
-    sums = {matrix.name: AxisSums(matrix) for matrix in matrices}
-    modules = [m.input_module_name for m in matrices if m.input_module_name is not None]
-    means = {name: InputMean() for name in modules}
-    felt = {name: TokenWeights() for name in modules}
-    hooks: list[Any] = []
-    for name in means:
-        module = network.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(means[name].add))
-        hooks.append(module.register_forward_hook(felt[name].watch))
-    try:
-        _backward_all(network, matrices, sequences, metric, seed, sums, progress)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {
-        m.name: sums[m.name].finish(
-            len(sequences),
-            sequences.shape[1],
-            means.get(m.input_module_name or ""),
-            felt.get(m.input_module_name or ""),
-        )
-        for m in matrices
-    }
-
-
-@dataclass
-class _TiedPass:
-    """What one sequence leaves behind until both uses of a tied matrix have their gradients.
-
-    Only the tokens of the sequence have a gradient from both uses. So the head's rows of those
-    tokens wait for the embedding's, and every other row is reduced and freed at once.
-    """
-
-    tokens: Tensor | None = None  # (U,) sorted tokens of the sequence
-    waiting: dict[str, Tensor] = field(default_factory=dict)
-
-
-def _backward_all(
-    network: Any,
-    matrices: list[Matrix],
-    sequences: Tensor,
-    metric: str,
-    seed: int,
-    sums: dict[str, AxisSums],
-    progress: Done | None,
-) -> None:
     if metric not in METRICS:
         raise ConversionError(f"metric {metric!r}: expected one of {', '.join(METRICS)}")
-    device = next(network.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    state = _TiedPass()
-    with _prepared(network, matrices, sums, state), torch.enable_grad():
-        for done, sequence in enumerate(sequences):
-            ids = sequence.to(device)
-            state.tokens = torch.unique(ids)
-            logits = network(input_ids=ids[None], use_cache=False).logits
-            gradient, targets = _output_gradient(logits, metric, generator)
-            logits.backward(gradient)
-            del logits, gradient
-            for matrix in matrices:
-                sums[matrix.name].end_sequence(_felt(network, matrix, targets, ids))
-            if progress is not None:
-                progress(done + 1, len(sequences))
+    streamed = as_streamed(network)
+    measuring = _Measuring(streamed, matrices, sequences, metric, seed, progress, moments)
+    step = -(-len(sequences) // rounds)
+    with measuring.prepared(), streamed.opened():
+        for first in range(0, len(sequences), step):
+            measuring.run_round(first, sequences[first : first + step])
+    return measuring.finish()
 
 
-def _output_gradient(
-    logits: Tensor, metric: str, generator: torch.Generator
-) -> tuple[Tensor, Tensor | None]:
-    """Draw the random vector to back-propagate, like `logits`, and the targets of "kl".
+class _Measuring:
+    """The sums of a reverse pass, and the pass.
 
-    Works on a few tokens at a time: float32 copies of all logits would rival the model in size.
+    Only the tokens of a sequence have a gradient from both uses of a tied matrix. So the head's
+    rows of those tokens wait in `_waiting` for the embedding's, and every other row is reduced and
+    freed at once.
     """
-    gradient = torch.empty_like(logits)
-    if metric == "logits":
-        return gradient.bernoulli_(0.5, generator=generator).mul_(2).sub_(1), None
-    rows, out = logits.detach().flatten(0, -2), gradient.view(-1, logits.shape[-1])
-    step = max(1, _LOGITS_CHUNK // rows.shape[1])
-    targets = []
-    for start in range(0, len(rows), step):
-        share = torch.softmax(rows[start : start + step], dim=-1, dtype=torch.float32)
-        if not torch.isfinite(share).all():
-            raise ConversionError("logits are not finite; use --dtype bfloat16 or float32")
-        target = torch.multinomial(share, 1, generator=generator)
-        sign = torch.empty_like(target, dtype=torch.float32)
-        sign.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-        share.neg_().scatter_add_(1, target, torch.ones_like(sign)).mul_(sign)
-        out[start : start + step] = share.to(out.dtype)
-        targets.append(target.flatten())
-    return gradient, torch.cat(targets)
 
+    def __init__(
+        self,
+        streamed: Streamed,
+        matrices: list[Matrix],
+        sequences: Tensor,
+        metric: str,
+        seed: int,
+        progress: Done | None,
+        moments: InputMoments | None,
+    ) -> None:
+        self.streamed, self.matrices, self.sequences = streamed, matrices, sequences
+        self.metric, self.seed, self.moments = metric, seed, moments
+        self.sums = {matrix.name: AxisSums(matrix) for matrix in matrices}
+        S, L = sequences.shape
+        modules = [m.input_module_name for m in matrices if m.input_module_name is not None]
+        self.means = {name: InputMean() for name in modules}
+        self.felt = {name: TokenWeights(S, L) for name in modules}
+        self._network = streamed.network
+        self.head = next((m for m in matrices if streamed.is_head(m.input_module_name)), None)
+        self.tied = self.head if self.head is not None and self.head.kind == "embedding" else None
+        self.some, self.first = sequences, 0  # of this round, and the number of its first
+        self.targets: list[Tensor | None] = []  # of all sequences so far
+        self.gradient: Tensor | None = None  # (S, L, h) of the output of the block at hand
+        self.cuts: dict[tuple[int, int], list[Tensor]] = {}
+        self._at, self._tokens = 0, torch.empty(0)
+        self._waiting: Tensor | None = None
+        self._parked: tuple[Tensor, Tensor, Tensor] | None = None
+        self._done, self._total = 0, S * (2 * len(streamed.blocks) + 1 + bool(streamed.blocks))
+        self._progress = progress
+        self._stages = {matrix.name: self._stage_of(matrix) for matrix in matrices}
 
-def _felt(network: Any, matrix: Matrix, targets: Tensor | None, ids: Tensor) -> Tensor | None:
-    """Say which rows of the output head had evidence; None for every other matrix."""
-    head = network.get_output_embeddings()
-    is_head = head is not None and matrix.input_module_name is not None
-    if targets is None or not is_head:
-        return None
-    if network.get_submodule(matrix.input_module_name) is not head:
-        return None
-    felt = torch.zeros(len(matrix.weight), dtype=torch.bool, device=ids.device)
-    felt[targets] = True
-    if matrix.kind == "embedding":
-        felt[ids] = True
-    return felt
+    def _space_for_tied(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each sequence: the waiting rows (L, K); the sums of the others, (N,) and (K,)."""
+        assert self.tied is not None
+        (N, K), (S, L) = self.tied.weight.shape, self.some.shape
+        zeros, dtype = self.streamed.scratch.zeros, self.tied.parameter.dtype
+        doubles = torch.float64
+        return zeros((S, L, K), dtype), zeros((S, N), doubles), zeros((S, K), doubles)
 
+    def step(self) -> None:
+        """One sequence through one block, forward or back, or through what is outside of them."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
-@contextmanager
-def _prepared(
-    network: Any,
-    matrices: list[Matrix],
-    sums: dict[str, AxisSums],
-    state: _TiedPass,
-) -> Iterator[None]:
-    """Let only the matrices take gradients, each reduced and freed by a hook; undo it all after."""
-    wanted = {p: p.requires_grad for p in network.parameters()}
-    training = network.training
-    undo: list[Callable[[], None]] = []
-    try:
-        network.eval()
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        for matrix in matrices:
-            undo += _watch(network, matrix, sums[matrix.name], state)
-        with _deterministic(next(iter(wanted)).device):
+    # --- the pass -------------------------------------------------------------------------------
+
+    def run_round(self, first: int, some: Tensor) -> None:
+        """Forward and back with some of the sequences, (S, L), the first of them being `first`."""
+        self.first, self.some = first, some
+        self._parked = self._space_for_tied() if self.tied is not None else None
+        states = self.streamed.forward(some, keep=True, progress=self.step)
+        with torch.enable_grad():
+            self.run_head(states)
+            self._settle()
+            for i in reversed(range(len(self.streamed.blocks))):
+                self.run_block(i, states)
+                self._settle()
+            if self.streamed.blocks:
+                self.run_front()
+                self._settle()
+        self._parked = self.gradient = None
+
+    def run_head(self, states: States) -> None:
+        """From the logits back to the output of the last block."""
+        streamed, stage = self.streamed, len(self.streamed.blocks)
+        L, V = self.sequences.shape[1], len(streamed.head.weight)
+        space = streamed.scratch.zeros((L, V), streamed.head.weight.dtype)
+        last = states.pop() if states else None
+        for s, ids in self._each():
+            leaf = None if last is None else last[s][None].to(streamed.device).requires_grad_()
+            with self._watching(stage):
+                x = streamed.head_input(s, ids, leaf)
+            draw = partial(
+                output_gradient,
+                metric=self.metric,
+                generator=generator_of(self.seed, self.first + s, streamed.device),
+            )
+            found = head_pass(streamed, s, ids, leaf, x, draw, space)
+            self.targets.append(found.targets)
+            if self.head is not None:
+                self._add_head(self.first + s, found)
+            if x.requires_grad:
+                x.backward(found.input_gradient)
+            self._end_sequence(stage)
+            if last is not None:
+                assert leaf is not None
+                assert leaf.grad is not None
+                last[s] = leaf.grad[0]
+            self.step()
+        self.gradient = last
+
+    def run_block(self, i: int, states: States) -> None:
+        """From the output of block i back to its input."""
+        streamed, gradient, inputs = self.streamed, self.gradient, states.pop()
+        assert gradient is not None
+        with streamed.filled(f"{streamed.names[i]}."), self._watching(i):
+            for s, ids in self._each():
+                call = streamed.call(i, s, ids)
+                hidden = inputs[s][None].to(streamed.device).requires_grad_()
+                out = streamed.run_block(i, s, call, hidden)
+                out.backward(gradient[s][None].to(streamed.device))
+                del out
+                assert hidden.grad is not None
+                gradient[s] = hidden.grad[0]
+                if call.cuts:
+                    self.cuts[i, s] = [
+                        torch.zeros_like(cut) if cut.grad is None else cut.grad for cut in call.cuts
+                    ]
+                self._end_sequence(i)
+                self.step()
+
+    def run_front(self) -> None:
+        """From the input of the first block back to the embedding."""
+        streamed, gradient = self.streamed, self.gradient
+        assert gradient is not None
+        for s, ids in self._each():
+            if self._parked is not None:
+                self._take_up(s)
+            with self._watching(-1):
+                call = streamed.call(0, s, ids)
+            outputs, gradients = [call.hidden], [gradient[s][None].to(streamed.device)]
+            for i in range(len(streamed.blocks)):
+                if (i, s) in self.cuts:
+                    outputs += (call if i == 0 else streamed.call(i, s, ids)).origins
+                    gradients += self.cuts.pop((i, s))
+            felt = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+            if felt:
+                torch.autograd.backward([o for o, _ in felt], [g for _, g in felt])
+            self._end_sequence(-1)
+            self.step()
+
+    def _each(self) -> Iterator[tuple[int, Tensor]]:
+        """Number within the round, and tokens (L,)."""
+        for n, sequence in enumerate(self.some):
+            ids = sequence.to(self.streamed.device)
+            self._at, self._tokens = n, torch.unique(ids)
+            yield n, ids
+
+    # --- the sums -------------------------------------------------------------------------------
+
+    def _stage_of(self, matrix: Matrix) -> int:
+        """Where the last gradient of a matrix comes."""
+        if not self.streamed.blocks:
+            return 0
+        if matrix.kind == "embedding":
+            return -1
+        return self.streamed.stage_of(matrix.module_name)
+
+    def _end_sequence(self, stage: int) -> None:
+        """Close the sequence at hand for all matrices of a stage."""
+        for matrix in self.matrices:
+            if self._stages[matrix.name] == stage:
+                self.sums[matrix.name].end_sequence(self._felt_rows(matrix))
+            elif matrix is self.tied:
+                self._park()
+
+    def _felt_rows(self, matrix: Matrix) -> Tensor | None:
+        """Say which rows of the output head had evidence; None for every other matrix."""
+        targets = self.targets[self.first + self._at]
+        if targets is None or matrix is not self.head:
+            return None
+        felt = torch.zeros(len(matrix.weight), dtype=torch.bool, device=targets.device)
+        felt[targets] = True
+        if matrix.kind == "embedding":
+            felt[self._tokens] = True
+        return felt
+
+    def _add_head(self, s: int, found: HeadPass) -> None:
+        """Take what one sequence left of the head; rows that the embedding feels, too, wait."""
+        assert self.head is not None
+        name = self.head.input_module_name
+        assert name is not None
+        self.means[name].add(None, (found.inputs,))
+        self.felt[name].add(s, found.gradients)
+        if self.moments is not None:
+            self.moments.add(self.head, found.inputs, self.felt[name].values[s])
+        if self.tied is not None:
+            K = self.tied.weight.shape[1]
+            self._waiting = found.inputs.new_zeros(len(self._tokens), K)
+        for rows, gradient in found.weight_gradients():
+            if self._waiting is not None:
+                own = (self._tokens >= rows.start) & (self._tokens < rows.stop)
+                tokens = self._tokens[own] - rows.start
+                self._waiting[own] = gradient[tokens]
+                gradient[tokens] = 0
+            within = torch.arange(rows.start, rows.stop, device=gradient.device)
+            self.sums[self.head.name].add(gradient, within)
+
+    def _park(self) -> None:
+        """Put what waits for the embedding's pass aside."""
+        if self._waiting is None:
+            return
+        assert self.tied is not None
+        assert self._parked is not None
+        sums, (waiting, rows, columns) = self.sums[self.tied.name], self._parked
+        waiting[self._at, : len(self._tokens)] = self._waiting
+        rows[self._at], columns[self._at] = sums.sequence_rows, sums.sequence_columns
+        sums.sequence_rows.zero_()
+        sums.sequence_columns.zero_()
+        self._waiting = None
+
+    def _take_up(self, s: int) -> None:
+        """Take what waited for the embedding's pass of a sequence."""
+        assert self.tied is not None
+        assert self._parked is not None
+        sums, (waiting, rows, columns) = self.sums[self.tied.name], self._parked
+        device = self.streamed.device
+        self._waiting = waiting[s, : len(self._tokens)].to(device, copy=True)
+        sums.sequence_rows.copy_(rows[s])
+        sums.sequence_columns.copy_(columns[s])
+
+    @contextmanager
+    def _watching(self, stage: int) -> Iterator[None]:
+        """Let the modules of a stage, the head excepted, add what goes in and comes back."""
+        hooks: list[Any] = []
+        for matrix in self.matrices:
+            name = matrix.input_module_name
+            if name is None or matrix is self.head or self._stages[matrix.name] != stage:
+                continue
+            module = self._network.get_submodule(name)
+            hooks.append(module.register_forward_hook(self._observer(matrix, name)))
+        try:
             yield
-    finally:
-        for step in reversed(undo):
-            step()
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-        network.train(training)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _settle(self) -> None:
+        if self.moments is not None:
+            self.moments.settle()
+
+    def _observer(self, matrix: Matrix, name: str) -> Callable[[Any, Any, Tensor], None]:
+        def observe(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                return
+            s, x = self.first + self._at, inputs[0].detach()
+            self.means[name].add(module, inputs)
+
+            def feel(gradient: Tensor) -> None:
+                self.felt[name].add(s, gradient)
+                if self.moments is not None:
+                    self.moments.add(matrix, x.flatten(0, -2), self.felt[name].values[s])
+
+            output.register_hook(feel)
+
+        return observe
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Let only the matrices take gradients, each reduced and freed by a hook; undo it after."""
+        network = self._network
+        wanted = {p: p.requires_grad for p in network.parameters()}
+        training = network.training
+        undo: list[Callable[[], None]] = []
+        try:
+            network.eval()
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            for matrix in self.matrices:
+                undo += self._watch(matrix)
+            with _deterministic(self.streamed.device):
+                yield
+        finally:
+            for step in reversed(undo):
+                step()
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+            network.train(training)
+
+    def _watch(self, matrix: Matrix) -> list[Callable[[], None]]:
+        """Attach the hooks of one matrix and return the steps that undo it."""
+        undo: list[Callable[[], None]] = []
+        if matrix is self.head and matrix is not self.tied:
+            return undo  # whose gradient `run_head` makes
+        table = self._network.get_submodule(matrix.module_name)
+        matrix.parameter.requires_grad_(True)
+        if isinstance(table, nn.Embedding):
+            # A dense gradient of the table would be as large as the table, for a few rows of it.
+            undo.append(_set(table, "sparse", True))
+        hook = partial(self._consume, matrix)
+        undo.append(matrix.parameter.register_post_accumulate_grad_hook(hook).remove)
+        return undo
+
+    def _consume(self, matrix: Matrix, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        sums = self.sums[matrix.name]
+        if not gradient.is_sparse:
+            sums.add(gradient.T if matrix.kind == "conv1d" else gradient)
+            return
+        part = gradient.coalesce()
+        rows, values = part.indices()[0], part.values()
+        sums.add_lookups(values)
+        if matrix is not self.tied:
+            sums.add(values, rows)
+            return
+        assert self._waiting is not None
+        self._waiting.index_add_(0, torch.searchsorted(self._tokens, rows), values)
+        sums.add(self._waiting, self._tokens)
+        self._waiting = None
+
+    def finish(self) -> dict[str, MatrixStatistics]:
+        """Turn sums into statistics, by matrix name."""
+        S, L = self.sequences.shape
+        found = {}
+        for matrix in self.matrices:
+            name = matrix.input_module_name or ""
+            found[matrix.name] = self.sums[matrix.name].finish(
+                S, L, self.means.get(name), self.felt.get(name)
+            )
+            if self.moments is not None:
+                self.moments.add_lookups(matrix, found[matrix.name].lookup_moment)
+        return found
 
 
-def _watch(
-    network: Any, matrix: Matrix, sums: AxisSums, state: _TiedPass
-) -> list[Callable[[], None]]:
-    """Attach the hooks of one matrix and return the steps that undo it."""
-    undo: list[Callable[[], None]] = []
-    table = network.get_submodule(matrix.module_name)
-    matrix.parameter.requires_grad_(True)
-    if isinstance(table, nn.Embedding):
-        # A dense gradient of the table would be as large as the table, for a few rows of it.
-        undo.append(_set(table, "sparse", True))
-    if matrix.kind == "embedding" and matrix.input_module_name is not None:
-        head = network.get_submodule(matrix.input_module_name)
-        own = nn.Parameter(matrix.parameter.data)  # same memory, a gradient of its own
-        undo.append(_set(head, "weight", own))
-        undo.append(own.register_post_accumulate_grad_hook(_head_hook(matrix, sums, state)).remove)
-    hook = _hook(matrix, sums, state)
-    undo.append(matrix.parameter.register_post_accumulate_grad_hook(hook).remove)
-    return undo
+def generator_of(seed: int, sequence: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """The generator that one sequence draws from."""
+    mixed = int(np.random.SeedSequence((seed, sequence)).generate_state(1)[0])
+    return torch.Generator(device=device).manual_seed(mixed)
 
 
 def _set(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
@@ -211,41 +410,6 @@ def _set(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
     old = getattr(module, name)
     setattr(module, name, value)
     return lambda: setattr(module, name, old)
-
-
-def _hook(matrix: Matrix, sums: AxisSums, state: _TiedPass) -> Callable[[Tensor], None]:
-    def consume(parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        waiting = state.waiting.pop(matrix.name, None)
-        if gradient.is_sparse:
-            part = gradient.coalesce()
-            rows, values = part.indices()[0], part.values()
-            sums.add_lookups(values)
-            if waiting is None:
-                sums.add(values, rows)
-                return
-            assert state.tokens is not None
-            waiting.index_add_(0, torch.searchsorted(state.tokens, rows), values)
-            sums.add(waiting, state.tokens)
-        else:
-            if waiting is not None:
-                gradient.index_add_(0, state.tokens, waiting)  # type: ignore[arg-type]
-            sums.add(gradient.T if matrix.kind == "conv1d" else gradient)
-
-    return consume
-
-
-def _head_hook(matrix: Matrix, sums: AxisSums, state: _TiedPass) -> Callable[[Tensor], None]:
-    def consume(parameter: Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        assert state.tokens is not None
-        state.waiting[matrix.name] = gradient[state.tokens]
-        gradient[state.tokens] = 0
-        sums.add(gradient)
-
-    return consume
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class AxisSums:
             input_mean=None if mean is None else mean.value(),
             input_second_moment=None if mean is None else mean.second_moment(),
             sequences=sequences,
-            token_weights=None if felt is None else felt.value(length),
+            token_weights=None if felt is None else felt.value(),
             lookup_moment=lookups,
             routed_tokens=None if mean is None else mean.routed_tokens(tokens),
         )
@@ -124,7 +124,7 @@ class InputMean:
     squares: Tensor | None = None
     counts: list[int] = field(default_factory=list)  # of tokens, by call
 
-    def add(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def add(self, _module: nn.Module | None, inputs: tuple[Any, ...]) -> None:
         """Forward pre-hook: add the input (…, K)."""
         rows = inputs[0].detach().flatten(0, -2)
         sums = rows.sum(0, dtype=torch.float64)
@@ -151,23 +151,22 @@ class InputMean:
 
 
 class TokenWeights:
-    """How much the loss feels the outputs of a module, token by token, over all sequences."""
+    """How much the loss feels the outputs of a module, (S, L) float32, zero where it never ran.
 
-    def __init__(self) -> None:
-        self.sequences: list[Tensor] = []
+    An expert's are those of the tokens that came to it, in their order, and zero after them.
+    """
 
-    def watch(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        """Forward hook: wait for the gradient of the output (…, N) of one sequence."""
-        output.register_hook(self._add)
+    def __init__(self, sequences: int, length: int) -> None:
+        self.values = np.zeros((sequences, length), np.float32)
+        self.is_empty = True
 
-    def _add(self, gradient: Tensor) -> None:
+    def add(self, sequence: int, gradient: Tensor) -> None:
+        """Take the gradient (…, N) of a module's output for the tokens of one sequence."""
         wide = torch.promote_types(gradient.dtype, torch.float32)
         norm = torch.linalg.vector_norm(gradient.flatten(0, -2), dim=-1, dtype=wide)
-        self.sequences.append(norm.square_().float().cpu())
+        self.values[sequence, : len(norm)] = norm.square_().float().cpu().numpy()
+        self.is_empty = False
 
-    def value(self, length: int) -> NDArray[np.float32] | None:
-        """Return (S, L), 0 after the tokens that came; None if the module never ran."""
-        if not self.sequences:
-            return None
-        whole = [nn.functional.pad(s, (0, length - len(s))) for s in self.sequences]
-        return torch.stack(whole).numpy()
+    def value(self) -> NDArray[np.float32] | None:
+        """Return (S, L), or None if the module never ran."""
+        return None if self.is_empty else self.values

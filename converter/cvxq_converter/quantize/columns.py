@@ -25,6 +25,7 @@ from cvxq_converter.quantize.search import Choice, Chosen, Grid, Tables, make_gr
 
 BLOCK = 128  # columns whose errors are pushed onto the rest of the matrix at once
 CHUNK = 1 << 16  # weights searched at once without feedback
+TOGETHER = 1 << 25  # weights of a matrix whose columns are quantized in one go
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,60 @@ def quantize_matrix(
     an error in each row counts for, in stored order. feedback: of the Hessian, None to do without.
     """
     grid = make_grid(*moments, codebook, with_means=with_means)
-    columns = _Columns(weight, clustering, depths, codebook, grid, row_weights, refine)
-    if feedback is None:
-        columns.quantize_apart(moments)
-    else:
-        columns.quantize_in_turn(feedback)
-    return columns.result(with_means)
+    tables = Tables.of(codebook, weight.device)
+    parts = []
+    for part in _runs(clustering, weight.shape[1]):
+        rows = slice(int(clustering.bounds[part.start]), int(clustering.bounds[part.stop]))
+        taken = weight[torch.from_numpy(clustering.permutation[rows]).to(weight.device)].float()
+        sizes = clustering.cluster_rows[part]
+        columns = _Columns(taken, sizes, depths[part], tables, grid, row_weights[rows], refine)
+        if feedback is None:
+            columns.quantize_apart((moments[0][part], moments[1][part]))
+        else:
+            columns.quantize_in_turn(feedback)
+        parts.append(columns.result(with_means))
+    return _joined(parts, clustering, depths, grid)
+
+
+def _runs(clustering: Clustering, columns: int) -> list[slice]:
+    """Clusters that are quantized together: none of them knows of any other."""
+    step = max(1, TOGETHER // (int(clustering.cluster_rows.max()) * columns))
+    return [
+        slice(first, min(first + step, clustering.clusters))
+        for first in range(0, clustering.clusters, step)
+    ]
+
+
+def _joined(
+    parts: list[_Quantized], clustering: Clustering, depths: np.ndarray, grid: Grid
+) -> QuantizedMatrix:
+    means = [part.mean_codes for part in parts if part.mean_codes is not None]
+    return QuantizedMatrix(
+        clustering=clustering,
+        depths=depths,
+        codes=np.concatenate([part.codes for part in parts]),
+        scale_codes=np.concatenate([part.scale_codes for part in parts]),
+        mean_codes=np.concatenate(means) if means else None,
+        scale_unit=grid.unit,
+        mean_step=grid.mean_step,
+        squared_error=sum(part.sums[0] for part in parts),
+        energy=sum(part.sums[1] for part in parts),
+        projection=sum(part.sums[2] for part in parts),
+    )
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """Some clusters of a matrix; sums: (3, 9) float64, by depth, as in `QuantizedMatrix`."""
+
+    codes: np.ndarray
+    scale_codes: np.ndarray
+    mean_codes: np.ndarray | None
+    sums: np.ndarray
 
 
 class _Columns:
-    """The columns of one matrix on their way to codes, clusters padded to equal size.
+    """The columns of some clusters on their way to codes, clusters padded to equal size.
 
     weights: (K, C, G) float32 in units of the grid, padding 0; shares: (C, G) of each row in the
     error, padding 0; filled: (C, G) 1, padding 0; sizes: (C,) int32 rows of each cluster; slots:
@@ -87,25 +132,22 @@ class _Columns:
     def __init__(
         self,
         weight: torch.Tensor,
-        clustering: Clustering,
+        rows: np.ndarray,
         depths: np.ndarray,
-        codebook: Codebook,
+        tables: Tables,
         grid: Grid,
         row_weights: np.ndarray,
         refine: bool,
     ) -> None:
+        """weight: (N, K) in stored order; rows: (C,) of each cluster."""
         device = weight.device
-        rows = clustering.cluster_rows
-        C, G, K = clustering.clusters, int(rows.max()), weight.shape[1]
-        within = np.arange(len(weight)) - np.repeat(clustering.bounds[:-1], rows)
+        C, G, K = len(rows), int(rows.max()), weight.shape[1]
+        within = np.arange(len(weight)) - np.repeat(np.cumsum(rows) - rows, rows)
         slots = np.repeat(np.arange(C), rows) * G + within
         self.slots = torch.from_numpy(slots).to(device)
-        self.clustering, self.depths, self.grid, self.refine = clustering, depths, grid, refine
-        self.tables = Tables.of(codebook, device)
-        permutation = torch.from_numpy(clustering.permutation).to(device)
+        self.depths, self.tables, self.grid, self.refine = depths, tables, grid, refine
         self.weights = torch.zeros(K, C * G, device=device)
-        stored = weight[permutation].float() / max(float(grid.unit), 1e-38)
-        self.weights[:, self.slots] = stored.T
+        self.weights[:, self.slots] = (weight / max(float(grid.unit), 1e-38)).T
         self.weights = self.weights.view(K, C, G)
         shares = torch.zeros(C * G, device=device)
         shares[self.slots] = torch.from_numpy(row_weights).to(device)
@@ -206,24 +248,17 @@ class _Columns:
         self.chosen.keep(columns, found, self.filled)
         return found
 
-    def result(self, with_means: bool) -> QuantizedMatrix:
+    def result(self, with_means: bool) -> _Quantized:
         """Everything kept, in the units of the weights and in stored order."""
         chosen = self.chosen
         deep, sums = self.depths.T.ravel(), chosen.sums.flatten(1).cpu().numpy()
-        by_depth = (np.bincount(deep, values, minlength=MAX_DEPTH + 1) for values in sums)
-        error, energy, projection = (total * float(self.grid.unit) ** 2 for total in by_depth)
+        by_depth = [np.bincount(deep, values, minlength=MAX_DEPTH + 1) for values in sums]
         means = chosen.mean_codes.T.contiguous().cpu().numpy() if with_means else None
-        return QuantizedMatrix(
-            clustering=self.clustering,
-            depths=self.depths,
+        return _Quantized(
             codes=chosen.codes[:, self.slots].T.contiguous().cpu().numpy(),
             scale_codes=chosen.scale_codes.T.contiguous().cpu().numpy(),
             mean_codes=means,
-            scale_unit=self.grid.unit,
-            mean_step=self.grid.mean_step,
-            squared_error=error,
-            energy=energy,
-            projection=projection,
+            sums=np.stack(by_depth) * float(self.grid.unit) ** 2,
         )
 
 

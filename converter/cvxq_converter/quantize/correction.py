@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,55 +48,85 @@ def correct(
         exponent = FALLBACK_EXPONENT if method.gain is None else method.gain
         return Corrected(with_gain(encoded.codebook, ratios, exponent), exponent, {}, None)
 
-    def attempt(exponent: float) -> Corrected:
+    def attempt(exponent: float) -> tuple[Corrected, Replacement]:
         codebook = with_gain(encoded.codebook, ratios, exponent)
-        added = install(loaded, tensors, codebook, statistics, gained, method)
-        return Corrected(codebook, exponent, added, divergence(loaded.network, reference))
+        replacement = Replacement(loaded, tensors, codebook, statistics, gained, method)
+        replacement.install()
+        quality = divergence(loaded.streamed, reference)
+        return Corrected(codebook, exponent, replacement.added(), quality), replacement
 
     exponents = EXPONENTS if method.gain is None else (method.gain,)
     tried = []
     for i, exponent in enumerate(exponents):
         tried.append(attempt(exponent))
         progress(i + 1, len(exponents))
-    best = min(tried, key=lambda c: (c.quality.mean if c.quality else 0.0, c.gain_exponent))
-    if best is not tried[-1]:
-        install(loaded, tensors, best.codebook, statistics, gained, method)
+    best, replacement = min(
+        tried, key=lambda t: (t[0].quality.mean if t[0].quality else 0.0, t[0].gain_exponent)
+    )
+    replacement.install()
     return best
 
 
-def install(
-    loaded: LoadedModel,
-    tensors: Mapping[str, CompandedTensor],
-    codebook: Codebook,
-    statistics: Statistics,
-    gained: list[Matrix],
-    method: Method,
-) -> dict[str, torch.Tensor]:
-    """Put the dequantized weights and corrected biases into the network.
+class Replacement:
+    """Dequantized weights in place of the originals, and biases that make up for their mean error.
 
-    Returns the biases that layers without one gained, by tensor name.
+    A weight is made whenever it is needed, its bias when it is needed first.
     """
-    loaded.restore_biases()  # the weights are all replaced below
-    added: dict[str, torch.Tensor] = {}
-    gaining = {m.name for m in gained}
-    for matrix in loaded.matrices:
-        original = loaded.originals[matrix.name]
-        dense = torch.from_numpy(dequantize(tensors[matrix.name], codebook))
-        quantized = dense.to(original.device)
-        loaded.install(matrix, quantized)
-        stats = statistics.get(matrix.name)
-        if not method.correct_biases or stats is None or stats.input_mean is None:
-            continue
-        if not matrix.has_bias and matrix.name not in gaining:
-            continue
-        before = loaded.original_biases.get(matrix.name, torch.zeros(len(original)))
-        shift = output_shift(original, quantized, stats.input_mean)
-        corrected = to_16_bits(before.to(shift) - shift)
-        loaded.set_bias(matrix, corrected)
-        if matrix.name in gaining:
-            assert matrix.bias_name is not None
-            added[matrix.bias_name] = corrected
-    return added
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tensors: Mapping[str, CompandedTensor],
+        codebook: Codebook,
+        statistics: Statistics,
+        gained: Collection[Matrix],
+        method: Method,
+    ) -> None:
+        self._loaded, self._tensors, self._codebook = loaded, tensors, codebook
+        self._statistics, self._method = statistics, method
+        self._gaining = {matrix.name for matrix in gained}
+        self._biases: dict[str, torch.Tensor] = {}  # corrected so far, by matrix name
+
+    def install(self) -> None:
+        """Let the network have these weights and biases from now on."""
+        self._loaded.restore_biases()
+        for matrix in self._loaded.matrices:
+            if matrix.name in self._biases:
+                self._loaded.set_bias(matrix, self._biases[matrix.name])
+        self._loaded.replace(self.weight)
+
+    def weight(self, matrix: Matrix) -> torch.Tensor:
+        """The dequantized weight (N, K) of a matrix; sets its bias the first time."""
+        dense = torch.from_numpy(dequantize(self._tensors[matrix.name], self._codebook))
+        dense = dense.to(matrix.parameter.device)
+        if matrix.name not in self._biases and self._corrects(matrix):
+            self._biases[matrix.name] = self._corrected_bias(matrix, dense)
+            self._loaded.set_bias(matrix, self._biases[matrix.name])
+        return dense
+
+    def added(self) -> dict[str, torch.Tensor]:
+        """The biases that layers without one gained, by tensor name; all weights were needed."""
+        return {
+            matrix.bias_name: self._biases[matrix.name]
+            for matrix in self._loaded.matrices
+            if matrix.name in self._gaining
+            and matrix.name in self._biases
+            and matrix.bias_name is not None
+        }
+
+    def _corrects(self, matrix: Matrix) -> bool:
+        stats = self._statistics.get(matrix.name)
+        is_known = self._method.correct_biases and stats is not None
+        has_input = is_known and stats is not None and stats.input_mean is not None
+        return has_input and (matrix.has_bias or matrix.name in self._gaining)
+
+    def _corrected_bias(self, matrix: Matrix, quantized: torch.Tensor) -> torch.Tensor:
+        input_mean = self._statistics[matrix.name].input_mean
+        assert input_mean is not None
+        original = self._loaded.originals[matrix.name]
+        before = self._loaded.original_biases.get(matrix.name, torch.zeros(len(original)))
+        shift = output_shift(original, quantized, input_mean)
+        return to_16_bits(before.to(shift) - shift)
 
 
 def to_16_bits(value: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from cvxq_converter.quantize.companding import (
     make_codebook,
 )
 from cvxq_converter.source.loaded import LoadedModel
+from cvxq_converter.source.scratch import Scratch
 from cvxq_converter.stages import Done
 
 WEIGHTS_PER_LEVEL = 16  # that a depth needs for tables of its own
@@ -76,7 +77,7 @@ def encode_matrices(
             feedback=factor_of(plan.matrix.name),
         )
         offsets = allocation.cluster_offsets[i]
-        tensors.append(_pack(plan, matrix, offsets, scale_bits))
+        tensors.append(_pack(plan, matrix, offsets, scale_bits, loaded.streamed.scratch))
         energies.append(matrix.energy)
         projections.append(matrix.projection)
         progress(total - len(plans) + i + 1, total)
@@ -107,6 +108,7 @@ def _pack(
     matrix: QuantizedMatrix,
     offsets: np.ndarray,
     scale_bits: int,
+    scratch: Scratch,
 ) -> CompandedTensor:
     clustering, worths = plan.clustering, plan.worths
     cluster_terms = None
@@ -114,6 +116,9 @@ def _pack(
         # Beyond this range every group of the cluster is pruned, or at depth 8, either way.
         limit = np.iinfo(np.int16)
         cluster_terms = np.clip(worths.cluster_terms - offsets, limit.min, limit.max)
+    packed = pack_codes(
+        matrix.codes[None], matrix.depths[None], clustering.group_size, clustering.partitions
+    )
     return CompandedTensor(
         shape=tuple(plan.matrix.weight.shape),
         group_size=clustering.group_size,
@@ -135,9 +140,7 @@ def _pack(
         cluster_map=clustering.is_permuted,
         row_scale_codes=plan.row_scales.codes[None] if plan.row_scales.bits else None,
         row_scale_bits=plan.row_scales.bits,
-        packed_codes=pack_codes(
-            matrix.codes[None], matrix.depths[None], clustering.group_size, clustering.partitions
-        ),
+        packed_codes=scratch.copy(torch.from_numpy(packed)).numpy(),
     )
 
 

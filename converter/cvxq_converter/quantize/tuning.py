@@ -47,11 +47,28 @@ def tune_network(
 ) -> Quantized:
     """Tune the quantized network for some steps, and leave the best found in it.
 
-    The network holds the quantized weights, as `correct` leaves them. lessons: the original on the
-    sequences to learn from; held_back: on those that choose when to stop.
-    Returns the result with new scale codes and gained biases, never worse on `held_back`.
+    The network holds the quantized weights, as `correct` leaves them; all of them are in memory for
+    this. lessons: the original on the sequences to learn from; held_back: on those that choose when
+    to stop. Returns the result with new scale codes and gained biases, never worse on `held_back`.
     """
-    least = divergence(loaded.network, held_back).mean
+    with loaded.whole():
+        tensors, vectors = _tuned(loaded, result, lessons, held_back, steps, seed, progress)
+    added = _settle(loaded, tensors, result.codebook, vectors, result.added_biases)
+    quality = divergence(loaded.streamed, held_back)
+    return replace(result, tensors=tensors, added_biases=added, quality=quality)
+
+
+def _tuned(
+    loaded: LoadedModel,
+    result: Quantized,
+    lessons: list[Lesson],
+    held_back: Reference,
+    steps: int,
+    seed: int,
+    progress: Done,
+) -> tuple[dict[str, CompandedTensor], dict[str, Tensor]]:
+    """The best tensors and vectors that were found."""
+    least = divergence(loaded.streamed, held_back).mean
     tuning = _Tuning(loaded, result.tensors, result.codebook, least)
     tensors, vectors = dict(result.tensors), tuning.vectors()
     generator = torch.Generator().manual_seed(seed)
@@ -62,15 +79,13 @@ def tune_network(
             pace = min(1.0, step / WARM_UP) * (1 - (step - 1) / steps)
             tuning.step([lessons[i] for i in chosen], pace)
             if step in checks:
-                found = divergence(loaded.network, held_back).mean
+                found = divergence(loaded.streamed, held_back).mean
                 if found < least:
                     least, tensors, vectors = found, tuning.tensors(), tuning.vectors()
             progress(step, steps)
     finally:
         tuning.close()
-    added = _settle(loaded, tensors, result.codebook, vectors, result.added_biases)
-    quality = divergence(loaded.network, held_back)
-    return replace(result, tensors=tensors, added_biases=added, quality=quality)
+    return tensors, vectors
 
 
 @torch.no_grad()
@@ -82,17 +97,15 @@ def _settle(
     added_biases: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Put into the network just what the file will hold; returns the gained biases."""
-    for matrix in loaded.matrices:
-        dense = torch.from_numpy(dequantize(tensors[matrix.name], codebook))
-        loaded.install(matrix, dense.to(matrix.weight))
-    parameters = dict(loaded.network.named_parameters())
+    loaded.replace(lambda matrix: torch.from_numpy(dequantize(tensors[matrix.name], codebook)))
+    parameters = dict(loaded.hollow.named_parameters())
     for name, value in vectors.items():
         parameters[name].copy_(to_16_bits(value))
     added = {}
     for matrix in loaded.matrices:
         if matrix.bias_name in added_biases:
             assert matrix.bias_name is not None
-            bias = loaded.network.get_submodule(matrix.input_module_name).bias
+            bias = loaded.hollow.get_submodule(matrix.input_module_name).bias
             added[matrix.bias_name] = bias.detach().float().clone()
     return added
 
@@ -107,7 +120,7 @@ class _Tuning:
         codebook: Codebook,
         loss: float,
     ) -> None:
-        self.network: Any = loaded.network
+        self.network: Any = loaded.hollow
         self.scales = [_Scales(m, tensors[m.name], codebook) for m in loaded.matrices]
         held = {id(m.parameter) for m in loaded.matrices}
         self.parameters = {

@@ -11,6 +11,7 @@ both: by name where prefixes explain the difference, else by equal shape and con
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -25,6 +26,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from cvxq_converter.errors import ConversionError, one_line
+from cvxq_converter.source.blocks import Values, hollow
 from cvxq_converter.source.experts import expert_names, experts_of, unstack
 from cvxq_converter.source.folder import (
     TensorInfo,
@@ -55,7 +57,9 @@ __all__ = [
     "Matrix",
     "Source",
     "TensorInfo",
+    "check_finite",
     "find_matrices",
+    "load_hollow",
     "load_network",
     "load_tokenizer",
     "open_source",
@@ -80,6 +84,7 @@ CARRIED_FILES = (
     "chat_template.json",
 )
 _OF_IMAGES = re.compile(r"(^|\.)(vision\w*|visual|multi_modal_projector)\.")
+_PIECE = 1 << 22  # weights looked at together
 CARRIED_FOLDER = "additional_chat_templates"  # further templates, one .jinja file each
 
 
@@ -174,8 +179,34 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
         raise ConversionError(f"{source.name}: weight {key} does not have the configured shape")
     network = network.to(device).eval().requires_grad_(False)
     unstack(network)
-    _check_finite(source, network, dtype)
+    check_finite(source, network, dtype)
     return network
+
+
+def load_hollow(stored: Any, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
+    """Build a network again in another dtype, without memory for its matrices.
+
+    stored: the network as `load_network` built it; it keeps the weights. Vectors and buffers are
+    there, in the types that transformers gives them beside weights of `dtype`.
+    """
+    persistent = stored.state_dict()
+    values = {name: persistent[name] for name, _ in stored.named_buffers() if name in persistent}
+    for name, parameter in stored.named_parameters():  # each once: ties are made anew
+        values[name] = parameter.data if parameter.ndim < 2 else hollow(parameter, dtype)
+    attention = attention_options(stored.config.get_text_config().to_dict())
+    with quiet_transformers():
+        network = type(stored).from_pretrained(
+            None, config=copy.deepcopy(stored.config), state_dict=values, dtype=dtype, **attention
+        )
+    network.generation_config = stored.generation_config
+    for parameter in network.parameters():
+        if parameter.ndim < 2:
+            parameter.data = parameter.data.to(device, copy=True)
+        else:
+            parameter.data = hollow(parameter, device=device)
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to(device, copy=True)
+    return network.eval().requires_grad_(False)
 
 
 def source_names(source: Source, network: Any) -> dict[str, str]:
@@ -210,33 +241,39 @@ def source_names(source: Source, network: Any) -> dict[str, str]:
 
 
 def other_tensors(
-    network: Any, matrices: list[Matrix], names: Mapping[str, str] | None = None
+    network: Any,
+    matrices: list[Matrix],
+    names: Mapping[str, str] | None = None,
+    value_of: Values = lambda _, parameter: parameter.data,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (checkpoint name, tensor) of every parameter that is not a matrix, each once.
 
-    Buffers that the checkpoint stores for the network (they are not recomputed on load) come too.
+    value_of: what a parameter holds, if it is not in the network. Buffers that the checkpoint
+    stores for the network (they are not recomputed on load) come too.
     """
     seen = {id(matrix.parameter) for matrix in matrices}
     names = names or {}
     for name, parameter in network.named_parameters():
         if id(parameter) not in seen:
-            yield names.get(name, name), parameter.data
+            yield names.get(name, name), value_of(name, parameter)
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     for name, tensor in network.state_dict().items():
         if name not in parameters:
             yield names.get(name, name), tensor
 
 
-def _check_finite(source: Source, network: Any, dtype: torch.dtype) -> None:
+def check_finite(source: Source, network: Any, dtype: torch.dtype) -> None:
+    """Raise ConversionError if a parameter, read in `dtype`, is not finite; its rows in pieces."""
     names = source_names(source, network)
     for name, parameter in network.named_parameters():
-        low, high = torch.aminmax(parameter.data.flatten())  # NaN propagates; no mask in memory
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            found = "NaN" if torch.isnan(low) else "infinite values"
-            raise ConversionError(
-                f"{source.name}: tensor {names[name]} has {found} in {str(dtype)[6:]}; "
-                "the checkpoint is damaged, or needs a dtype of wider range"
-            )
+        for piece in parameter.data.flatten().split(_PIECE):
+            low, high = torch.aminmax(piece.to(dtype))  # NaN propagates; no mask in memory
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                found = "NaN" if torch.isnan(low) else "infinite values"
+                raise ConversionError(
+                    f"{source.name}: tensor {names[name]} has {found} in {str(dtype)[6:]}; "
+                    "the checkpoint is damaged, or needs a dtype of wider range"
+                )
 
 
 def _same_content(source: Source, free: list[str], name: str, tensor: Tensor) -> str | None:

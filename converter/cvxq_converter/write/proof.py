@@ -8,6 +8,7 @@ change in the record.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from cvxq_format.decoder_record import DecoderRecord
 
 from cvxq_converter.errors import NotDescribedError
 from cvxq_converter.quantize.result import Quantized
+from cvxq_converter.source.blocks import Streamed, hollow
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.write.writing import as_stored
 
@@ -99,12 +101,12 @@ def prove(loaded: LoadedModel, result: Quantized, open_decoder: OpenDecoder) -> 
         tensors = StoredTensors(loaded, result)
         with weights_as_stored(loaded, result, tensors):
             places = _places(record)
-            _compare(loaded.network, record, tensors, open_decoder, places)
+            _compare(loaded.streamed, record, tensors, open_decoder, places)
             if any(number >= places for number in _lengths(record)):
-                with shortened(loaded.network, places):
+                with shortened(loaded.hollow, places):
                     short = loaded.describe(result.added_biases)
                     _check_only_lengths_differ(record, short, places)
-                    _compare(loaded.network, short, tensors, open_decoder, places)
+                    _compare(loaded.streamed, short, tensors, open_decoder, places)
     except (NotDescribedError, FormatError) as error:
         return Proof(None, error)
     return Proof(record)
@@ -192,26 +194,35 @@ def weights_as_stored(
         if matrix.kind == "conv1d":
             flipped.add(f"{matrix.module_name}.weight")
     dtype = loaded.matrices[0].parameter.dtype
+    streamed, network = loaded.streamed, loaded.hollow
+    values = streamed.values
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def stored(name: str, _: torch.nn.Parameter) -> torch.Tensor:
+        value = tensors.dense(names[name])
+        return value.T.contiguous() if name in flipped else value
+
     try:
-        for name, parameter in loaded.network.named_parameters():
-            value = tensors.dense(names[name])
-            value = (value.T if name in flipped else value).to(parameter.device)
-            if parameter.dtype is not value.dtype or not torch.equal(parameter.data, value):
-                before.append((parameter, parameter.data))
-                parameter.data = value
-        for buffer in loaded.network.buffers():
+        for name, parameter in network.named_parameters():
+            before.append((parameter, parameter.data))
+            if parameter.ndim > 1:
+                parameter.data = hollow(parameter, torch.float32)
+            else:
+                parameter.data = stored(name, parameter).to(parameter.device)
+        for buffer in network.buffers():
             if buffer.is_floating_point() and buffer.ndim == 0:  # rounded where it is used
                 before.append((buffer, buffer.data))
                 buffer.data = buffer.data.to(dtype).float()
+        streamed.values = stored
         yield
     finally:
+        streamed.values = values
         for tensor, data in before:
             tensor.data = data
 
 
 def _compare(
-    network: Any,
+    streamed: Streamed,
     record: DecoderRecord,
     tensors: StoredTensors,
     open_decoder: OpenDecoder,
@@ -228,7 +239,7 @@ def _compare(
         generator = torch.Generator().manual_seed(SEED + left)
         ids = torch.randint(record.vocabulary, (places,), generator=generator)
         try:
-            _compare_text(network, decoder, ids)
+            _compare_text(streamed, decoder, ids)
         except NotDescribedError:
             if not left:
                 raise
@@ -236,19 +247,20 @@ def _compare(
             break
 
 
-def _compare_text(network: Any, decoder: Decoder, ids: torch.Tensor) -> None:
+def _compare_text(streamed: Streamed, decoder: Decoder, ids: torch.Tensor) -> None:
     found = torch.as_tensor(decoder.logits(ids.tolist()))
-    device = network.get_input_embeddings().weight.device
-    expected = network(ids[None].to(device), use_cache=False).logits[0].float().cpu()
-    limit = max(LARGEST_ERROR, LARGEST_SHARE * float(expected.max() - expected.min()))
-    errors, divergences = [], []
-    for ours, theirs in zip(found.split(_ROWS), expected.split(_ROWS), strict=True):
-        a, b = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
-        errors.append(float((ours - theirs).abs().max()))
-        divergences.append(float((a.exp() * (a - b)).sum()))
-    error, divergence = float(torch.tensor(errors).max()), sum(divergences) / len(ids)
+    low, high, error, divergence = math.inf, -math.inf, 0.0, 0.0
+    for _, part, logits in streamed.all_logits(ids[None]):
+        expected = logits.float().cpu()
+        low, high = min(low, float(expected.min())), max(high, float(expected.max()))
+        for ours, theirs in zip(found[part].split(_ROWS), expected.split(_ROWS), strict=True):
+            a, b = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
+            worst = float((ours - theirs).abs().max())
+            error = worst if math.isnan(worst) else max(error, worst)
+            divergence += float((a.exp() * (a - b)).sum()) / len(ids)
+    limit = max(LARGEST_ERROR, LARGEST_SHARE * (high - low))
     if not (error <= limit and abs(divergence) <= LARGEST_KL):  # also for NaN
         raise NotDescribedError(
-            f"the decoder computes something else than {type(network).__name__}: logits differ "
-            f"by {error:.1g}, allowed {limit:.1g}"
+            f"the decoder computes something else than {type(streamed.network).__name__}: "
+            f"logits differ by {error:.1g}, allowed {limit:.1g}"
         )

@@ -70,6 +70,10 @@ _MEASURING = (
                  default="float32", show_default=True, help="Type to compute in."),
     click.option("--threads", type=click.IntRange(min=1),
                  help="CPU threads; default: all cores allowed."),
+    click.option("--memory", type=Size(), help="At most, e.g. 8GB; default: what is free."),
+    click.option("--disk", type=Size(), help="For temporary files, e.g. 50GB."),
+    click.option("--scratch", type=click.Path(path_type=Path, exists=True, file_okay=False),
+                 metavar="FOLDER", help="Of temporary files."),
 )  # fmt: skip
 
 

@@ -12,12 +12,15 @@ import torch
 from cvxq_converter.allocate.clustering import cluster_rows, group_moments, row_weights
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.measure.hessian import DAMPING, Feedback, InverseFactor, input_hessians
+from cvxq_converter.measure.moments import InputMoments
 from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.columns import quantize_matrix
 from cvxq_converter.quantize.companding import default_levels, make_codebook
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
+from cvxq_converter.source.scratch import Scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -154,9 +157,16 @@ def case(
     return Case(folder)
 
 
+def gathered(case: Case, statistics: dict[str, MatrixStatistics]) -> dict[str, torch.Tensor]:
+    """The Hessians by a pass of their own."""
+    moments = InputMoments(Scratch(), case.sequences.numel())
+    input_hessians(case.loaded.streamed, case.loaded.matrices, case.sequences, statistics, moments)
+    return moments.found
+
+
 def test_hessians_are_the_weighted_moments_of_what_the_modules_saw(case: Case) -> None:
     loaded, statistics = case.loaded, case.statistics
-    found = input_hessians(loaded.network, loaded.matrices, case.sequences, statistics)
+    found = gathered(case, statistics)
     assert set(found) == {m.name for m in loaded.matrices}
     matrix = next(m for m in loaded.matrices if "mlp" in m.name)
     seen: list[torch.Tensor] = []
@@ -183,21 +193,19 @@ def test_the_traces_agree_with_the_squared_gradients(case: Case) -> None:
     tr H leaves out what several tokens do to one target together, as in the values of attention.
     """
     loaded, statistics = case.loaded, case.statistics
-    found = input_hessians(loaded.network, loaded.matrices, case.sequences, statistics)
+    found = gathered(case, statistics)
     for matrix in loaded.matrices:
         total = statistics[matrix.name].row_sensitivity.sum()
         assert 0.2 * total < float(found[matrix.name].diagonal().sum()) < 1.5 * total
 
 
-def test_little_memory_takes_more_passes_and_gives_the_same(case: Case) -> None:
-    arguments = case.loaded, case.sequences, case.statistics
-    whole, piecewise = Feedback(*arguments), Feedback(*arguments, memory=1)
-    for matrix in case.loaded.matrices:
-        one, other = whole.factor(matrix.name), piecewise.factor(matrix.name)
-        assert one is not None
-        assert other is not None
-        assert torch.equal(one.factor, other.factor)
-        assert len(piecewise._factors) == 1
+def test_measuring_gathers_the_same_on_the_way(case: Case) -> None:
+    loaded, moments = case.loaded, InputMoments(Scratch(), case.sequences.numel())
+    found = measure_statistics(loaded.streamed, loaded.matrices, case.sequences, moments=moments)
+    apart = gathered(case, found)
+    assert set(moments.found) == set(apart)
+    for name, moment in apart.items():
+        torch.testing.assert_close(moments.found[name], moment, rtol=1e-6, atol=1e-9)
 
 
 def test_columns_that_others_make_up_for_count_for_less(case: Case) -> None:

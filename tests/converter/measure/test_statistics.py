@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 import torch
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.statistics import measure_statistics
-from cvxq_converter.source.checkpoint import Matrix, find_matrices
+from cvxq_converter.measure.head import output_gradient
+from cvxq_converter.measure.measurement import FIELDS
+from cvxq_converter.measure.moments import InputMoments
+from cvxq_converter.measure.statistics import generator_of, measure_statistics
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.source.checkpoint import Matrix, find_matrices, open_source
+from cvxq_converter.source.loaded import load_model
+from cvxq_converter.source.scratch import Scratch
 from torch.profiler import ProfilerActivity, profile
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -100,7 +106,7 @@ def test_a_tied_matrix_gets_the_gradient_of_both_uses(build_network: Any) -> Non
     ids = torch.tensor([1, 4, 7, 4, 2])
     found = measure_statistics(network, matrices, ids[None], "logits", 3)[matrices[0].name]
     signs = torch.empty(1, 5, 11, dtype=torch.float64)
-    signs.bernoulli_(0.5, generator=torch.Generator().manual_seed(3)).mul_(2).sub_(1)
+    signs.bernoulli_(0.5, generator=generator_of(3, 0)).mul_(2).sub_(1)
     scalar = (network(input_ids=ids[None]).logits * signs).sum()
     _, gradient = next(gradients(network, matrices, scalar))
     squares = gradient.square().numpy() / 5
@@ -170,16 +176,17 @@ def test_a_seed_repeats_exactly(metric: str, build_network: Any) -> None:
     network = build_network("llama-tied")
     matrices = find_matrices(network)
     sequences = torch.randint(96, (3, 20), generator=torch.Generator().manual_seed(1))
-    steps: list[tuple[str, int, int]] = []
+    steps: list[tuple[int, int]] = []
     first = measure_statistics(
-        network, matrices, sequences, metric, 7, lambda *step: steps.append(step)
+        network, matrices, sequences, metric, 7, lambda done, total: steps.append((done, total))
     )
     again = measure_statistics(network, matrices, sequences, metric, 7)
     other = measure_statistics(network, matrices, sequences, metric, 8)
     for name, item in first.items():
         np.testing.assert_array_equal(item.row_sensitivity, again[name].row_sensitivity)
         assert (item.row_sensitivity != other[name].row_sensitivity).any()
-    assert steps == [(i, 3) for i in (1, 2, 3)]
+    # Three sequences: forward and back through two blocks, and both ends.
+    assert steps == [(i, 18) for i in range(1, 19)]
 
 
 def test_gradients_that_overflow_and_unknown_metrics_are_refused(build_network: Any) -> None:
@@ -236,3 +243,68 @@ def test_peak_memory_is_the_model_activations_and_one_blocks_gradients(
     for parameter in network.parameters():
         parameter.grad = None
     assert model + peak_bytes(lambda: measure_statistics(network, matrices, sequences)) <= limit
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "opt"])
+def test_sums_by_blocks_are_those_of_whole_backward_passes(
+    architecture: str, build_network: Any
+) -> None:
+    network = build_network(architecture).double()
+    matrices = find_matrices(network)
+    sequences = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(1))
+    found = measure_statistics(network, matrices, sequences, "kl", 5)
+    totals = {m.name: torch.zeros_like(m.weight) for m in matrices}
+    for s, ids in enumerate(sequences):
+        logits = network(input_ids=ids[None], use_cache=False).logits
+        drawn, _ = output_gradient(logits, "kl", generator_of(5, s))
+        for name, gradient in gradients(network, matrices, (logits * drawn).sum()):
+            totals[name] += gradient.square() / sequences.numel()
+    for name, total in totals.items():
+        rows, columns = total.sum(1).numpy(), total.sum(0).numpy()
+        np.testing.assert_allclose(found[name].row_sensitivity, rows, rtol=1e-6, atol=1e-15)
+        np.testing.assert_allclose(found[name].column_sensitivity, columns, rtol=1e-6, atol=1e-15)
+
+
+def test_a_sequence_draws_the_same_whatever_comes_before_it(build_network: Any) -> None:
+    first, second = (generator_of(0, s) for s in (0, 1))
+    again = generator_of(0, 1)
+    draws = [torch.rand(4, generator=g) for g in (first, second, again)]
+    assert torch.equal(draws[1], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_measuring_by_blocks_needs_a_block_not_the_network(
+    save_network: Any,
+) -> None:
+    folder = save_network("llama", num_hidden_layers=16, hidden_size=128, intermediate_size=256)
+    loaded = load_model(
+        open_source(str(folder)), ConversionOptions.of(bits=4.0, dtype=torch.float64)
+    )
+    sequences = torch.randint(96, (2, 16), generator=torch.Generator().manual_seed(1))
+    whole = 8 * sum(p.numel() for p in loaded.hollow.parameters())
+    peak = peak_bytes(lambda: measure_statistics(loaded.streamed, loaded.matrices, sequences))
+    assert peak < whole / 4
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "opt"])
+def test_rounds_give_the_same(architecture: str, build_network: Any) -> None:
+    network = build_network(architecture)
+    matrices = find_matrices(network)
+    sequences = torch.randint(3, 96, (5, 12), generator=torch.Generator().manual_seed(1))
+    steps: list[tuple[int, int]] = []
+    found = []
+    for rounds in (1, 2, 5):
+        moments = InputMoments(Scratch(), sequences.numel())
+        progress = lambda done, total: steps.append((done, total))  # noqa: E731
+        statistics = measure_statistics(
+            network, matrices, sequences, "kl", 3, progress, moments, rounds
+        )
+        found.append((statistics, moments.found))
+    assert steps == [(i, 30) for i in range(1, 31)] * 3
+    (one, hessians), *others = found
+    for statistics, moments_found in others:
+        for matrix in matrices:
+            for field in FIELDS:
+                a, b = (getattr(s[matrix.name], field) for s in (one, statistics))
+                np.testing.assert_array_equal(a, b)
+            assert torch.equal(moments_found[matrix.name], hessians[matrix.name])

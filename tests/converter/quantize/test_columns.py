@@ -11,6 +11,7 @@ import torch
 from cvxq_converter.allocate.allocation import UNITS_PER_BIT
 from cvxq_converter.allocate.clustering import Clustering, cluster_rows, group_moments, row_weights
 from cvxq_converter.allocate.plan import MatrixPlan, Sensitivity, means_pay, plan_matrix
+from cvxq_converter.measure.hessian import InverseFactor
 from cvxq_converter.options import Method
 from cvxq_converter.quantize.columns import QuantizedMatrix, quantize_matrix
 from cvxq_converter.quantize.companding import (
@@ -23,6 +24,7 @@ from cvxq_converter.quantize.companding import (
 )
 from cvxq_converter.quantize.encode import _pack
 from cvxq_converter.source.matrices import Matrix
+from cvxq_converter.source.scratch import Scratch
 from cvxq_format import Codebook, dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,7 +72,7 @@ def quantize(
         row_weights=plan.row_weights,
     )
     none = np.zeros(plan.clustering.clusters, np.int64)
-    tensor = _pack(plan, matrix, none, codebook.scale_bits)
+    tensor = _pack(plan, matrix, none, codebook.scale_bits, Scratch())
     return matrix, dequantize(tensor, codebook).astype(np.float64)
 
 
@@ -272,3 +274,36 @@ def test_moments_of_the_plan_are_weighted_like_the_error() -> None:
     mean, square = group_moments(weight, clustering, weights)
     assert torch.equal(plan.moments[0], mean)
     assert torch.equal(plan.moments[1], square)
+
+
+@pytest.mark.parametrize("feeds", [False, True])
+def test_clusters_are_quantized_alike_together_and_apart(
+    feeds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table too large to be quantized in one go; its last cluster is short."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(44, 20, generator=generator).bfloat16()
+    clustering = cluster_rows(np.ones(44), np.ones(44), 8, 1)
+    shares = row_weights(np.ones(44), clustering)
+    inputs = torch.randn(100, 20, generator=generator)
+    depths = np.random.default_rng(0).integers(0, 5, (6, 20), dtype=np.uint8)
+
+    def quantize() -> QuantizedMatrix:
+        return quantize_matrix(
+            weight,
+            clustering,
+            depths,
+            make_codebook(default_levels(), 6),
+            with_means=True,
+            moments=group_moments(weight, clustering, shares),
+            row_weights=shares,
+            feedback=InverseFactor.of(inputs.T @ inputs) if feeds else None,
+        )
+
+    together = quantize()
+    monkeypatch.setattr("cvxq_converter.quantize.columns.TOGETHER", 2 * 8 * 20)
+    apart = quantize()
+    for field in ("codes", "scale_codes", "mean_codes", "depths"):
+        assert np.array_equal(getattr(apart, field), getattr(together, field)), field
+    for field in ("squared_error", "energy", "projection"):
+        assert getattr(apart, field) == pytest.approx(getattr(together, field), rel=1e-6), field

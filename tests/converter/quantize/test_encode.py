@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from cvxq_converter.quantize.encode import (
     encode_matrices,
 )
 from cvxq_converter.source.checkpoint import open_source
-from cvxq_converter.source.loaded import LoadedModel, load_model
+from cvxq_converter.source.loaded import LoadedModel, Weights, load_model
 from cvxq_format import CompandedTensor, companded, dequantize, verify
 from cvxq_format.codebook import DEPTHS
 
@@ -65,7 +65,7 @@ def sensitivity(rows: int, columns: int) -> Sensitivity:
 
 def plans_of(loaded: LoadedModel, options: ConversionOptions) -> list[MatrixPlan]:
     return [
-        plan_matrix(m, m.weight, sensitivity(*m.weight.shape), options.method)
+        plan_matrix(m, loaded.originals[m.name], sensitivity(*m.weight.shape), options.method)
         for m in loaded.matrices
     ]
 
@@ -132,10 +132,10 @@ def test_levels_are_fitted_to_every_weight_once_in_units_of_its_group(loaded: Lo
 def test_a_depth_has_tables_of_its_own_if_it_has_weights_for_them(loaded: LoadedModel) -> None:
     """One matrix of ±1 at depth 2, the others at depth 4: 2 bits need 64 weights."""
     signs, *others = loaded.matrices
-    weights = {m.name: m.weight.float() for m in others}
-    weights[signs.name] = torch.ones_like(signs.weight).float()
+    weights = {m.name: loaded.originals[m.name].float() for m in others}
+    weights[signs.name] = torch.ones(signs.weight.shape)
     weights[signs.name][::2] = -1
-    changed = replace(loaded, originals=weights)
+    changed = replace(loaded, originals=cast(Weights, weights))
     plans = plans_of(loaded, OPTIONS.having(means=False))
     _, columns = signs.weight.shape
     for rows, has_own in ((64 // columns + 1, True), (64 // columns - 1, False)):
@@ -155,12 +155,14 @@ def test_fitted_levels_and_refinement_each_lower_the_error(
     loaded: LoadedModel,
 ) -> None:
     def error(**options: Any) -> float:
-        plans, tensors, encoded = encode(loaded, OPTIONS.having(**options))
+        _, tensors, encoded = encode(loaded, OPTIONS.having(**options))
         return sum(
             float(
-                (p.matrix.weight - torch.from_numpy(dequantize(t, encoded.codebook))).pow(2).sum()
+                (loaded.originals[n] - torch.from_numpy(dequantize(t, encoded.codebook)))
+                .pow(2)
+                .sum()
             )
-            for p, t in zip(plans, tensors, strict=True)
+            for n, t in zip(loaded.originals, tensors, strict=True)
         )
 
     default = error()

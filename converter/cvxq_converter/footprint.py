@@ -1,0 +1,111 @@
+"""What a conversion takes in memory, in temporary files and in its result, by formulas."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from cvxq_converter.measure.calibration import cache_bytes, sampling_batch
+from cvxq_converter.measure.quality import LOGIT_LIMIT
+from cvxq_converter.measure.teaching import KEPT
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.quantize.columns import TOGETHER
+from cvxq_converter.shapes import Shape, shape_of
+from cvxq_converter.source.blocks import LOGITS
+from cvxq_converter.source.checkpoint import Source
+from cvxq_converter.source.scratch import Scratch
+from cvxq_converter.write.proof import MOST_PLACES as PROOF_PLACES
+
+_BASE_BYTES = 300 << 20  # interpreter, torch and transformers, loaded
+_QUANTIZER_BYTES = 20  # per weight that is quantized together: copies in the order of the columns
+_CODE_BYTES = 3  # per weight of the matrix at hand: codes, before and after they are packed
+_PLAN_BYTES = 0.25  # per quantized weight: worths of its group, as long as bits are allocated
+_MOMENT_BYTES = 0.25  # per quantized weight, of its group
+_SHARE_OF_DISK = 0.8  # of what is free, for temporary files
+
+
+def proving_bytes(source: Source, packed_bytes: int) -> int:
+    """Bytes that proving a decoder's record takes, the packed result in files excepted.
+
+    A block and what is outside of the blocks in float32, the decoder's own weights and its logits.
+    """
+    shape = shape_of(source)
+    logits = PROOF_PLACES * shape.vocabulary
+    logits = 4 * (logits + 4 * min(LOGITS, logits))
+    weights = 4 * (shape.outside_weights + shape.block_weights)
+    return _BASE_BYTES + weights + 2 * packed_bytes + logits
+
+
+def peak_memory(
+    source: Source, shape: Shape, options: ConversionOptions, count: int, tokens: int
+) -> int:
+    """The most that one of the stages needs."""
+    element = options.place.dtype.itemsize
+    plans = int(_PLAN_BYTES * shape.quantized_weights) if options.method.name == "cvxq" else 0
+    quantizing = min(shape.largest_weights, TOGETHER) * _QUANTIZER_BYTES
+    quantizing += shape.largest_weights * (_CODE_BYTES if plans else _QUANTIZER_BYTES)
+    result = shape.quantized_weights // 16  # depths and scales of groups; codes are in a file
+    if options.method.name == "rtn":
+        result = int(shape.quantized_weights * rate_of(shape, options) / 8)
+    stages = [result + plans + quantizing + (4 * shape.largest_inputs**2 if count else 0)]
+    if count:
+        stages.append(28 * shape.largest_inputs**2)  # of float64, on the way to a factor
+        in_memory = (shape.outside_weights + shape.block_weights) * element
+        logits = 4 * 4 * min(LOGITS, tokens * shape.vocabulary)
+        activations = tokens * (18 * shape.hidden + 6 * shape.inner) * element
+        sums = 32 * shape.vocabulary + 4 * shape.largest_weights // 8
+        stages.append(in_memory + activations + logits + sums)
+        stages.append(in_memory + logits + result + plans + 4 * shape.largest_weights)
+    if count and options.calibration.source == "self":
+        batch = min(count, sampling_batch(source.config, tokens, element))
+        cache = batch * cache_bytes(source.config, tokens, element)
+        stages.append(shape.parameters * element + cache + 8 * batch * shape.vocabulary)
+    if source.has_names_of_network or source.scales:  # read as a whole, then put into files
+        stages.append(4 * shape.parameters)
+    if options.method.tune:
+        whole = shape.parameters * element + 12 * KEPT * count * tokens
+        activations = shape.layers * tokens * (12 * shape.hidden + 4 * shape.inner) * element
+        stages.append(whole + result + activations + 4 * tokens * shape.vocabulary * element)
+    return _BASE_BYTES + max(stages)
+
+
+def disk_bytes(source: Source, shape: Shape, options: ConversionOptions) -> int:
+    if options.target.size_bytes is not None:
+        return options.target.size_bytes
+    # Everything outside the matrices is stored in 16 bits; the header is small.
+    rest = (shape.parameters - shape.quantized_weights) * 2
+    carried = sum(len(data) for _, data in source.carried())
+    return int(shape.quantized_weights * rate_of(shape, options) / 8) + rest + carried + (1 << 16)
+
+
+def scratch_and_rounds(
+    shape: Shape, options: ConversionOptions, count: int, tokens: int
+) -> tuple[int, int]:
+    """Rounds in which measuring is done, and bytes of temporary files.
+
+    What lies between blocks is there for the sequences of one round; Hessians, and logits that are
+    kept or felt, for all.
+    """
+    place = options.place
+    logits = tokens * shape.vocabulary
+    kept = min(count * logits, max(LOGIT_LIMIT, 2 * logits)) + logits if count else 0
+    packed = int(shape.quantized_weights * (rate_of(shape, options) / 8 + _MOMENT_BYTES))
+    fixed = packed + (4 * (shape.squared_inputs + kept) if count else 0)
+    state = tokens * shape.hidden * place.dtype.itemsize
+    each = (shape.layers + 3) * state + 8 * shape.vocabulary  # of one sequence
+    free = place.disk or int(_SHARE_OF_DISK * free_disk(Scratch(place.scratch).folder))
+    at_once = min(count, max(1, (free - fixed) // each))
+    return -(-count // at_once) if count else 1, fixed + at_once * each
+
+
+def rate_of(shape: Shape, options: ConversionOptions) -> float:
+    """Bits per weight, or an upper bound where a loss is asked for."""
+    target = options.target
+    if target.size_bytes is not None:
+        return min(8.0, 8 * target.size_bytes / max(1, shape.quantized_weights))
+    return 8.0 if target.bits is None else target.bits
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder lies."""
+    return shutil.disk_usage(folder).free

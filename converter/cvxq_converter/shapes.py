@@ -1,0 +1,80 @@
+"""The sizes of a model that the costs of converting it depend on."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from cvxq_format.model_config import context_length
+
+from cvxq_converter.source.checkpoint import Source
+from cvxq_converter.source.loaded import matches
+
+_IN_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")  # in the name of a tensor of one of many blocks
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of weights, and dimensions of activations."""
+
+    parameters: int
+    matrix_weights: int
+    quantized_weights: int
+    outside_weights: int  # of matrices outside of the blocks
+    block_weights: int  # of the largest block
+    largest_weights: int
+    largest_inputs: int
+    inputs: int  # summed over the matrices
+    squared_inputs: int  # Σ K²
+    pushed: int  # Σ N K²
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    context: int | None
+
+
+def shape_of(source: Source, keep: tuple[str, ...] = ()) -> Shape:
+    text = source.config.get_text_config()
+
+    def find(*names: str) -> int:
+        values = [getattr(text, name, None) for name in names]
+        return next((v for v in values if isinstance(v, int) and v > 0), 0)
+
+    matrices = [(name, shape) for name, info in source.tensors.items() for shape in _matrices(info)]
+    quantized = [shape for name, shape in matrices if not matches(name, keep)]
+    inputs = [columns for _, columns in quantized]
+    outside, blocks = 0, Counter[str]()
+    for name, (rows, columns) in matrices:
+        block = _IN_BLOCK.search(name)
+        if block is None:
+            outside += rows * columns
+        else:
+            blocks[block[1]] += rows * columns
+    hidden = find("hidden_size", "n_embd", "d_model")
+    return Shape(
+        parameters=source.parameters,
+        matrix_weights=sum(n * k for _, (n, k) in matrices),
+        quantized_weights=sum(n * k for n, k in quantized),
+        outside_weights=outside,
+        block_weights=max(blocks.values(), default=0),
+        largest_weights=max((n * k for n, k in quantized), default=0),
+        largest_inputs=max(inputs, default=0),
+        inputs=sum(inputs),
+        squared_inputs=sum(k * k for k in inputs),
+        pushed=sum(n * k * k for n, k in quantized),
+        layers=find("num_hidden_layers", "n_layer"),
+        hidden=hidden,
+        inner=find("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden,
+        vocabulary=find("vocab_size"),
+        context=context_length(source.config.get_text_config().to_dict()),
+    )
+
+
+def _matrices(info: Any) -> list[tuple[int, int]]:
+    """The shapes of the matrices in a tensor: of one, of a stack of them, or of none."""
+    if len(info.shape) not in (2, 3) or min(info.shape[-2:]) < 2:
+        return []
+    return [info.shape[-2:]] * (info.shape[0] if len(info.shape) == 3 else 1)
