@@ -60,7 +60,8 @@ def peak_memory(
         batch = min(count, sampling_batch(source.config, tokens, element))
         cache = batch * cache_bytes(source.config, tokens, element)
         stages.append(shape.parameters * element + cache + 8 * batch * shape.vocabulary)
-    if source.has_names_of_network or source.scales:  # read as a whole, then put into files
+    is_made = source.has_names_of_network or source.scales or source.mxfp4
+    if is_made:  # read as a whole, then put into files
         stages.append(4 * shape.parameters)
     if options.method.tune:
         whole = shape.parameters * element + 12 * KEPT * count * tokens

@@ -19,7 +19,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "cvxq"
@@ -164,6 +170,13 @@ def _run(module: Any, expert: Expert, x: torch.Tensor) -> torch.Tensor:
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
 
 
+def _only_stacks(operation: Any) -> bool:
+    """Whether an operation of transformers' makes (E, N, K) of matrices, gates above the others."""
+    if isinstance(operation, Concatenate):
+        return operation.dim == 1
+    return isinstance(operation, MergeModulelist)
+
+
 class SourceNames:
     """Where the tensors of a checkpoint belong in an unstacked network.
 
@@ -203,6 +216,31 @@ class SourceNames:
             for role in roles
         }
 
+    def views(self, tensor: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a tensor of the source holds of experts, by parameter: it, or views of a stack.
+
+        Empty where it holds nothing of them, or where transformers does more than to stack.
+        """
+        place, pattern = self._renamed(tensor)
+        if tensor in self._names or place not in self._stacks:
+            return {}
+        name, stack, end = self._stacks[place]
+        experts = self._experts[name]
+        if pattern is not None:
+            is_plain = "*" in pattern and not experts.is_transposed
+            is_plain = is_plain and all(map(_only_stacks, self._converter(pattern).operations))
+            return {self._of_expert(tensor, place, pattern): value} if is_plain else {}
+        found = {}
+        for index, one in enumerate(value):
+            rows = one.T if experts.is_transposed and not end else one
+            if stack == "gate_up_proj":
+                gate, up = _halves(experts, rows)
+                found[self._cut(place, index, "gate")] = gate
+                found[self._cut(place, index, "up")] = up
+            else:
+                found[self._cut(place, index, None)] = rows
+        return found
+
     def place(self, tensor: str) -> str | None:
         """The parameter that a tensor of a file belongs to; None if the table does not tell."""
         if tensor in self._names:
@@ -226,11 +264,14 @@ class SourceNames:
 
     def _of_expert(self, tensor: str, place: str, pattern: str) -> str:
         """The matrix of a tensor that holds one expert's, by the pattern that it matched."""
-        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        converter = self._converter(pattern)
         found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), tensor)
         joined = len(converter.source_patterns) > 1
         role = ("gate", "up")[converter.source_patterns.index(pattern)] if joined else None
         return self._cut(place, int(found[1]) if found else 0, role)
+
+    def _converter(self, pattern: str) -> WeightConverter:
+        return next(c for c in self._converters if pattern in c.source_patterns)
 
     def _cut(self, place: str, index: int, role: str | None) -> str:
         name, stack, end = self._stacks[place]

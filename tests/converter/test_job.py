@@ -407,3 +407,15 @@ def test_what_was_felt_before_a_matrix_was_pruned_still_holds(
     assert all(used[0][n] is measured[0][n] for n in measured[0])
     assert used[1][name] is measured[0][name]
     assert all(used[1][other] is measured[1][other] for other in measured[1] if other != name)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GraniteMoe"])
+def test_a_mixture_by_blocks_gives_the_file_that_it_gives_as_a_whole(
+    family: str, build_mixture: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_mixture(family).save_pretrained(tmp_path / "model")
+    by_blocks, whole = tmp_path / "blocks.cvxq", tmp_path / "whole.cvxq"
+    run(tmp_path / "model", by_blocks, gain=0.5)
+    monkeypatch.setattr("cvxq_converter.source.blocks.find_blocks", lambda _: [])
+    run(tmp_path / "model", whole, gain=0.5)
+    assert by_blocks.read_bytes() == whole.read_bytes()

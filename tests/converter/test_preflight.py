@@ -57,6 +57,7 @@ def llama(layers: int, hidden: int, context: int = 4096) -> Any:
         carried=dict,
         has_names_of_network=False,
         scales={},
+        mxfp4={},
     )
 
 

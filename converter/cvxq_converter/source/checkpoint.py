@@ -27,7 +27,14 @@ from transformers import GenerationConfig
 
 from cvxq_converter.errors import ConversionError, one_line
 from cvxq_converter.source.blocks import Values, hollow
-from cvxq_converter.source.experts import expert_names, experts_of, unstack
+from cvxq_converter.source.experts import (
+    expert_names,
+    expert_parameters,
+    expert_values,
+    experts_of,
+    hollow_stacks,
+    unstack,
+)
 from cvxq_converter.source.folder import (
     TensorInfo,
     adapter_notice,
@@ -152,6 +159,7 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
         "dtype": dtype,
         **attention_options(source.config.get_text_config().to_dict()),
     }
+    experts: dict[str, Tensor] = {}
     with quiet_transformers():
         try:
             if source.whole is not None:
@@ -160,6 +168,7 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
             else:
                 empty = skeleton(source.config)
                 weights = read_gguf(source, empty, dtype) if source.is_gguf else source.read_all()
+                experts = {} if source.is_gguf else _take_experts(weights, source.config, dtype)
                 network, info = type(empty).from_pretrained(
                     None, config=empty.config, state_dict=weights, **options
                 )
@@ -177,10 +186,31 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
         raise ConversionError(f"{source.name}: weight {key} is missing from the checkpoint")
     for key in sorted(str(item) for item in info.get("mismatched_keys", ())):
         raise ConversionError(f"{source.name}: weight {key} does not have the configured shape")
-    network = network.to(device).eval().requires_grad_(False)
     unstack(network)
+    for name, value in experts.items():
+        network.get_parameter(name).data = value.to(dtype)
+    network = network.to(device).eval().requires_grad_(False)
     check_finite(source, network, dtype)
     return network
+
+
+def _take_experts(weights: dict[str, Tensor], config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Put hollow stacks in the places of experts' matrices, and return these by parameter.
+
+    transformers would make stacks of them in memory, all layers' at once.
+    """
+    network = skeleton(copy.deepcopy(config))
+    stacks = hollow_stacks(network, dtype)
+    if not stacks:
+        return {}
+    unstack(network)
+    taken: dict[str, Tensor] = {}
+    for tensor, found in expert_values(weights, network).items():
+        del weights[tensor]
+        taken |= found
+    if taken:
+        weights |= stacks
+    return taken
 
 
 def load_hollow(stored: Any, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
@@ -189,19 +219,23 @@ def load_hollow(stored: Any, dtype: torch.dtype, device: str | torch.device = "c
     stored: the network as `load_network` built it; it keeps the weights. Vectors and buffers are
     there, in the types that transformers gives them beside weights of `dtype`.
     """
-    persistent = stored.state_dict()
+    persistent, of_experts = stored.state_dict(), expert_parameters(stored)
     values = {name: persistent[name] for name, _ in stored.named_buffers() if name in persistent}
+    values |= hollow_stacks(skeleton(copy.deepcopy(stored.config)), dtype)
     for name, parameter in stored.named_parameters():  # each once: ties are made anew
-        values[name] = parameter.data if parameter.ndim < 2 else hollow(parameter, dtype)
+        if name not in of_experts:
+            values[name] = parameter.data if parameter.ndim < 2 else hollow(parameter, dtype)
     attention = attention_options(stored.config.get_text_config().to_dict())
     with quiet_transformers():
         network = type(stored).from_pretrained(
             None, config=copy.deepcopy(stored.config), state_dict=values, dtype=dtype, **attention
         )
     network.generation_config = stored.generation_config
-    for parameter in network.parameters():
+    unstack(network)
+    for name, parameter in network.named_parameters():
         if parameter.ndim < 2:
-            parameter.data = parameter.data.to(device, copy=True)
+            value = stored.get_parameter(name).data
+            parameter.data = value.to(device, parameter.dtype, copy=True)
         else:
             parameter.data = hollow(parameter, device=device)
     for buffer in network.buffers():

@@ -28,6 +28,7 @@ from cvxq_converter.source.checkpoint import (
     source_names,
 )
 from cvxq_converter.source.decoding import describe
+from cvxq_converter.source.experts import expert_parameters, expert_values
 from cvxq_converter.source.leftovers import leftover_notice
 from cvxq_converter.source.matrices import Matrix, find_matrices
 from cvxq_converter.source.scratch import Scratch
@@ -242,10 +243,18 @@ def _let_lie_in_files(
     stored: nn.Module, source: Source, names: Mapping[str, str], scratch: Scratch
 ) -> None:
     """Have every parameter as the checkpoint has it, in its file or else in scratch."""
+    of_experts = expert_parameters(stored)
+    experts: dict[str, Tensor] = {}
+    is_plain = not (source.has_names_of_network or source.scales or source.mxfp4)
+    if of_experts and is_plain:
+        for views in expert_values(source.read_all(), stored).values():
+            experts |= views
     for name, parameter in stored.named_parameters():
         info = source.tensors.get(names[name])
         is_same = info is not None and info.shape == tuple(parameter.shape)
-        if not is_same or info is None or source.has_names_of_network:
+        if name in experts:
+            parameter.data = experts[name]
+        elif name in of_experts or not is_same or info is None or source.has_names_of_network:
             parameter.data = scratch.copy(parameter.data)
         elif info.dtype is not parameter.dtype:  # vectors may be wider than matrices
             value = source.read(names[name])

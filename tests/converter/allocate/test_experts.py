@@ -13,6 +13,7 @@ from cvxq_converter.allocate.sizes import allocate_for_rate
 from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.options import Method
 from cvxq_converter.source.loaded import LoadedModel
+from cvxq_converter.source.scratch import Scratch
 
 N, K, LENGTH = 32, 48, 64
 
@@ -57,7 +58,8 @@ def model_of(counts: list[int], felt: float = 1e-3) -> tuple[Any, dict[str, Matr
         name: statistics_of(count, felt, generator)
         for name, count in zip(names, [*counts, 256], strict=True)
     }
-    return SimpleNamespace(matrices=matrices, originals=weights), statistics
+    streamed = SimpleNamespace(scratch=Scratch())
+    return SimpleNamespace(matrices=matrices, originals=weights, streamed=streamed), statistics
 
 
 def mean_depths(counts: list[int]) -> list[float]:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from cvxq_converter.job import convert, measure_model
 from cvxq_converter.measure import experts as pooling
-from cvxq_converter.measure.hessian import Feedback, input_hessians
+from cvxq_converter.measure.hessian import Feedback, InverseFactor, input_hessians
 from cvxq_converter.measure.measurement import load_measurement
-from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.moments import InputMoments
+from cvxq_converter.measure.statistics import generator_of, measure_statistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import load_model
+from cvxq_converter.source.scratch import Scratch
 
 Build = Callable[..., Any]
 NAMES = {"Mixtral": ("w1", "w3", "w2"), "Qwen3Moe": ("gate_proj", "up_proj", "down_proj")}
@@ -39,10 +41,10 @@ def test_sums_are_those_of_the_stacks_gradients(
     network.save_pretrained(tmp_path)
     loaded = load_model(open_source(str(tmp_path)), ConversionOptions.of(bits=4))
     sequences = torch.randint(3, 96, (1, 10))
-    found = measure_statistics(loaded.network, loaded.matrices, sequences, "logits")
+    found = measure_statistics(loaded.streamed, loaded.matrices, sequences, "logits")
     logits = network(sequences, use_cache=False).logits
     signs = torch.empty_like(logits)
-    signs.bernoulli_(0.5, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
+    signs.bernoulli_(0.5, generator=generator_of(0, 0)).mul_(2).sub_(1)
     logits.backward(signs)
     stacks = network.model.layers[1].mlp.experts
     both, down = stacks.gate_up_proj.grad, stacks.down_proj.grad
@@ -70,16 +72,22 @@ def test_hessians_are_of_the_tokens_that_came_and_help_each_other(
     build_mixture("Mixtral").save_pretrained(tmp_path)
     loaded = load_model(open_source(str(tmp_path)), ConversionOptions.of(bits=4))
     sequences = torch.randint(3, 96, (2, 6))
-    statistics = measure_statistics(loaded.network, loaded.matrices, sequences)
-    hessians = input_hessians(loaded.network, loaded.matrices, sequences, statistics)
+    on_the_way, after = (InputMoments(Scratch(), sequences.numel()) for _ in range(2))
+    streamed, matrices = loaded.streamed, loaded.matrices
+    statistics = measure_statistics(streamed, matrices, sequences, moments=on_the_way)
+    input_hessians(streamed, matrices, sequences, statistics, after)
+    hessians = after.found
+    assert all(torch.equal(hessians[n], h) for n, h in on_the_way.found.items())
     names = [f"model.layers.0.block_sparse_moe.experts.{e}.w1.weight" for e in range(4)]
     inputs: list[torch.Tensor] = []
-    experts = loaded.network.model.layers[0].mlp.experts
+    network = loaded.network
+    experts = network.model.layers[0].mlp.experts
     experts.get_submodule("0.gate_proj").register_forward_pre_hook(
         lambda _, given: inputs.append(given[0])
     )
     for sequence in sequences:
-        loaded.network(sequence[None], use_cache=False)
+        network(sequence[None], use_cache=False)
+    loaded.release()
     weights = statistics[names[0]].token_weights
     assert weights is not None
     felt = [torch.from_numpy(w[: len(x)]) for w, x in zip(weights, inputs, strict=True)]
@@ -91,7 +99,11 @@ def test_hessians_are_of_the_tokens_that_came_and_help_each_other(
     assert tokens == 2 * 12  # two of the four experts for each of twelve tokens
     share = pooling.PRIOR_TOKENS / tokens
     torch.testing.assert_close(hessians[names[1]], before[1] + share * sum(before))
-    assert Feedback(loaded, sequences, statistics).factor(names[0]) is not None
+    feedback = Feedback(loaded, sequences, statistics, on_the_way)
+    for name in (names[1], names[0], names[1]):  # whatever became a factor before
+        found, expected = feedback.factor(name), InverseFactor.of(hessians[name])
+        assert found is not None
+        torch.testing.assert_close(found.factor, expected.factor)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from cvxq_converter.source.loaded import LoadedModel, load_model
 
 Save = Callable[..., Path]
 OPTIONS = ConversionOptions.of(bits=4.0)
+MAPS = Path("/proc/self/maps")
 SEQUENCES = torch.randint(3, 96, (3, 20), generator=torch.Generator().manual_seed(0))
 ARCHITECTURES = (
     "llama",
@@ -29,6 +30,17 @@ ARCHITECTURES = (
     "gpt-neox",
     "gpt2",
     "opt",
+)
+MIXTURES = (
+    "Mixtral",
+    "Qwen2Moe",
+    "Qwen3Moe",
+    "Olmoe",
+    "GptOss",
+    "GraniteMoe",
+    "DeepseekV2",
+    "DeepseekV3",
+    "Phimoe",
 )
 
 
@@ -58,6 +70,37 @@ def test_logits_by_blocks_are_those_of_the_whole_network(
     expected = logits_of(load_network(open_source(str(folder)), torch.float32))
     assert torch.equal(logits_by_blocks(loaded.streamed), expected)
     assert torch.equal(logits_of(loaded.network), expected)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_run_by_blocks(
+    family: str, build_mixture: Callable[..., Any], tmp_path: Path
+) -> None:
+    build_mixture(family).save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert len(loaded.streamed.blocks) == 2
+    assert all(is_hollow(matrix.parameter) for matrix in loaded.matrices)
+    expected = logits_of(load_network(open_source(str(tmp_path)), torch.float32))
+    assert torch.equal(logits_by_blocks(loaded.streamed), expected)
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux tells what is mapped where")
+@pytest.mark.parametrize("family", ["Mixtral", "GraniteMoe", "GptOss"])
+def test_experts_stay_in_the_file(
+    family: str, build_mixture: Callable[..., Any], tmp_path: Path
+) -> None:
+    build_mixture(family).save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    mapped = [
+        range(*(int(place, 16) for place in line.split()[0].split("-")))
+        for line in MAPS.read_text().splitlines()
+        if line.endswith(str(tmp_path / "model.safetensors"))
+    ]
+    experts = [matrix.name for matrix in loaded.matrices if matrix.pool is not None]
+    assert len(experts) == 2 * 4 * 3
+    for name in experts:
+        place = loaded.originals[name].data_ptr()
+        assert any(place in places for places in mapped)
 
 
 def test_logits_come_a_few_positions_at_a_time(
