@@ -21,6 +21,7 @@ _QUANTIZER_BYTES = 20  # per weight that is quantized together: copies in the or
 _CODE_BYTES = 3  # per weight of the matrix at hand: codes, before and after they are packed
 _PLAN_BYTES = 0.25  # per quantized weight: worths of its group, as long as bits are allocated
 _MOMENT_BYTES = 0.25  # per quantized weight, of its group
+COPY_BITS = 4  # of the copy that text is sampled from where the network does not fit
 _SHARE_OF_DISK = 0.8  # of what is free, for temporary files
 
 
@@ -57,9 +58,9 @@ def peak_memory(
         stages.append(in_memory + activations + logits + sums)
         stages.append(in_memory + logits + result + plans + 4 * shape.largest_weights)
     if count and options.calibration.source == "self":
-        batch = min(count, sampling_batch(source.config, tokens, element))
-        cache = batch * cache_bytes(source.config, tokens, element)
-        stages.append(shape.parameters * element + cache + 8 * batch * shape.vocabulary)
+        stages.append(sampling_bytes(source, shape, options, count, tokens))
+    if count and options.calibration.source == "copy":  # packed, and the decoder's own
+        stages.append(2 * COPY_BITS * shape.quantized_weights // 8 + 10 * shape.largest_weights)
     is_made = source.has_names_of_network or source.scales or source.mxfp4
     if is_made:  # read as a whole, then put into files
         stages.append(4 * shape.parameters)
@@ -77,6 +78,16 @@ def disk_bytes(source: Source, shape: Shape, options: ConversionOptions) -> int:
     rest = (shape.parameters - shape.quantized_weights) * 2
     carried = sum(len(data) for _, data in source.carried())
     return int(shape.quantized_weights * rate_of(shape, options) / 8) + rest + carried + (1 << 16)
+
+
+def sampling_bytes(
+    source: Source, shape: Shape, options: ConversionOptions, count: int, tokens: int
+) -> int:
+    """The whole network, and keys and values of the sequences that are sampled side by side."""
+    element = options.place.dtype.itemsize
+    batch = min(count, sampling_batch(source.config, tokens, element))
+    cache = batch * cache_bytes(source.config, tokens, element)
+    return shape.parameters * element + cache + 8 * batch * shape.vocabulary
 
 
 def scratch_and_rounds(

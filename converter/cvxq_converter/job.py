@@ -23,8 +23,9 @@ from cvxq_format.decoder_record import DecoderRecord
 from cvxq_converter.allocate.plan import MatrixPlan, make_plans
 from cvxq_converter.allocate.prediction import predict_curve
 from cvxq_converter.allocate.target import LossTarget, TargetResult, search_rate
-from cvxq_converter.errors import ConversionError, NotDescribedError
-from cvxq_converter.measure.calibration import make_sequences
+from cvxq_converter.errors import ConversionError, NotDescribedError, one_line
+from cvxq_converter.footprint import COPY_BITS, proving_bytes
+from cvxq_converter.measure.calibration import make_sequences, sample_copy
 from cvxq_converter.measure.curve import Curve, Trial
 from cvxq_converter.measure.hessian import Feedback
 from cvxq_converter.measure.measurement import (
@@ -46,12 +47,12 @@ from cvxq_converter.measure.quality import (
 from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.measure.teaching import Lesson, make_lessons
-from cvxq_converter.options import Calibration, ConversionOptions
+from cvxq_converter.options import Calibration, ConversionOptions, Method, Target
 from cvxq_converter.preflight import (
     Preflight,
     allowed_memory,
+    fits_memory,
     preflight,
-    proving_bytes,
     refuse_what_cannot_fit,
     size_text,
 )
@@ -123,7 +124,7 @@ def convert(
     An existing `output` is only ever replaced by a complete new file.
     """
     stages = Stages(progress)
-    source, estimate = _begin(model, output, options, announce, measurement)
+    source, estimate, options = _begin(model, output, options, announce, measurement)
     with stages.stage("load"):
         loaded = load_model(source, options)
     if announce and loaded.leftovers:
@@ -155,7 +156,7 @@ def measure_model(
     if not options.replaces_weights:
         raise ConversionError("measuring needs calibration sequences and --method cvxq")
     stages = Stages(progress)
-    source, estimate = _begin(model, output, options, announce, trials=len(TRIAL_RATES))
+    source, estimate, options = _begin(model, output, options, announce, trials=len(TRIAL_RATES))
     with stages.stage("load"):
         loaded = load_model(source, options)
     if announce and loaded.leftovers:
@@ -196,8 +197,11 @@ def _begin(
     announce: Announce | None,
     measurement: Measurement | None = None,
     trials: int | None = None,
-) -> tuple[Source, Preflight]:
-    """Look at the model before any work: estimate, and refuse what cannot be done."""
+) -> tuple[Source, Preflight, ConversionOptions]:
+    """Look at the model before any work: estimate, and refuse what cannot be done.
+
+    Where memory has no room for the network, text is sampled from a copy: the options say so then.
+    """
     if not _samples(options, measurement):
         give_freed_memory_back()
     torch.manual_seed(options.calibration.seed)
@@ -210,12 +214,15 @@ def _begin(
             )
         measurement.check(source, options)
     estimate = preflight(source, options, measurement, trials=trials)
+    if _samples(options, measurement) and not fits_memory(estimate, options.place):
+        options = options.having(calibration="copy")
+        estimate = preflight(source, options, measurement, trials=trials)
     if announce:
         for notice in source.notices:
             announce(notice)
         announce(estimate.line())
     refuse_what_cannot_fit(estimate, output, options.place)
-    return source, estimate
+    return source, estimate, options
 
 
 def prepare(
@@ -232,7 +239,7 @@ def prepare(
         with stages.stage("calibrate") as done:
             count, length = estimate.sequences or 1, estimate.length or 2
             wanted = replace(options.calibration, sequences=count, length=length)
-            sequences = _calibrate(loaded, wanted, done)
+            sequences = _calibrate(loaded, wanted, stages, done)
     if not len(sequences):
         return Prepared(loaded, sequences, {}, None, None)
     training, held_back = split_sequences(sequences)
@@ -383,15 +390,35 @@ def _details(
     return Details(curve, bool(prepared.statistics), by_group, by_matrix, positions)
 
 
-def _calibrate(loaded: LoadedModel, calibration: Calibration, done: Done) -> torch.Tensor:
-    """The sequences; sampling them takes the network whole."""
+def _calibrate(
+    loaded: LoadedModel, calibration: Calibration, stages: Stages, done: Done
+) -> torch.Tensor:
+    """The sequences; sampling them takes the network whole, or a copy."""
     tokenizer = load_tokenizer(loaded.source)
+    if calibration.source == "copy":
+        decoder = _open_copy(loaded, stages)
+        return sample_copy(decoder, loaded.hollow, tokenizer, calibration, done)
     if calibration.source != "self":
         return make_sequences(loaded.hollow, tokenizer, calibration, done)
     with loaded.whole() as network:
         sequences = make_sequences(network, tokenizer, calibration, done)
     give_freed_memory_back()
     return sequences
+
+
+def _open_copy(loaded: LoadedModel, stages: Stages) -> Decoder:
+    """The decoder of a copy in 4 bits; ConversionError for a model that has no such decoder."""
+    from cvxq.lean import NotLeanError, open_native
+
+    made = quantize_network_rtn(loaded, Target(bits=COPY_BITS), Method(), stages, "copy")
+    try:
+        record, tensors = loaded.describe(()), StoredTensors(loaded, made)
+        return open_native(record, tensors, torch.get_num_threads())
+    except (NotDescribedError, NotLeanError) as error:
+        raise ConversionError(
+            f"{loaded.source.name}: a copy cannot be sampled from: {one_line(error)}; "
+            "use --calibration FILE"
+        ) from None
 
 
 def _samples(options: ConversionOptions, measurement: Measurement | None) -> bool:

@@ -58,7 +58,8 @@ class Target:
 class Calibration:
     """What the model is measured on: sequences of its own, or from a text.
 
-    source: "self", "none", or the path of a .txt or .jsonl file. sequences, length: how many, of
+    source: "self", "copy" (of 4 bits, for models that memory has no room for), "none", or the path
+    of a .txt or .jsonl file. sequences, length: how many, of
     how many tokens; None leaves them to the preflight. metric: "kl" or "logits".
     """
 

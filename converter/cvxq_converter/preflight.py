@@ -60,12 +60,13 @@ class Preflight:
     length: int
     proving_memory_bytes: int = 0  # at the end, where that much is free; else nothing is proved
     scratch_bytes: int = 0  # of temporary files
+    origin: str = ""  # of the calibration's tokens, where it is not what was asked for
     rounds: int = 1  # of measuring, with some of the sequences in each
 
     def line(self) -> str:
         """Say it in one line, for people."""
         calibration = (
-            f"calibration {self.sequences} × {self.length} tokens"
+            f"calibration {self.sequences} × {self.length} tokens{self.origin}"
             if self.sequences
             else "no calibration"
         )
@@ -108,7 +109,7 @@ def preflight(
     if count and measurement is None:
         measuring = count * _backward_seconds(shape, speed, tokens)
         seconds += method.iterations * measuring
-        if options.calibration.source == "self":
+        if options.calibration.source in ("self", "copy"):
             seconds += _sampling_seconds(source, shape, speed, count, tokens, place.dtype)
     rounds = method.iterations * trials
     seconds += rounds * _quantizing_seconds(shape, speed, method.group_size)
@@ -122,7 +123,8 @@ def preflight(
     proving = proving_bytes(source, packed)
     disk = disk_bytes(source, shape, options)
     rounds, scratch = scratch_and_rounds(shape, options, count, tokens)
-    return Preflight(seconds, memory, disk, count, tokens, proving, scratch, rounds)
+    origin = " from a copy in 4 bits" if options.calibration.source == "copy" else ""
+    return Preflight(seconds, memory, disk, count, tokens, proving, scratch, origin, rounds)
 
 
 def _amount(
@@ -139,8 +141,8 @@ def _amount(
 
 def refuse_what_cannot_fit(plan: Preflight, output: Path, place: Place) -> None:
     """Raise ConversionError, with the figure needed, if memory or disk is too small for `plan`."""
-    available = allowed_memory(place, place.device)
-    if available is not None and plan.peak_memory_bytes > available:
+    if not fits_memory(plan, place):
+        available = allowed_memory(place, place.device) or 0
         advice = "use --calibration FILE or none, or a machine with more memory"
         raise ConversionError(
             f"needs about {size_text(plan.peak_memory_bytes)} of memory on {place.device}, "
@@ -196,6 +198,12 @@ def calibration_amount(
         else:
             break
     return count, tokens
+
+
+def fits_memory(plan: Preflight, place: Place) -> bool:
+    """Whether a conversion fits what may be used; it does where the system does not tell."""
+    available = allowed_memory(place, place.device)
+    return available is None or plan.peak_memory_bytes <= available
 
 
 def allowed_memory(place: Place, device: str) -> int | None:

@@ -416,6 +416,6 @@ def test_a_mixture_by_blocks_gives_the_file_that_it_gives_as_a_whole(
     build_mixture(family).save_pretrained(tmp_path / "model")
     by_blocks, whole = tmp_path / "blocks.cvxq", tmp_path / "whole.cvxq"
     run(tmp_path / "model", by_blocks, gain=0.5)
-    monkeypatch.setattr("cvxq_converter.source.blocks.find_blocks", lambda _: [])
+    monkeypatch.setattr("cvxq_converter.source.exactness.find_blocks", lambda _: [])
     run(tmp_path / "model", whole, gain=0.5)
     assert by_blocks.read_bytes() == whole.read_bytes()

@@ -1,10 +1,11 @@
-"""Sequences to calibrate on: sampled from the model itself, or cut from a text.
+"""Sequences to calibrate on: sampled from the model itself or a copy, or cut from a text.
 
 Self-calibration samples at temperature 1 without truncation, so that the sequences follow the
 model's own distribution, the one whose change is being measured. Every document begins with the
 start token (BOS, else EOS, else a random token); after an EOS a new document begins in the same
-sequence, as in packed training data. A sequence cut from a text begins with the start token, too,
-where the tokenizer puts one before a text.
+sequence, as in packed training data. A model that memory has no room for is sampled from by a
+decoder of a copy in 4 bits, which calibrates as well as its own text does. A sequence cut from a
+text begins with the start token, too, where the tokenizer puts one before a text.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cvxq_format.text import decode_text, start_tokens
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.measure.seeds import generator_of
 from cvxq_converter.options import Calibration
 from cvxq_converter.stages import Done
 
@@ -33,7 +35,7 @@ def make_sequences(
     calibration: Calibration,
     progress: Done | None = None,
 ) -> Tensor:
-    """Return calibration tokens (S, L) int64; (0, L) for "none".
+    """Return calibration tokens (S, L) int64; (0, L) for "none". See `sample_copy` for "copy".
 
     calibration: with its number of sequences and their length; L is that, or the model's context if
     that is smaller. A text gives non-overlapping windows spread evenly over it, and must be long
@@ -67,7 +69,7 @@ def read_documents(source: str) -> list[str]:
         text = decode_text(path.read_bytes())
     except FileNotFoundError:
         raise ConversionError(
-            f"{source}: no such file; --calibration takes self, none, a .txt or a .jsonl file"
+            f"{source}: no such file; --calibration takes self, copy, none, a .txt or a .jsonl file"
         ) from None
     except UnicodeDecodeError as error:
         raise ConversionError(
@@ -206,6 +208,43 @@ def _sample(
 
         parts.append(_sample_batch(network, specials, count, length, generator, report).cpu())
     return torch.cat(parts)
+
+
+def sample_copy(
+    decoder: Any,
+    network: Any,
+    tokenizer: Any | None,
+    calibration: Calibration,
+    progress: Done | None = None,
+) -> Tensor:
+    """Return tokens (S, L) int64 that a copy of the network draws, one sequence after the other.
+
+    decoder: of the copy, as in `cvxq.lean`. network: tells the special tokens; it does not run.
+    """
+    count, length = calibration.sequences or 0, calibration.length or 0
+    length = min(length, context_length(network.config.get_text_config().to_dict()) or length)
+    specials = _special_tokens(network, tokenizer)
+    vocabulary = network.get_input_embeddings().weight.shape[0]
+    sequences = torch.empty(count, length, dtype=torch.int64)
+    for s in range(count):
+        generator = generator_of(calibration.seed, s)
+
+        def start(generator: torch.Generator = generator) -> int:
+            if specials.start is not None:
+                return specials.start
+            return int(torch.randint(vocabulary, (), generator=generator))
+
+        decoder.rewind(0)
+        token = start()
+        for position in range(length):
+            sequences[s, position] = token
+            logits = torch.as_tensor(decoder.feed([token])).float()
+            ends = token in specials.ends and token != specials.start
+            drawn = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+            token = start() if ends else drawn
+        if progress is not None:
+            progress((s + 1) * length, count * length)
+    return sequences
 
 
 @torch.inference_mode()

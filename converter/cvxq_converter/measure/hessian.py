@@ -28,7 +28,7 @@ from cvxq_converter.errors import ConversionError
 from cvxq_converter.measure.experts import pool_hessians
 from cvxq_converter.measure.moments import InputMoments
 from cvxq_converter.measure.sums import MatrixStatistics, Statistics
-from cvxq_converter.source.blocks import as_streamed
+from cvxq_converter.source.exactness import as_streamed
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.stages import Done

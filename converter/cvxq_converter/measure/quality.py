@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cvxq_converter.source.blocks import as_streamed
+from cvxq_converter.source.exactness import as_streamed
 
 HELD_BACK = 8  # one sequence in eight is kept from the measurement
 LOGIT_LIMIT = 1 << 26  # entries kept in float32: 256 MiB on disk

@@ -30,7 +30,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,8 +37,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.measure.head import HeadPass, head_pass, output_gradient
 from cvxq_converter.measure.moments import InputMoments
+from cvxq_converter.measure.seeds import generator_of
 from cvxq_converter.measure.sums import AxisSums, InputMean, MatrixStatistics, TokenWeights
-from cvxq_converter.source.blocks import States, Streamed, as_streamed
+from cvxq_converter.measure.tied import TiedRows
+from cvxq_converter.source.blocks import States, Streamed
+from cvxq_converter.source.exactness import as_streamed
 from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.stages import Done
 
@@ -75,12 +77,7 @@ def measure_statistics(
 
 
 class _Measuring:
-    """The sums of a reverse pass, and the pass.
-
-    Only the tokens of a sequence have a gradient from both uses of a tied matrix. So the head's
-    rows of those tokens wait in `_waiting` for the embedding's, and every other row is reduced and
-    freed at once.
-    """
+    """The sums of a reverse pass, and the pass."""
 
     def __init__(
         self,
@@ -101,25 +98,17 @@ class _Measuring:
         self.felt = {name: TokenWeights(S, L) for name in modules}
         self._network = streamed.network
         self.head = next((m for m in matrices if streamed.is_head(m.input_module_name)), None)
-        self.tied = self.head if self.head is not None and self.head.kind == "embedding" else None
+        self.tied: TiedRows | None = None
+        if self.head is not None and self.head.kind == "embedding":
+            self.tied = TiedRows(self.head, self.sums, streamed.scratch)
         self.some, self.first = sequences, 0  # of this round, and the number of its first
         self.targets: list[Tensor | None] = []  # of all sequences so far
         self.gradient: Tensor | None = None  # (S, L, h) of the output of the block at hand
         self.cuts: dict[tuple[int, int], list[Tensor]] = {}
         self._at, self._tokens = 0, torch.empty(0)
-        self._waiting: Tensor | None = None
-        self._parked: tuple[Tensor, Tensor, Tensor] | None = None
         self._done, self._total = 0, S * (2 * len(streamed.blocks) + 1 + bool(streamed.blocks))
         self._progress = progress
         self._stages = {matrix.name: self._stage_of(matrix) for matrix in matrices}
-
-    def _space_for_tied(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For each sequence: the waiting rows (L, K); the sums of the others, (N,) and (K,)."""
-        assert self.tied is not None
-        (N, K), (S, L) = self.tied.weight.shape, self.some.shape
-        zeros, dtype = self.streamed.scratch.zeros, self.tied.parameter.dtype
-        doubles = torch.float64
-        return zeros((S, L, K), dtype), zeros((S, N), doubles), zeros((S, K), doubles)
 
     def step(self) -> None:
         """One sequence through one block, forward or back, or through what is outside of them."""
@@ -132,7 +121,8 @@ class _Measuring:
     def run_round(self, first: int, some: Tensor) -> None:
         """Forward and back with some of the sequences, (S, L), the first of them being `first`."""
         self.first, self.some = first, some
-        self._parked = self._space_for_tied() if self.tied is not None else None
+        if self.tied is not None:
+            self.tied.begin_round(*some.shape)
         states = self.streamed.forward(some, keep=True, progress=self.step)
         with torch.enable_grad():
             self.run_head(states)
@@ -143,7 +133,7 @@ class _Measuring:
             if self.streamed.blocks:
                 self.run_front()
                 self._settle()
-        self._parked = self.gradient = None
+        self.gradient = None
 
     def run_head(self, states: States) -> None:
         """From the logits back to the output of the last block."""
@@ -199,8 +189,8 @@ class _Measuring:
         streamed, gradient = self.streamed, self.gradient
         assert gradient is not None
         for s, ids in self._each():
-            if self._parked is not None:
-                self._take_up(s)
+            if self.tied is not None:
+                self.tied.take_up(s, self._tokens)
             with self._watching(-1):
                 call = streamed.call(0, s, ids)
             outputs, gradients = [call.hidden], [gradient[s][None].to(streamed.device)]
@@ -236,8 +226,8 @@ class _Measuring:
         for matrix in self.matrices:
             if self._stages[matrix.name] == stage:
                 self.sums[matrix.name].end_sequence(self._felt_rows(matrix))
-            elif matrix is self.tied:
-                self._park()
+            elif matrix is self.head and self.tied is not None:
+                self.tied.park(self._at, self._tokens)
 
     def _felt_rows(self, matrix: Matrix) -> Tensor | None:
         """Say which rows of the output head had evidence; None for every other matrix."""
@@ -259,40 +249,11 @@ class _Measuring:
         self.felt[name].add(s, found.gradients)
         if self.moments is not None:
             self.moments.add(self.head, found.inputs, self.felt[name].values[s])
-        if self.tied is not None:
-            K = self.tied.weight.shape[1]
-            self._waiting = found.inputs.new_zeros(len(self._tokens), K)
         for rows, gradient in found.weight_gradients():
-            if self._waiting is not None:
-                own = (self._tokens >= rows.start) & (self._tokens < rows.stop)
-                tokens = self._tokens[own] - rows.start
-                self._waiting[own] = gradient[tokens]
-                gradient[tokens] = 0
+            if self.tied is not None:
+                self.tied.hold_back(gradient, rows, self._tokens)
             within = torch.arange(rows.start, rows.stop, device=gradient.device)
             self.sums[self.head.name].add(gradient, within)
-
-    def _park(self) -> None:
-        """Put what waits for the embedding's pass aside."""
-        if self._waiting is None:
-            return
-        assert self.tied is not None
-        assert self._parked is not None
-        sums, (waiting, rows, columns) = self.sums[self.tied.name], self._parked
-        waiting[self._at, : len(self._tokens)] = self._waiting
-        rows[self._at], columns[self._at] = sums.sequence_rows, sums.sequence_columns
-        sums.sequence_rows.zero_()
-        sums.sequence_columns.zero_()
-        self._waiting = None
-
-    def _take_up(self, s: int) -> None:
-        """Take what waited for the embedding's pass of a sequence."""
-        assert self.tied is not None
-        assert self._parked is not None
-        sums, (waiting, rows, columns) = self.sums[self.tied.name], self._parked
-        device = self.streamed.device
-        self._waiting = waiting[s, : len(self._tokens)].to(device, copy=True)
-        sums.sequence_rows.copy_(rows[s])
-        sums.sequence_columns.copy_(columns[s])
 
     @contextmanager
     def _watching(self, stage: int) -> Iterator[None]:
@@ -356,7 +317,7 @@ class _Measuring:
     def _watch(self, matrix: Matrix) -> list[Callable[[], None]]:
         """Attach the hooks of one matrix and return the steps that undo it."""
         undo: list[Callable[[], None]] = []
-        if matrix is self.head and matrix is not self.tied:
+        if matrix is self.head and self.tied is None:
             return undo  # whose gradient `run_head` makes
         table = self._network.get_submodule(matrix.module_name)
         matrix.parameter.requires_grad_(True)
@@ -377,13 +338,10 @@ class _Measuring:
         part = gradient.coalesce()
         rows, values = part.indices()[0], part.values()
         sums.add_lookups(values)
-        if matrix is not self.tied:
+        if matrix is self.head and self.tied is not None:
+            self.tied.add_lookups(rows, values, self._tokens)
+        else:
             sums.add(values, rows)
-            return
-        assert self._waiting is not None
-        self._waiting.index_add_(0, torch.searchsorted(self._tokens, rows), values)
-        sums.add(self._waiting, self._tokens)
-        self._waiting = None
 
     def finish(self) -> dict[str, MatrixStatistics]:
         """Turn sums into statistics, by matrix name."""
@@ -397,12 +355,6 @@ class _Measuring:
             if self.moments is not None:
                 self.moments.add_lookups(matrix, found[matrix.name].lookup_moment)
         return found
-
-
-def generator_of(seed: int, sequence: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """The generator that one sequence draws from."""
-    mixed = int(np.random.SeedSequence((seed, sequence)).generate_state(1)[0])
-    return torch.Generator(device=device).manual_seed(mixed)
 
 
 def _set(module: nn.Module, name: str, value: Any) -> Callable[[], None]:

@@ -108,14 +108,21 @@ def quantize_rtn(
 
 @torch.no_grad()
 def quantize_network_rtn(
-    loaded: LoadedModel, target: Target, method: Method, stages: Stages
+    loaded: LoadedModel,
+    target: Target,
+    method: Method,
+    stages: Stages,
+    stage: str = "quantize",
 ) -> Quantized:
-    """Quantize every matrix of a network; ConversionError unless the depth is a whole number."""
+    """Quantize every matrix of a network; ConversionError unless the depth is a whole number.
+
+    stage: what this is called to whoever waits for it.
+    """
     if target.bits is None or target.bits not in range(1, 9):
         raise ConversionError("--method rtn takes whole --bits from 1 to 8, of the codes alone")
     codebook = rtn_codebook()
     tensors = {}
-    with stages.stage("quantize") as done:
+    with stages.stage(stage) as done:
         for i, matrix in enumerate(loaded.matrices):
             tensors[matrix.name] = quantize_rtn(
                 loaded.originals[matrix.name].cpu(),

@@ -5,9 +5,8 @@ they are given: masks, rotary angles, scaled embeddings, per-layer inputs, soft-
 computed as the architecture has it, and nothing here knows any. A block runs for all sequences
 before the next one does; what lies between two blocks lies in scratch files.
 
-Whether this gives what the network gives as a whole is tried, with weights that take no memory,
-before it is relied on. A network that it does not hold for is taken as one piece: no block, and
-everything in memory.
+Whether this gives what the network gives as a whole is tried before it is relied on (`exactness`).
+A network that it does not hold for is taken as one piece: no block, and everything in memory.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from cvxq_converter.errors import ConversionError
 from cvxq_converter.source.scratch import Scratch
 
 LOGITS = 1 << 23  # entries of logits that are looked at together
-_TRIED_TOKENS = 12
-_TOLERANCE = 1e-4  # of the largest logit or gradient, between whole and by blocks
 
 Values = Callable[[str, nn.Parameter], Tensor]  # by parameter name: what it holds
 States = list[Tensor]  # (S, L, hidden) each
@@ -80,12 +77,18 @@ def find_blocks(network: nn.Module) -> list[str]:
 class Streamed:
     """A network by blocks.
 
-    network: its matrices may be hollow. values: gives what a parameter holds when it is needed;
-    None for a network that holds everything itself. sequence: the number of the one at hand.
+    network: its matrices may be hollow. names: of its blocks, none for a network in one piece.
+    values: gives what a parameter holds when it is needed; None for a network that holds everything
+    itself. sequence: the number of the one at hand. forms: length of the tuple that a block
+    returns, None for a tensor. before: names of the modules that run before the first block.
     """
 
     def __init__(
-        self, network: Any, values: Values | None = None, scratch: Scratch | None = None
+        self,
+        network: Any,
+        names: list[str],
+        values: Values | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.network = network
         self.values = values
@@ -93,17 +96,12 @@ class Streamed:
         self.head = network.get_output_embeddings()
         if self.head is None:
             raise ConversionError(f"{type(network).__name__} has no output layer; not supported")
-        self._take(find_blocks(network))
-        self._before: set[str] = set()
-        try:
-            self._try()
-        except _NotExactError:
-            self._take([])
-
-    def _take(self, names: list[str]) -> None:
         self.names = names
-        self.blocks = [self.network.get_submodule(name) for name in names]
-        self._forms: list[int | None] = [None] * len(names)  # of what a block returns
+        self.blocks = [network.get_submodule(name) for name in names]
+        self._project = self.head.forward
+        self._real = [block.forward for block in self.blocks]
+        self.forms: list[int | None] = [None] * len(names)
+        self.before: set[str] = set()
         self._more: dict[tuple[int, int], tuple[Any, ...]] = {}  # and what beside its output
         self._stop: int | None = None
         self._last: Tensor | None = None
@@ -124,7 +122,7 @@ class Streamed:
         for i, name in enumerate(self.names):
             if module_name.startswith(f"{name}."):
                 return i
-        return -1 if self.blocks and module_name in self._before else len(self.blocks)
+        return -1 if self.blocks and module_name in self.before else len(self.blocks)
 
     # --- weights --------------------------------------------------------------------------------
 
@@ -158,15 +156,11 @@ class Streamed:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Put stubs in the places of the blocks, and have everything outside of them in memory."""
-        with self.filled():
+        with self.filled(), contextlib.ExitStack() as stack:
             for i, block in enumerate(self.blocks):
-                block.forward = self._stub(i)
-            try:
-                yield
-            finally:
-                self._more.clear()
-                for block in self.blocks:
-                    del block.forward
+                stack.enter_context(_forward_of(block, self._stub(i)))
+            yield
+            self._more.clear()
 
     def _stub(self, i: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -176,7 +170,7 @@ class Streamed:
                 raise _Reached
             is_last = i == len(self.blocks) - 1
             out = self._last if is_last and self._last is not None else hidden
-            form = self._forms[i]
+            form = self.forms[i]
             if form is None:
                 return out
             return (out, *self._more.get((i, self.sequence), (None,) * (form - 1)))
@@ -188,7 +182,7 @@ class Streamed:
         self._stop, self._last, self.sequence = i, None, s
         try:
             with contextlib.suppress(_Reached):
-                self._run(ids)
+                self.run(ids)
             assert self._reached is not None
             found, self._reached = self._reached, None
             return _cut(found) if torch.is_grad_enabled() else found
@@ -202,12 +196,8 @@ class Streamed:
             args = (hidden, *args[1:])
         else:
             kwargs = {**kwargs, "hidden_states": hidden}
-        block = self.blocks[i]
-        stub = block.__dict__.pop("forward")
-        try:
-            out = block(*args, **kwargs)
-        finally:
-            block.forward = stub
+        with _forward_of(self.blocks[i], self._real[i]):
+            out = self.blocks[i](*args, **kwargs)
         if not isinstance(out, tuple):
             return out
         more = pytree.tree_map(lambda t: t.detach() if torch.is_tensor(t) else t, out[1:])
@@ -258,19 +248,19 @@ class Streamed:
             found.append(x)
             raise _Reached
 
-        with self._heading(take), contextlib.suppress(_Reached):
+        with _forward_of(self.head, take), contextlib.suppress(_Reached):
             self._finish(s, ids, last)
         return found[0]
 
     def logits(self, s: int, ids: Tensor, last: Tensor | None, projected: Tensor) -> Tensor:
         """What the network makes of the output layer's output, (1, M, V), for some tokens."""
-        with self._heading(lambda _: projected):
+        with _forward_of(self.head, lambda _: projected):
             found: Tensor = self._finish(s, ids, last).logits
         return found
 
     def project(self, x: Tensor) -> Tensor:
         """The output layer's output for its input (1, M, K)."""
-        found: Tensor = type(self.head).forward(self.head, x)
+        found: Tensor = self._project(x)
         return found
 
     def parts(self, length: int) -> list[slice]:
@@ -292,122 +282,27 @@ class Streamed:
     def _finish(self, s: int, ids: Tensor, last: Tensor | None) -> Any:
         self._last, self.sequence = last, s
         try:
-            return self._run(ids)
+            return self.run(ids)
         finally:
             self._last = None
 
-    def _run(self, ids: Tensor) -> Any:
+    def run(self, ids: Tensor) -> Any:
+        """What the network makes of tokens (L,): as a whole, unless inside of `opened`."""
         return self.network(input_ids=ids[None].to(self.device), use_cache=False)
 
-    @contextmanager
-    def _heading(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        self.head.forward = forward
-        try:
-            yield
-        finally:
-            del self.head.forward
 
-    # --- trying ---------------------------------------------------------------------------------
-
-    def _try(self) -> None:
-        """Compare both ways on a few tokens; raises _NotExactError where they differ."""
-        if not self.blocks:
-            raise _NotExactError
-        network, values, head = self.network, self.values, self.head
-        context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-        ids = torch.arange(min(_TRIED_TOKENS, context or _TRIED_TOKENS)) % len(
-            network.get_input_embeddings().weight
-        )
-        self.values = _made_up if values is not None else None
-        flags = {p: p.requires_grad for p in network.parameters()}
-        training = network.training
-        network.eval().requires_grad_(False)
-        table = network.get_input_embeddings()
-        felt = table.register_forward_hook(lambda _, __, out: out.requires_grad_())
-        everything: list[nn.Parameter] = []
-        try:
-            everything = self.fill(network.named_parameters())
-            with torch.enable_grad():
-                expected = self._whole(ids)
-                found = self._by_blocks(ids)
-            for ours, theirs in zip(found, expected, strict=True):
-                error = float((ours - theirs).abs().max())
-                if not error <= _TOLERANCE * float(theirs.abs().max()):
-                    raise _NotExactError
-        except (_NotExactError, ConversionError):
-            raise _NotExactError from None
-        except Exception as error:  # whatever an architecture's code makes of the stubs
-            raise _NotExactError from error
-        finally:
-            felt.remove()
-            empty(everything)
-            self.values = values
-            network.train(training)
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-            for module in (*self.blocks, head):
-                module.__dict__.pop("forward", None)
-
-    def _whole(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and their gradient at the input of the first block; notes forms and order."""
-        order: list[int] = []
-        inputs: list[Tensor] = []
-        hooks = []
-
-        def note(i: int) -> Callable[[Any, Any, Any], None]:
-            def after(_: Any, __: Any, out: Any) -> None:
-                order.append(i)
-                self._forms[i] = len(out) if isinstance(out, tuple) else None
-
-            return after
-
-        def first(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs.append(args[0] if args else kwargs["hidden_states"])
-            inputs[0].retain_grad()
-
-        def before(name: str) -> Callable[[Any, Any], None]:
-            return lambda *_: None if inputs else self._before.add(name)
-
-        hooks = [b.register_forward_hook(note(i)) for i, b in enumerate(self.blocks)]
-        hooks.append(self.blocks[0].register_forward_pre_hook(first, with_kwargs=True))
-        hooks += [m.register_forward_pre_hook(before(n)) for n, m in self.network.named_modules()]
-        try:
-            logits = self._run(ids).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if order != list(range(len(self.blocks))):
-            raise _NotExactError
-        logits.backward(_direction(logits))
-        assert inputs[0].grad is not None
-        return logits.detach(), inputs[0].grad
-
-    def _by_blocks(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        with self.opened():
-            states = [s.to(self.device) for s in self.forward(ids[None], keep=True)]
-            last = states.pop().requires_grad_()
-            x = self.head_input(0, ids, last)
-            middle = max(1, len(ids) // 2)
-            halves = [self.project(x[:, p]) for p in (slice(middle), slice(middle, None))]
-            logits = torch.cat([self.logits(0, ids, last, half) for half in halves], 1)
-            logits.backward(_direction(logits))
-            assert last.grad is not None
-            gradient = last.grad
-            for i in reversed(range(len(self.blocks))):
-                hidden = states.pop().requires_grad_()
-                self.run_block(i, 0, self.call(i, 0, ids), hidden).backward(gradient)
-                assert hidden.grad is not None
-                gradient = hidden.grad
-        return logits.detach(), gradient
-
-
-class _NotExactError(Exception):
-    """Block by block, the network does not give what it gives as a whole."""
-
-
-def as_streamed(network: Any) -> Streamed:
-    """A network by blocks, from one or from one that is whole in memory."""
-    return network if isinstance(network, Streamed) else Streamed(network)
+@contextmanager
+def _forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else for a while."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def empty(parameters: Iterable[nn.Parameter]) -> None:
@@ -427,17 +322,3 @@ def _cut(call: Call) -> Call:
             origins.append(item)
     args, kwargs = pytree.tree_unflatten(flat, spec)
     return Call(args, kwargs, call.hidden, tuple(cuts), tuple(origins))
-
-
-def _direction(logits: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(logits.shape, generator=generator).to(logits)
-
-
-def _made_up(name: str, parameter: nn.Parameter) -> Tensor:
-    """Random weights in a shape, overlapping so that they take next to no memory."""
-    strides = [1] * parameter.ndim
-    size = sum(parameter.shape)
-    generator = torch.Generator().manual_seed(len(name))
-    pool = torch.randn(size, generator=generator) * parameter.shape[-1] ** -0.5
-    return pool.to(parameter.device, parameter.dtype).as_strided(parameter.shape, strides)

@@ -28,6 +28,7 @@ from cvxq_converter.source.checkpoint import (
     source_names,
 )
 from cvxq_converter.source.decoding import describe
+from cvxq_converter.source.exactness import stream
 from cvxq_converter.source.experts import expert_parameters, expert_values
 from cvxq_converter.source.leftovers import leftover_notice
 from cvxq_converter.source.matrices import Matrix, find_matrices
@@ -217,7 +218,7 @@ def load_model(source: Source, options: ConversionOptions) -> LoadedModel:
     originals = Weights(stored, matrices)
     return LoadedModel(
         source=source,
-        streamed=Streamed(network, originals.value, scratch),
+        streamed=stream(network, originals.value, scratch),
         names=names,
         matrices=matrices,
         originals=originals,

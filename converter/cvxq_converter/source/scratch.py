@@ -7,6 +7,7 @@ becomes of the process.
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -37,10 +38,7 @@ class Scratch:
             return torch.zeros(*shape, dtype=dtype)
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                if hasattr(os, "posix_fallocate"):  # else a full disk would end the process later
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
+                _reserve(file.fileno(), size)
                 mapping = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise ConversionError(
@@ -53,3 +51,14 @@ class Scratch:
         """The values of a tensor in a file."""
         stored = self.zeros(tensor.shape, tensor.dtype)
         return stored.copy_(tensor)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Make a file of `size` bytes; OSError if the disk has no room, which would show too late."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:  # not on every system, nor on every file system
+        unknown = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+        if isinstance(error, OSError) and error.errno not in unknown:
+            raise
+        os.ftruncate(descriptor, size)

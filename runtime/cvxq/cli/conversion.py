@@ -57,7 +57,7 @@ _MEASURING = (
     click.option("--keep", multiple=True, metavar="PATTERN",
                  help="Leave these matrices in 16 bits."),
     click.option("--calibration", default="self", show_default=True,
-                 help="self, none, FILE.txt or FILE.jsonl."),
+                 help="self, copy, none, FILE.txt or FILE.jsonl."),
     click.option("--sequences", type=click.IntRange(min=1), help="Calibration sequences."),
     click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),

@@ -190,7 +190,7 @@ Write = Callable[[Path], Any]
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("a.txt", lambda path: None, "no such file; --calibration takes self, none"),
+        ("a.txt", lambda path: None, "no such file; --calibration takes self, copy, none"),
         ("a.txt", lambda path: path.mkdir(), "cannot be read"),
         ("a.txt", lambda path: path.write_bytes(b""), "no text in it"),
         ("a.txt", lambda path: path.write_bytes(b" \n\t\n"), "no text in it"),

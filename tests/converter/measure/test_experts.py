@@ -14,7 +14,8 @@ from cvxq_converter.measure import experts as pooling
 from cvxq_converter.measure.hessian import Feedback, InverseFactor, input_hessians
 from cvxq_converter.measure.measurement import load_measurement
 from cvxq_converter.measure.moments import InputMoments
-from cvxq_converter.measure.statistics import generator_of, measure_statistics
+from cvxq_converter.measure.seeds import generator_of
+from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import load_model

@@ -12,7 +12,8 @@ from cvxq_converter.errors import ConversionError
 from cvxq_converter.measure.head import output_gradient
 from cvxq_converter.measure.measurement import FIELDS
 from cvxq_converter.measure.moments import InputMoments
-from cvxq_converter.measure.statistics import generator_of, measure_statistics
+from cvxq_converter.measure.seeds import generator_of
+from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.source.checkpoint import Matrix, find_matrices, open_source
 from cvxq_converter.source.loaded import load_model
@@ -308,3 +309,31 @@ def test_rounds_give_the_same(architecture: str, build_network: Any) -> None:
                 a, b = (getattr(s[matrix.name], field) for s in (one, statistics))
                 np.testing.assert_array_equal(a, b)
             assert torch.equal(moments_found[matrix.name], hessians[matrix.name])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2"])
+def test_a_network_in_one_piece_is_measured_alike(
+    architecture: str, save_network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(1))
+
+    def measured() -> tuple[int, dict[str, Any], dict[str, torch.Tensor]]:
+        source = open_source(str(save_network(architecture)))
+        loaded = load_model(source, ConversionOptions.of(bits=4.0))
+        moments = InputMoments(Scratch(), sequences.numel())
+        statistics = measure_statistics(
+            loaded.streamed, loaded.matrices, sequences, "kl", 2, moments=moments
+        )
+        return len(loaded.streamed.blocks), statistics, moments.found
+
+    blocks, expected, hessians = measured()
+    monkeypatch.setattr("cvxq_converter.source.exactness.find_blocks", lambda _: [])
+    none, found, moments = measured()
+    assert (blocks, none) == (2, 0)
+    for name, statistics in expected.items():
+        for field in FIELDS:
+            a, b = getattr(statistics, field), getattr(found[name], field)
+            assert (a is None) == (b is None)
+            if a is not None:
+                np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-7 * float(np.abs(a).max()))
+        torch.testing.assert_close(moments[name], hessians[name], rtol=1e-4, atol=1e-6)

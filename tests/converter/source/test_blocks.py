@@ -12,6 +12,7 @@ from cvxq_converter.errors import ConversionError
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.source.blocks import Streamed, is_hollow
 from cvxq_converter.source.checkpoint import load_network, open_source
+from cvxq_converter.source.exactness import stream
 from cvxq_converter.source.loaded import LoadedModel, load_model
 
 Save = Callable[..., Path]
@@ -170,11 +171,11 @@ def test_blocks_that_share_a_state_are_taken_as_one_piece(build_network: Any) ->
         return forward(second, hidden + remembered[0], **rest)
 
     first.forward, second.forward = remember, mix
-    streamed = Streamed(network)
+    streamed = stream(network)
     assert streamed.blocks == []
     torch.testing.assert_close(logits_by_blocks(streamed), logits_of(network))
 
 
 def test_a_network_without_an_output_layer_is_refused(build_network: Any) -> None:
     with pytest.raises(ConversionError, match="LlamaModel has no output layer"):
-        Streamed(build_network("llama").model)
+        stream(build_network("llama").model)

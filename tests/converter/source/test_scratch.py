@@ -47,3 +47,20 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ConversionError, match=r"no room for 4 MB of temporary data \(No space"):
         Scratch(tmp_path).zeros((1 << 20,), torch.float32)
     Scratch(tmp_path).zeros((4,), torch.float32)  # small ones need no file
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, None])
+def test_file_systems_that_cannot_reserve_will_do(
+    code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: int) -> None:
+        assert code is not None
+        raise OSError(code, os.strerror(code))
+
+    if code is None:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", cannot, raising=False)
+    stored = Scratch(tmp_path).zeros((1 << 20,), torch.float32)
+    stored[-1] = 2
+    assert float(stored.sum()) == 2

@@ -85,6 +85,7 @@ def test_every_option_reaches_the_converter(taken: Callable[..., tuple[Any, ...]
         "--sequences", 5, "--length", 64, "--seed", 7, "--metric", "logits", "--iterations", 2,
         "--method", "rtn", "--group-size", 32, "--partitions", 4, "--revision", "main",
         "--device", "cuda", "--dtype", "bfloat16",
+        "--memory", "8GB", "--disk", "50GB", "--scratch", Path(__file__).parent,
     )[2]  # fmt: skip
     expected = {
         "bits": None,
@@ -102,6 +103,9 @@ def test_every_option_reaches_the_converter(taken: Callable[..., tuple[Any, ...]
         "revision": "main",
         "device": "cuda",
         "dtype": torch.bfloat16,
+        "memory": 8 * 10**9,
+        "disk": 50 * 10**9,
+        "scratch": Path(__file__).parent,
     }
     records = (options.target, options.calibration, options.method, options.place)
     found = {name: value for record in records for name, value in vars(record).items()}
@@ -119,6 +123,8 @@ def test_use_that_cannot_be_right(fails: Fails, tmp_path: Path) -> None:
         assert expected in fails(2, "convert", "model", "-o", target, *words)
     assert "Missing option '--output'" in fails(2, "convert", "model", "--bits", 3)
     assert "is not a size" in fails(2, "convert", "model", "-o", target, "--size", "big")
+    scratch = ("--bits", 3, "--scratch", tmp_path / "none")
+    assert "does not exist" in fails(2, "convert", "model", "-o", target, *scratch)
     assert "is a folder" in fails(3, "convert", "model", "-o", tmp_path, "--bits", 3)
     bits = ("convert", "model", "-o", target, "--bits", 3)
     assert "is a file" in fails(3, *bits, "--report", Path(__file__))
