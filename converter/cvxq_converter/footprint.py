@@ -16,8 +16,8 @@ from cvxq_converter.source.checkpoint import Source
 from cvxq_converter.source.scratch import Scratch
 from cvxq_converter.write.proof import MOST_PLACES as PROOF_PLACES
 
-_BASE_BYTES = 300 << 20  # interpreter, torch and transformers, loaded
-_QUANTIZER_BYTES = 20  # per weight that is quantized together: copies in the order of the columns
+_BASE_BYTES = 400 << 20  # interpreter, torch and transformers, loaded
+_QUANTIZER_BYTES = 16  # per weight that is quantized together: copies in the order of the columns
 _CODE_BYTES = 3  # per weight of the matrix at hand: codes, before and after they are packed
 _PLAN_BYTES = 0.25  # per quantized weight: worths of its group, as long as bits are allocated
 _MOMENT_BYTES = 0.25  # per quantized weight, of its group
@@ -56,7 +56,7 @@ def peak_memory(
         activations = tokens * (18 * shape.hidden + 6 * shape.inner) * element
         sums = 32 * shape.vocabulary + 4 * shape.largest_weights // 8
         stages.append(in_memory + activations + logits + sums)
-        stages.append(in_memory + logits + result + plans + 4 * shape.largest_weights)
+        stages.append(in_memory + logits + result + plans + shape.largest_weights)
     if count and options.calibration.source == "self":
         stages.append(sampling_bytes(source, shape, options, count, tokens))
     if count and options.calibration.source == "copy":  # packed, and the decoder's own
