@@ -226,9 +226,12 @@ def load_hollow(stored: Any, dtype: torch.dtype, device: str | torch.device = "c
         if name not in of_experts:
             values[name] = parameter.data if parameter.ndim < 2 else hollow(parameter, dtype)
     attention = attention_options(stored.config.get_text_config().to_dict())
+    config = copy.deepcopy(stored.config)
+    if hasattr(config, "output_router_logits"):  # for training; they are of all blocks at once
+        config.output_router_logits = False
     with quiet_transformers():
         network = type(stored).from_pretrained(
-            None, config=copy.deepcopy(stored.config), state_dict=values, dtype=dtype, **attention
+            None, config=config, state_dict=values, dtype=dtype, **attention
         )
     network.generation_config = stored.generation_config
     unstack(network)
