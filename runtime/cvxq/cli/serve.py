@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from concurrent.futures import ThreadPoolExecutor
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -97,13 +98,14 @@ def command(
     names = [file.stem for file in files]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise click.UsageError(f"two files are called {twice}; rename one")
-    with ThreadPoolExecutor(1) as beside:  # importing takes as long as loading a small model
-        module = beside.submit(importlib.import_module, "cvxq.serve.run")
+    with _undisturbed():
+        # Not beside the imports below: threads that share one interpreter would take longer.
         models = {
             name: load_model(file, weights, device, threads, context)
             for name, file in zip(names, files, strict=True)
         }
-        run = module.result().run
+        from cvxq.serve.run import run
+
     run(
         models,
         host=host,
@@ -115,6 +117,17 @@ def command(
         sessions=sessions,
         say=lambda text: click.echo(text, err=True),
     )
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Look for no garbage meanwhile, nor among what was made, later: starting leaves none."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _keys(given: tuple[str, ...]) -> list[str]:

@@ -52,6 +52,7 @@ def worker(app: FastAPI) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         log_level="warning",
+        ws="none",
         access_log=False,
         timeout_keep_alive=_KEPT,
         timeout_graceful_shutdown=_GRACE,
