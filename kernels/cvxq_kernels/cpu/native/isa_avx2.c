@@ -124,15 +124,19 @@ INLINE void add_to(__m256i *sums, __m256i products) {
     __asm__("" : "+x"(*sums));
 }
 
-/* Half a block of depth 1–4, `units` units of it. */
+/* Half a block of depth 1–4, `units` units of it. What lies a region ahead of `soon` is asked for on
+ * the way, as much as half the block has: all at once would keep those buffers busy through which
+ * this block's loads get their lines from the second cache. */
 INLINE void narrow_half(const run_job *job, const int depth, const int strips, const int batch,
-                        const uint8_t *half, int64_t block, int64_t units, float *out) {
+                        const uint8_t *half, const uint8_t *soon, int64_t block, int64_t units,
+                      float *out) {
     const int joined = depth < 4 ? 2 : 1; /* quads whose products are added in 16 bits */
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[BATCH][4];
     UNROLL for (int m = 0; m < batch; m++) UNROLL for (int s = 0; s < strips; s++)
         sums[m][s] = _mm256_set1_epi32(job->inputs[m].start[block]);
-    for (int64_t u = 0; u < units; u++, half += VECTOR * depth)
+    for (int64_t u = 0; u < units; u++, half += VECTOR * depth, soon += HALF * depth) {
+        fetch_region(soon, soon + HALF * depth);
         UNROLL for (int q = 0; q < UNIT / strips; q += joined)
             UNROLL for (int s = 0; s < strips; s++) {
                 __m256i levels[2];
@@ -146,6 +150,7 @@ INLINE void narrow_half(const run_job *job, const int depth, const int strips, c
                     add_to(&sums[m][s], _mm256_madd_epi16(sum, ones));
                 }
             }
+    }
     UNROLL for (int m = 0; m < batch; m++) UNROLL for (int s = 0; s < strips; s++)
         add_scaled(out + m * TILE + s * STRIP, _mm256_cvtepi32_ps(sums[m][s]),
                    job->inputs[m].scale[block]);
@@ -154,13 +159,15 @@ INLINE void narrow_half(const run_job *job, const int depth, const int strips, c
 /* Half a block of depth 5–8: a sum for columns 0 and 1 of a quad and one for 2 and 3, of rows 0 and 1
  * of four in `sums[0]`, of rows 2 and 3 in `sums[1]`. */
 INLINE void wide_half(const run_job *job, const int depth, const int strips, const int batch,
-                      const uint8_t *half, int64_t block, int64_t units, float *out) {
+                      const uint8_t *half, const uint8_t *soon, int64_t block, int64_t units,
+                      float *out) {
     const cvxq_nibble_tables *t = &job->tables->nibble;
     __m256i sums[BATCH][4][2];
     UNROLL for (int m = 0; m < batch; m++) UNROLL for (int s = 0; s < strips; s++)
         sums[m][s][0] = sums[m][s][1] =
             _mm256_set1_epi64x((uint32_t)job->inputs[m].start[block]);
-    for (int64_t u = 0; u < units; u++, half += VECTOR * depth)
+    for (int64_t u = 0; u < units; u++, half += VECTOR * depth, soon += HALF * depth) {
+        fetch_region(soon, soon + HALF * depth);
         UNROLL for (int q = 0; q < UNIT / strips; q++)
             UNROLL for (int s = 0; s < strips; s++) {
                 const index_t index = wide_index(depth, q * strips + s, half);
@@ -176,6 +183,7 @@ INLINE void wide_half(const run_job *job, const int depth, const int strips, con
                         add_to(&sums[m][s][p], _mm256_madd_epi16(levels[p], x));
                 }
             }
+    }
     UNROLL for (int m = 0; m < batch; m++) UNROLL for (int s = 0; s < strips; s++)
         add_scaled(out + m * TILE + s * STRIP,
                    _mm256_hadd_ps(_mm256_cvtepi32_ps(sums[m][s][0]),
@@ -189,14 +197,13 @@ INLINE void run(const run_job *job, const int depth, const int strips, const int
     int64_t block = job->block;
     for (int64_t left = job->columns; left > 0; left -= BLOCK, block++) {
         const int64_t units = (min_of(left, BLOCK) + per_unit - 1) / per_unit;
-        fetch_region(unit, unit + units * VECTOR * depth);
         for (int h = 0; h < 2; h++) {
-            const uint8_t *half = unit + HALF * h;
+            const uint8_t *half = unit + HALF * h, *soon = unit + units * HALF * depth * h;
             float *sums = job->sums + STRIP / 2 * h;
             if (depth <= NARROW)
-                narrow_half(job, depth, strips, batch, half, block, units, sums);
+                narrow_half(job, depth, strips, batch, half, soon, block, units, sums);
             else
-                wide_half(job, depth, strips, batch, half, block, units, sums);
+                wide_half(job, depth, strips, batch, half, soon, block, units, sums);
         }
         unit += units * VECTOR * depth;
     }
@@ -320,6 +327,9 @@ INLINE int32_t whole_sum(__m256i v) {
     return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
 }
 
+/* At most FLT_MAX. Unlike this, fminf is a call, which keeps no vector in its register. */
+INLINE float capped(float v) { return v < FLT_MAX ? v : FLT_MAX; }
+
 /* Sums of the magnitudes that vpmaddubsw adds up, with the four of the other quad at depths 1–3. */
 INLINE __m256 joined_sizes(const int depth, __m256 sizes) {
     if (depth < 4) sizes = _mm256_add_ps(sizes, _mm256_permute2f128_ps(sizes, sizes, 1));
@@ -346,10 +356,10 @@ INLINE void round_block(const int depth, const float *scaled, int64_t count, int
     float step = largest_of(most_bits) / (depth <= NARROW ? INT8_MAX : MOST_WHOLE);
     if (depth <= NARROW) { /* each may be rounded up by half */
         const int most = depth < 4 ? INT16_MAX / MOST_JOINED - 2 : INT16_MAX / MOST_PAIRED - 1;
-        const float least = fminf(largest_of(joined_bits), FLT_MAX) / (float)most;
+        const float least = capped(largest_of(joined_bits)) / (float)most;
         if (step < least) step = least;
     }
-    const __m256 factor = _mm256_set1_ps(step > 0 ? fminf(1 / step, FLT_MAX) : 0);
+    const __m256 factor = _mm256_set1_ps(step > 0 ? capped(1 / step) : 0);
     __m256i whole[BLOCK / 8];
     UNROLL for (int j = 0; j < BLOCK / 8; j++) {
         whole[j] = _mm256_cvtps_epi32(_mm256_mul_ps(y[j], factor));
