@@ -142,6 +142,7 @@ struct cvxq_matrix {
     int64_t outputs, inputs, bytes;
     float *bias;       /* (N,), or NULL */
     float *row_scales; /* (N,), or NULL; only of packed ones */
+    float *lane_scales, *lane_bias; /* (tiles, 64): the same, lane by lane */
     cvxq_item *items;
     int64_t item_count;
     uint8_t *codes; /* units, or dense weights, or bit planes */

@@ -134,6 +134,8 @@ void cvxq_matrix_free(cvxq_matrix *w) {
     if (w->codes) cvxq_arena_free_in(w->codes, (size_t)w->code_bytes, w->file);
     free(w->bias);
     free(w->row_scales);
+    free(w->lane_scales);
+    free(w->lane_bias);
     free(w->items);
     free(w->tables);
     free(w->scale_codes);

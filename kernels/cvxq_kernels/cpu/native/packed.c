@@ -50,15 +50,12 @@ size_t cvxq_packed_scratch(const cvxq_matrix *w, int exact) {
 /* Values of one tile's lanes from sums of products, whatever stands in lanes without an output. */
 static void finish(const cvxq_job *job, int64_t tile, const float *sums, float mean, float *out) {
     const cvxq_matrix *w = job->weight;
-    const int32_t *targets = w->targets + tile * TILE;
     const int lanes = w->tiles[tile].strips * STRIP;
     for (int lane = 0; lane < lanes; lane++) out[lane] = sums[lane] + mean;
-    if (w->row_scales)
-        for (int lane = 0; lane < lanes; lane++)
-            out[lane] *= w->row_scales[targets[lane] < 0 ? 0 : targets[lane]];
-    if (w->bias)
-        for (int lane = 0; lane < lanes; lane++)
-            out[lane] += w->bias[targets[lane] < 0 ? 0 : targets[lane]];
+    if (w->lane_scales)
+        for (int lane = 0; lane < lanes; lane++) out[lane] *= w->lane_scales[tile * TILE + lane];
+    if (w->lane_bias)
+        for (int lane = 0; lane < lanes; lane++) out[lane] += w->lane_bias[tile * TILE + lane];
 }
 
 /* sums[row] += level · input for one unit, in float32. */
@@ -93,6 +90,16 @@ static void exact_tile(const cvxq_matrix *w, const cvxq_cluster *cluster, const 
     }
 }
 
+/* Fetch what is read when an item's sums are there. */
+static void fetch_finish(const cvxq_matrix *w, const cvxq_item *item) {
+    const int64_t first = item->first_tile * TILE, end = first + item->tiles * TILE;
+    for (int64_t lane = first; lane < end; lane += 16) {
+        __builtin_prefetch(w->targets + lane);
+        if (w->lane_scales) __builtin_prefetch(w->lane_scales + lane);
+        if (w->lane_bias) __builtin_prefetch(w->lane_bias + lane);
+    }
+}
+
 void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, float *results, void *scratch) {
     const cvxq_matrix *w = job->weight;
     const cvxq_ops *ops = cvxq_ops_in_use();
@@ -102,6 +109,7 @@ void cvxq_packed_item(const cvxq_job *job, const cvxq_item *item, float *results
     const uint8_t *soon = w->codes + w->tiles[item->first_tile].codes;
     workspace space;
     lay_out(w, job->exact, scratch, &space);
+    fetch_finish(w, item);
     int batch;
     for (int64_t m = 0; m < job->m; m += batch) {
         batch = job->m - m >= 4 ? 4 : job->m - m >= 2 ? 2 : 1;

@@ -138,6 +138,14 @@ static int plan_tiles(cvxq_matrix *w, const cvxq_companded *source, const int64_
     return 1;
 }
 
+/* values (N,) in the order of the tiles' lanes; NULL without memory. */
+static float *in_lanes(cvxq_matrix *w, const float *values) {
+    float *made = calloc((size_t)(w->tile_count * TILE), sizeof *made);
+    for (int64_t n = 0; made && n < w->outputs; n++) made[w->places[n]] = values[n];
+    w->bytes += 4 * TILE * w->tile_count;
+    return made;
+}
+
 /* One run of a tile, any shape; `first` is the tile's first row in the cluster. */
 static void repack_run(const cvxq_run *run, const uint8_t *codes, const int64_t *starts, int strips,
                        int64_t plane, int64_t first, uint8_t *out) {
@@ -261,6 +269,8 @@ int cvxq_repack(cvxq_pool *pool, cvxq_matrix *w, const cvxq_companded *source) {
                find_clusters(source, found, first_row, first_row + count + 1) ==
                    source->code_bytes &&
                plan_clusters(w, source, found) && plan_tiles(w, source, first_row) &&
+               (!w->row_scales || (w->lane_scales = in_lanes(w, w->row_scales))) &&
+               (!w->bias || (w->lane_bias = in_lanes(w, w->bias))) &&
                (w->codes = cvxq_arena_new_in((size_t)w->code_bytes, w->file));
     if (is_whole) {
         cvxq_pool_each(pool, repack_on, &job, count);
