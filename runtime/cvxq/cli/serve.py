@@ -121,12 +121,11 @@ def command(
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Look for no garbage meanwhile, nor among what was made, later: starting leaves none."""
+    """Look for no garbage meanwhile: starting leaves next to none."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()
 
 
