@@ -164,7 +164,8 @@ def _run(module: Any, expert: Expert, x: torch.Tensor) -> torch.Tensor:
         joined = torch.stack(both, -1).flatten(-2) if takes_turns else torch.cat(both, -1)
         inner = module._apply_gate(joined)
     out: torch.Tensor = expert.down_proj(inner)
-    return module.post_expert_norm(out) if module.has_post_expert_norm else out
+    # the oldest transformers that is allowed knows no such norm
+    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
