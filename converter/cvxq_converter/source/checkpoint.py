@@ -168,7 +168,7 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
             else:
                 empty = skeleton(source.config)
                 weights = read_gguf(source, empty, dtype) if source.is_gguf else source.read_all()
-                experts = {} if source.is_gguf else _take_experts(weights, source.config, dtype)
+                experts = {} if source.is_gguf else _take_experts(weights, empty, dtype)
                 network, info = type(empty).from_pretrained(
                     None, config=empty.config, state_dict=weights, **options
                 )
@@ -194,15 +194,16 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
     return network
 
 
-def _take_experts(weights: dict[str, Tensor], config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+def _take_experts(weights: dict[str, Tensor], empty: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """Put hollow stacks in the places of experts' matrices, and return these by parameter.
 
-    transformers would make stacks of them in memory, all layers' at once.
+    transformers would make stacks of them in memory, all layers' at once. empty: the network's
+    skeleton, which stays as it is.
     """
-    network = skeleton(copy.deepcopy(config))
-    stacks = hollow_stacks(network, dtype)
+    stacks = hollow_stacks(empty, dtype)
     if not stacks:
         return {}
+    network = skeleton(copy.deepcopy(empty.config))
     unstack(network)
     taken: dict[str, Tensor] = {}
     for tensor, found in expert_values(weights, network).items():
@@ -221,7 +222,8 @@ def load_hollow(stored: Any, dtype: torch.dtype, device: str | torch.device = "c
     """
     persistent, of_experts = stored.state_dict(), expert_parameters(stored)
     values = {name: persistent[name] for name, _ in stored.named_buffers() if name in persistent}
-    values |= hollow_stacks(skeleton(copy.deepcopy(stored.config)), dtype)
+    if of_experts:
+        values |= hollow_stacks(skeleton(copy.deepcopy(stored.config)), dtype)
     for name, parameter in stored.named_parameters():  # each once: ties are made anew
         if name not in of_experts:
             values[name] = parameter.data if parameter.ndim < 2 else hollow(parameter, dtype)
@@ -301,14 +303,14 @@ def other_tensors(
 
 def check_finite(source: Source, network: Any, dtype: torch.dtype) -> None:
     """Raise ConversionError if a parameter, read in `dtype`, is not finite; its rows in pieces."""
-    names = source_names(source, network)
     for name, parameter in network.named_parameters():
         for piece in parameter.data.flatten().split(_PIECE):
             low, high = torch.aminmax(piece.to(dtype))  # NaN propagates; no mask in memory
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 found = "NaN" if torch.isnan(low) else "infinite values"
                 raise ConversionError(
-                    f"{source.name}: tensor {names[name]} has {found} in {str(dtype)[6:]}; "
+                    f"{source.name}: tensor {source_names(source, network)[name]} has {found} "
+                    f"in {str(dtype)[6:]}; "
                     "the checkpoint is damaged, or needs a dtype of wider range"
                 )
 
