@@ -21,7 +21,7 @@ import numpy as np
 
 from cvxq_converter.allocate.shrinkage import shrink
 from cvxq_converter.measure.sums import MatrixStatistics, Statistics
-from cvxq_converter.source.matrices import Matrix
+from cvxq_converter.source.matrices import Matrix, names_by_pool
 
 LEAST_SHARE = 0.5  # of the mean tokens of its pool, that each expert counts as routed to
 PRIOR_TOKENS = 32  # that the pool's shape counts for in each expert's
@@ -29,12 +29,8 @@ PRIOR_TOKENS = 32  # that the pool's shape counts for in each expert's
 
 def pool_experts(matrices: Sequence[Matrix], statistics: Statistics) -> Statistics:
     """Statistics in which the experts of a pool vouch for each other; others' are unchanged."""
-    pools: dict[str, list[str]] = {}
-    for matrix in matrices:
-        if matrix.pool is not None and matrix.name in statistics:
-            pools.setdefault(matrix.pool, []).append(matrix.name)
     pooled = dict(statistics)
-    for names in pools.values():
+    for names in names_by_pool(matrices, statistics):
         found = _pool([statistics[name] for name in names])
         pooled |= zip(names, found, strict=True)
     return pooled

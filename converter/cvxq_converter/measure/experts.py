@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from cvxq_converter.measure.sums import Statistics
-from cvxq_converter.source.matrices import Matrix
+from cvxq_converter.source.matrices import Matrix, names_by_pool
 
 PRIOR_TOKENS = 32  # that the pool's Hessian counts for in each expert's
 
@@ -19,11 +19,7 @@ def pool_hessians(
 
     Pools are made of those of the `matrices` that have a Hessian.
     """
-    pools: dict[str, list[str]] = {}
-    for matrix in matrices:
-        if matrix.pool is not None and matrix.name in hessians:
-            pools.setdefault(matrix.pool, []).append(matrix.name)
-    for names in pools.values():
+    for names in names_by_pool(matrices, hessians):
         routed = [statistics[name].routed_tokens for name in names]
         tokens = sum(int(counts.sum()) for counts in routed if counts is not None)
         if tokens:

@@ -8,7 +8,7 @@ experts are linear layers, too (`experts.unstack`); what chooses experts is left
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -62,6 +62,15 @@ def find_matrices(network: Any, names: Mapping[str, str] | None = None) -> list[
             matrix = _describe(parameter, uses, names or {}, head)
             found.append(_of_expert(matrix, *pools[key]) if key in pools else matrix)
     return found
+
+
+def names_by_pool(matrices: Iterable[Matrix], among: Container[str]) -> list[list[str]]:
+    """The names of the matrices of each pool of experts, as far as they are `among` others."""
+    pools: dict[str, list[str]] = {}
+    for matrix in matrices:
+        if matrix.pool is not None and matrix.name in among:
+            pools.setdefault(matrix.pool, []).append(matrix.name)
+    return list(pools.values())
 
 
 def _of_expert(matrix: Matrix, pool: str, is_transposed: bool) -> Matrix:
