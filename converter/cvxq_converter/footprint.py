@@ -10,7 +10,7 @@ from cvxq_converter.measure.quality import LOGIT_LIMIT
 from cvxq_converter.measure.teaching import KEPT
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.columns import TOGETHER
-from cvxq_converter.shapes import Shape, shape_of
+from cvxq_converter.shapes import Shape
 from cvxq_converter.source.blocks import LOGITS
 from cvxq_converter.source.checkpoint import Source
 from cvxq_converter.source.scratch import Scratch
@@ -25,12 +25,11 @@ COPY_BITS = 4  # of the copy that text is sampled from where the network does no
 _SHARE_OF_DISK = 0.8  # of what is free, for temporary files
 
 
-def proving_bytes(source: Source, packed_bytes: int) -> int:
+def proving_bytes(shape: Shape, packed_bytes: int) -> int:
     """Bytes that proving a decoder's record takes, the packed result in files excepted.
 
     A block and what is outside of the blocks in float32, the decoder's own weights and its logits.
     """
-    shape = shape_of(source)
     logits = PROOF_PLACES * shape.vocabulary
     logits = 4 * (logits + 4 * min(LOGITS, logits))
     weights = 4 * (shape.outside_weights + shape.block_weights)

@@ -60,6 +60,7 @@ from cvxq_converter.quantize.iteration import quantize_network
 from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.quantize.rtn import quantize_network_rtn
 from cvxq_converter.quantize.tuning import tune_network
+from cvxq_converter.shapes import shape_of
 from cvxq_converter.source.allocator import give_freed_memory_back
 from cvxq_converter.source.checkpoint import Source, load_tokenizer, open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
@@ -353,7 +354,7 @@ def finish(
 def _prove(loaded: LoadedModel, result: Quantized, options: ConversionOptions) -> Proof:
     """Prove the decoder's record if there is memory for that."""
     packed = sum(tensor.payload_size for tensor in result.tensors.values())
-    needed = proving_bytes(loaded.source, packed)
+    needed = proving_bytes(shape_of(loaded.source), packed)
     for device in {"cpu", options.place.device}:
         free = allowed_memory(options.place, device)
         if free is not None and needed > free:

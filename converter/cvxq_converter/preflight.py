@@ -111,16 +111,16 @@ def preflight(
         seconds += method.iterations * measuring
         if options.calibration.source in ("self", "copy"):
             seconds += _sampling_seconds(source, shape, speed, count, tokens, place.dtype)
-    rounds = method.iterations * trials
-    seconds += rounds * _quantizing_seconds(shape, speed, method.group_size)
+    quantizations = method.iterations * trials
+    seconds += quantizations * _quantizing_seconds(shape, speed, method.group_size)
     if count:
         factors, pushing = _feedback_seconds(shape, speed, count * tokens)
-        seconds += method.iterations * factors + rounds * pushing
+        seconds += method.iterations * factors + quantizations * pushing
         seconds += trials * method.tune * BATCH * _backward_seconds(shape, speed, tokens)
     seconds += _proving_seconds(shape, speed)
     memory = peak_memory(source, shape, options, count, tokens)
     packed = int(shape.quantized_weights * rate_of(shape, options) / 8)
-    proving = proving_bytes(source, packed)
+    proving = proving_bytes(shape, packed)
     disk = disk_bytes(source, shape, options)
     rounds, scratch = scratch_and_rounds(shape, options, count, tokens)
     origin = " from a copy in 4 bits" if options.calibration.source == "copy" else ""

@@ -235,13 +235,12 @@ def sample_copy(
             return int(torch.randint(vocabulary, (), generator=generator))
 
         decoder.rewind(0)
-        token = start()
-        for position in range(length):
-            sequences[s, position] = token
-            logits = torch.as_tensor(decoder.feed([token])).float()
-            ends = token in specials.ends and token != specials.start
+        sequences[s, 0] = previous = start()
+        for position in range(1, length):
+            logits = torch.as_tensor(decoder.feed([previous])).float()
+            ends = previous in specials.ends and previous != specials.start
             drawn = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-            token = start() if ends else drawn
+            sequences[s, position] = previous = start() if ends else drawn
         if progress is not None:
             progress((s + 1) * length, count * length)
     return sequences
