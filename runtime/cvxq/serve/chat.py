@@ -29,9 +29,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Any:
     chat = await asyncio.to_thread(ChatOrders, served, body)
     job = server.submit(request, generate_choices(served, chat.orders))
     answer = ChatAnswer(served, chat, body)
-    if body.stream:
-        return server.stream(job, answer.chunks)
-    return await server.whole(request, job, answer.whole)
+    return await server.answer(request, job, answer.chunks if body.stream else None, answer.whole)
 
 
 class ChatAnswer:

@@ -36,9 +36,7 @@ async def completions(body: CompletionRequest, request: Request) -> Any:
     orders = await asyncio.to_thread(completion_orders, served, body)
     job = server.submit(request, _work(served, orders, body))
     answer = CompletionAnswer(served, body, len(orders))
-    if body.stream:
-        return server.stream(job, answer.chunks)
-    return await server.whole(request, job, answer.whole)
+    return await server.answer(request, job, answer.chunks if body.stream else None, answer.whole)
 
 
 def _work(

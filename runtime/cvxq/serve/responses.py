@@ -30,9 +30,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Any:
     asked = await asyncio.to_thread(ResponseOrder, served, body)
     job = server.submit(request, generate_choices(served, [asked.order]))
     answer = ResponseAnswer(served, asked, body)
-    if body.stream:
-        return server.stream(job, answer.events)
-    return await server.whole(request, job, answer.whole)
+    return await server.answer(request, job, answer.events if body.stream else None, answer.whole)
 
 
 class ResponseAnswer:

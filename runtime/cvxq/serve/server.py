@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 from sse_starlette.event import ServerSentEvent
@@ -18,8 +18,9 @@ from cvxq.serve.errors import ApiError, as_api_error
 from cvxq.serve.metrics import Metrics
 from cvxq.serve.served import Served
 
-Answer = TypeVar("Answer")
 DONE = "[DONE]"
+Outcome = AsyncIterator[Any]  # what a job emits
+Events = Callable[[Outcome], AsyncIterator[dict[str, Any] | str]]
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,15 @@ class Server:
         """Let `work` wait for its turn; raises ApiError when too many do."""
         return self.engine.submit(request.state.client, work)
 
-    async def whole(
-        self, request: Request, job: Job, answer: Callable[[AsyncIterator[Any]], Any]
+    async def answer(
+        self, request: Request, job: Job, events: Events | None, whole: Callable[[Outcome], Any]
     ) -> Any:
+        """Send what `events` makes of the outcome of `job`, or else what `whole` makes of it."""
+        if events is not None:
+            return self._stream(job, events)
+        return await self._whole(request, job, whole)
+
+    async def _whole(self, request: Request, job: Job, answer: Callable[[Outcome], Any]) -> Any:
         """Return what `answer` makes of the events of `job`, unless the client leaves before."""
         made = asyncio.ensure_future(answer(aiter(job)))
         gone = asyncio.ensure_future(_disconnected(request))
@@ -85,9 +92,7 @@ class Server:
             for task in (made, gone):
                 task.cancel()
 
-    def stream(
-        self, job: Job, events: Callable[[AsyncIterator[Any]], AsyncIterator[dict[str, Any] | str]]
-    ) -> EventSourceResponse:
+    def _stream(self, job: Job, events: Events) -> EventSourceResponse:
         """Send what `events` makes of the events of `job`; what fails midway is an event, too."""
 
         async def sent() -> AsyncIterator[ServerSentEvent]:
