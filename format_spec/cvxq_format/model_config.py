@@ -49,6 +49,12 @@ def unscaled_length(config: Mapping[str, Any]) -> int | None:
     return _stated_length(config) if "dynamic" in kinds else None
 
 
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a model's configuration says of texts: a part of its own, or all of it."""
+    part = config.get("text_config")
+    return part if isinstance(part, Mapping) else config
+
+
 def routed_share(config: Mapping[str, Any]) -> float:
     """Return which share of a layer's experts a token is routed to; 1 where nothing is stated."""
     counts = (_length(config.get(field)) for field in _EXPERTS_FIELDS)

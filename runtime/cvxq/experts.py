@@ -70,12 +70,6 @@ def experts_of(network: nn.Module) -> dict[str, Any]:
     }
 
 
-def share_per_token(experts: Any) -> float:
-    """Which share of a layer's experts one token is routed to; 1 where that is not known."""
-    chosen: int = getattr(experts.config, "num_experts_per_tok", experts.num_experts)
-    return chosen / experts.num_experts
-
-
 def unstack(network: PreTrainedModel) -> None:
     """Cut the stacked parameters of all experts into linear layers that share their memory."""
     found = experts_of(network)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from cvxq_format import Codebook, CompandedTensor, Reader
+from cvxq_format.model_config import routed_share
 from cvxq_kernels import PackedWeight, cpu
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -23,7 +24,7 @@ from cvxq import cuda
 from cvxq.architecture import build_network
 from cvxq.config import reason
 from cvxq.errors import ArgumentError, InconsistentFileError
-from cvxq.experts import SourceNames, experts_of, share_per_token, unstack
+from cvxq.experts import SourceNames, experts_of, unstack
 from cvxq.modules import can_pack, has_kernel, pack_module
 from cvxq.names import match_names, resolve_alias, tied_groups
 from cvxq.parts import json_part, needed_part
@@ -67,8 +68,9 @@ def weight_bytes_per_token(network: PreTrainedModel) -> int:
     Everything, but one row of embeddings, and of experts as many as a token is routed to.
     """
     total, routed = 0.0, dict.fromkeys(network.modules(), 1.0)
+    chosen = routed_share(network.config.get_text_config().to_dict())
     for experts in experts_of(network).values():
-        routed.update(dict.fromkeys(experts.modules(), share_per_token(experts)))
+        routed.update(dict.fromkeys(experts.modules(), chosen))
     counted: set[int] = set()
     for module, share in routed.items():
         rows = module.num_embeddings if isinstance(module, nn.Embedding) else 1

@@ -24,7 +24,7 @@ from cvxq_format import (
 )
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 from cvxq_format.decoder_record import DecoderRecord, parse_record
-from cvxq_format.model_config import expert_pool, routed_share
+from cvxq_format.model_config import expert_pool, routed_share, text_part
 
 from cvxq.cache_size import CacheSize, Reach, cache_size, reach_of
 
@@ -205,7 +205,7 @@ def summarize(path: Path) -> FileSummary:
         counts: Counter[str] = Counter()
         matrices: list[MatrixSummary] = []
         parameters, inactive = 0, 0.0
-        unused = 1 - routed_share(_text_part(config))
+        unused = 1 - routed_share(text_part(config))
         for kind, name, _, size, padding in reader.sections():
             counts["padding"] += padding
             if kind != "tensor":
@@ -252,11 +252,6 @@ def _pooled(name: str, pool: list[MatrixSummary]) -> MatrixSummary:
         payload_bytes=sum(matrix.payload_bytes for matrix in pool),
         depth_histogram=tuple(int(count) for count in counts),
     )
-
-
-def _text_part(config: dict[str, Any]) -> dict[str, Any]:
-    part = config.get("text_config")
-    return part if isinstance(part, dict) else config
 
 
 def _record(reader: Reader) -> DecoderRecord | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from cvxq_format.decoder_record import DecoderRecord
+from cvxq_format.model_config import text_part
 from cvxq_kernels import PackedWeight
 
 from cvxq import cuda
@@ -74,8 +75,7 @@ def tune_alike(weights: Iterable[Weight], dtype: torch.dtype) -> None:
 
 def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """Return float16 where the model was stored so, else bfloat16, which has float32's range."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
+    for part in (config, text_part(config)):
         stored = part.get("dtype") or part.get("torch_dtype")
         if stored:
             return torch.float16 if stored in ("float16", "half") else torch.bfloat16
