@@ -4,6 +4,7 @@
  * rounds this table best is taken, which makes tables of two or four levels nearly exact.
  */
 #include <math.h>
+#include <pthread.h>
 
 #include "internal.h"
 
@@ -133,7 +134,7 @@ static void fill_whole(cvxq_nibble_tables *t, const float *levels, int depth) {
     }
 }
 
-void cvxq_tables_fill(cvxq_tables *t, const float *levels) {
+static void fill(cvxq_tables *t, const float *levels) {
     memset(&t->nibble, 0, sizeof t->nibble);
     t->nibble.symmetric = NARROW;
     for (int i = 0; i < 512; i++) t->level[i] = i < 2 ? 0 : levels[i];
@@ -147,4 +148,17 @@ void cvxq_tables_fill(cvxq_tables *t, const float *levels) {
             fill_whole(&t->nibble, levels + (1 << depth), depth);
         }
     }
+}
+
+/* The matrices of a model share their levels: what was computed last is likely wanted again. */
+void cvxq_tables_fill(cvxq_tables *tables, const float *levels) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    static cvxq_tables last;
+    static int is_filled;
+    const size_t bytes = sizeof last.level - 2 * sizeof *levels; /* those of depth 0 mean nothing */
+    pthread_mutex_lock(&lock);
+    if (!is_filled || memcmp(last.level + 2, levels + 2, bytes)) fill(&last, levels);
+    is_filled = 1;
+    *tables = last;
+    pthread_mutex_unlock(&lock);
 }
