@@ -46,6 +46,8 @@ enum {
 /* Columns that a unit spans, for tiles of `strips` strips. */
 static inline int64_t unit_columns(int strips) { return 4 * UNIT / strips; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+/* Rounded up to whole cache lines. */
+static inline size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -129,7 +129,7 @@ INLINE void add_to(__m256i *sums, __m256i products) {
  * this block's loads get their lines from the second cache. */
 INLINE void narrow_half(const run_job *job, const int depth, const int strips, const int batch,
                         const uint8_t *half, const uint8_t *soon, int64_t block, int64_t units,
-                      float *out) {
+                        float *out) {
     const int joined = depth < 4 ? 2 : 1; /* quads whose products are added in 16 bits */
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[BATCH][4];
@@ -143,10 +143,12 @@ INLINE void narrow_half(const run_job *job, const int depth, const int strips, c
                 UNROLL for (int j = 0; j < joined; j++)
                     levels[j] = narrow_levels(depth, (q + j) * strips + s, half, job->tables);
                 UNROLL for (int m = 0; m < batch; m++) {
-                    const int8_t *x = job->inputs[m].high + block * BLOCK + (u * (UNIT / strips) + q) * 4;
+                    const int64_t at = block * BLOCK + (u * (UNIT / strips) + q) * 4;
+                    const int8_t *x = job->inputs[m].high + at;
                     __m256i sum = _mm256_maddubs_epi16(levels[0], four_bytes(x));
                     if (joined == 2)
-                        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(levels[1], four_bytes(x + 4)));
+                        sum = _mm256_add_epi16(
+                            sum, _mm256_maddubs_epi16(levels[1], four_bytes(x + 4)));
                     add_to(&sums[m][s], _mm256_madd_epi16(sum, ones));
                 }
             }
@@ -173,7 +175,8 @@ INLINE void wide_half(const run_job *job, const int depth, const int strips, con
                 const index_t index = wide_index(depth, q * strips + s, half);
                 const __m256i low = look_wide(depth, t->low[depth - 5], index);
                 /* A level of depth 5 is its sign and eight bits. */
- const __m256i high = depth == 5 ? index.negated : look_wide(depth, t->high[depth - 5], index);
+                const __m256i high =
+                    depth == 5 ? index.negated : look_wide(depth, t->high[depth - 5], index);
                 const __m256i levels[2] = {_mm256_unpacklo_epi8(low, high),
                                            _mm256_unpackhi_epi8(low, high)};
                 UNROLL for (int m = 0; m < batch; m++) {
@@ -299,8 +302,9 @@ INLINE float scale_inputs(const cvxq_matrix *w, int64_t groups, const float *x, 
         if (w->mean_codes) fetch((const uint8_t *)w->mean_codes + groups + k + w->inputs);
         UNROLL for (int j = 0; j < 32; j += 8) {
             const int64_t have = w->inputs - k - j;
-            const __m256 eight = have >= 8 ? _mm256_loadu_ps(x + k + j)
-                                           : _mm256_maskload_ps(x + k + j, first_of_eight(max_of(have, 0)));
+            const __m256 eight =
+                have >= 8 ? _mm256_loadu_ps(x + k + j)
+                          : _mm256_maskload_ps(x + k + j, first_of_eight(max_of(have, 0)));
             const __m256 y = _mm256_mul_ps(eight, scales[j / 8]);
             _mm256_storeu_ps(scaled + k + j, y);
             if (!w->mean_codes) continue;
@@ -336,9 +340,9 @@ INLINE __m256 joined_sizes(const int depth, __m256 sizes) {
     return _mm256_add_ps(sizes, _mm256_permute_ps(sizes, 0xB1));
 }
 
-/* Round `count` scaled inputs, one block, with zeros behind them (depth: 3 for 1–3, 5 for 5–8): to as many steps as 8 or 14 bits
- * hold and, at depths 1–4, as sums of products with the largest number in 16 bits do. Where an input
- * is not finite the step is NaN, and so is every product. */
+/* Round `count` scaled inputs, one block, with zeros behind them (depth: 3 for 1–3, 5 for 5–8): to as
+ * many steps as 8 or 14 bits hold and, at depths 1–4, as sums of products with the largest number in
+ * 16 bits do. Where an input is not finite the step is NaN, and so is every product. */
 INLINE void round_block(const int depth, const float *scaled, int64_t count, int64_t block,
                         cvxq_input *out) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX));

@@ -10,8 +10,6 @@
 
 enum { PIECE = 32 }; /* inputs of a chunk: more would only make the last chunks longer */
 
-static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
-
 /* Results of a chunk. */
 static size_t results_bytes(int64_t m) {
     return aligned(sizeof(float) * (size_t)(min_of(m, PIECE) * ITEM_TILES * TILE));

@@ -10,8 +10,6 @@ typedef struct {
     float *gathered; /* (K,) for clusters with an order of their own */
 } workspace;
 
-static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
-
 /* Lay out the scratch at `memory` (NULL only to measure it); returns its bytes. */
 static size_t lay_out(const cvxq_matrix *w, int exact, char *memory, workspace *space) {
     const size_t blocks = (size_t)w->most_blocks;

@@ -33,8 +33,7 @@ enum {
 typedef struct {
     uint8_t *weights, *rest; /* (ROOM, 4 strips, 16 rows, 2) bfloat16 */
     float *sums;             /* (padded M, 64) of the tile in work */
-    const uint16_t *high,
-        *low; /* (steps, rows, 32) bfloat16: inputs in order, what rounding left */
+    const uint16_t *high, *low; /* (steps, rows, 32) bfloat16: inputs, what rounding left */
     int64_t rows;
     int64_t first; /* first step expanded */
     int64_t split; /* first step that has a rest */

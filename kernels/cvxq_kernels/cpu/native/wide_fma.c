@@ -269,7 +269,6 @@ static void load_scales(const cvxq_matrix *w, int64_t groups, float *scale, floa
     memset(shift + w->inputs, 0, 4 * UNIT * sizeof *shift);
 }
 
-static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 static size_t column_bytes(const cvxq_matrix *w) {
     return aligned((size_t)(w->inputs + 4 * UNIT) * sizeof(float));
 }
