@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,17 @@ def make_companded(
 def random_companded() -> Callable[..., CompandedTensor]:
     """Return a maker of random companded tensors: random_companded((N, K), seed, …)."""
     return make_companded
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute tiny networks with one thread: more only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -154,6 +165,12 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "DeepseekV3": {**_LATENT, "n_group": 1, "topk_group": 1},
     "Phimoe": {**_SMALL, "intermediate_size": 24, "num_local_experts": 4},
 }
+
+
+@pytest.fixture(params=MIXTURES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Return each family of mixtures of experts in turn."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

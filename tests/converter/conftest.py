@@ -46,6 +46,12 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 Build = Callable[..., Any]
 
 
+@pytest.fixture(params=_OPTIONS)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Return each architecture without experts in turn."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def build_network() -> Build:
     """Return build(architecture, seed=0, **options): a random network in evaluation mode.

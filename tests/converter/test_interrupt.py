@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cvxq_converter.job import convert
 from cvxq_converter.options import ConversionOptions
 from cvxq_format import Writer
@@ -22,13 +21,7 @@ OPTIONS = ConversionOptions.of(bits=4.0, group_size=16, sequences=3, length=12, 
 OLD = b"an older file"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute tiny networks with one thread: more only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

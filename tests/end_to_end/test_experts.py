@@ -4,7 +4,7 @@ weights, put back into its own stacks."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,10 @@ from cvxq_format import CompandedTensor, Reader, dequantize, verify
 from cvxq_format.decoder_record import DecoderRecord
 from cvxq_kernels import cpu
 
-FAMILIES = (
-    *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss"),
-    *("GraniteMoe", "DeepseekV2", "DeepseekV3", "Phimoe"),
-)
 IDS = torch.arange(3, 43)[None]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute tiny networks with one thread: more only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def converted(network: Any, folder: Path, **options: Any) -> Path:
@@ -103,7 +93,6 @@ def expected_logits(path: Path, network: Any) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_experts_compute_what_transformers_does_with_the_files_weights(
     family: str, build_mixture: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -22,20 +22,6 @@ from cvxq_converter.source.checkpoint import (
 )
 from safetensors.torch import load_file, save_file
 
-DENSE = [
-    "llama",
-    "llama-tied",
-    "llama-gqa",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "phi",
-    "gpt-neox",
-    "gpt2",
-    "opt",
-]
-
 
 def copy(folder: Path, target: Path) -> Path:
     shutil.copytree(folder, target)
@@ -59,7 +45,6 @@ def refusal(model: str | Path, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("architecture", DENSE)
 def test_every_tensor_of_the_checkpoint_is_found_once(architecture: str, save_network: Any) -> None:
     source = open_source(str(save_network(architecture)))
     network = load_network(source, torch.float32)
@@ -74,7 +59,6 @@ def test_every_tensor_of_the_checkpoint_is_found_once(architecture: str, save_ne
         torch.testing.assert_close(tensor, stored[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("architecture", DENSE)
 def test_matrices_cover_the_blocks_the_embedding_and_the_head(
     architecture: str, save_network: Any
 ) -> None:
