@@ -11,7 +11,6 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import Preflight, Speed, preflight, size_text
 from cvxq_converter.source.gguf import skeleton
@@ -53,6 +52,7 @@ def source_of(sizes: tuple[int, ...], tied: bool) -> Any:
         carried=dict,
         has_names_of_network=False,
         scales={},
+        mxfp4={},
     )
 
 
@@ -66,7 +66,6 @@ def plan(source: Any, count: int, length: int, calibration: str) -> Preflight:
 
 def main() -> None:
     """Print the table."""
-    torch.set_num_threads(1)
     print("| parameters | in float32 | memory | whole, to sample | temporary files |")
     print("|---|---:|---:|---:|---:|")
     for name, shape in SHAPES.items():
