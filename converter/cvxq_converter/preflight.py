@@ -44,6 +44,7 @@ LEAST_SEQUENCES, LEAST_LENGTH = 8, 64
 EXPECTED_TRIALS = 4  # of a search for a loss
 
 _OPERATIONS_PER_LAYER = 50  # small tensor operations of one block, forward
+_OPERATIONS_PER_EXPERT = 4  # of one matrix of it, forward
 _OPERATIONS_PER_COLUMN = 120  # small tensor operations for each column, with feedback
 _QUANTIZER_PASSES = 45  # element-wise passes per weight: 13 scales, 3–4 passes each
 _READ_RATE = 5e8  # bytes per second from disk
@@ -248,10 +249,16 @@ def _best_seconds(work: Callable[[], Any], device: str) -> float:
 def _backward_seconds(shape: Shape, speed: Speed, tokens: int) -> float:
     """Forward and backward over one sequence: 6 operations per weight and token."""
     attention = 12 * shape.layers * shape.hidden * tokens**2
-    flops = 6.0 * shape.matrix_weights * tokens + attention
-    calls = 3 * shape.layers * _OPERATIONS_PER_LAYER * speed.call_seconds
+    flops = 6.0 * shape.weights_for_a_token * tokens + attention
+    calls = 3 * _operations(shape) * speed.call_seconds
     squares = 4 * shape.matrix_weights / speed.elements / 8  # far cheaper than a bucketize pass
     return flops / speed.flops + calls + squares
+
+
+def _operations(shape: Shape) -> int:
+    """Small tensor operations, forward, where every expert is come to."""
+    of_experts = shape.routed_matrices * _OPERATIONS_PER_EXPERT
+    return shape.layers * _OPERATIONS_PER_LAYER + of_experts
 
 
 def _sampling_seconds(
@@ -260,8 +267,8 @@ def _sampling_seconds(
     """One forward step per position and batch; small batches run far below the product rate."""
     batch = sampling_batch(source.config, tokens, dtype.itemsize)
     batches = -(-count // batch)
-    calls = batches * tokens * shape.layers * _OPERATIONS_PER_LAYER * speed.call_seconds
-    return calls + 3 * 2.0 * shape.matrix_weights * count * tokens / speed.flops
+    calls = batches * tokens * _operations(shape) * speed.call_seconds
+    return calls + 3 * 2.0 * shape.weights_for_a_token * count * tokens / speed.flops
 
 
 def _quantizing_seconds(shape: Shape, speed: Speed, group_size: int) -> float:
@@ -272,7 +279,7 @@ def _quantizing_seconds(shape: Shape, speed: Speed, group_size: int) -> float:
 
 def _feedback_seconds(shape: Shape, speed: Speed, tokens: int) -> tuple[float, float]:
     """Of Hessians and their factors, once; and of pushing errors on, for every quantization."""
-    moments = 2.0 * shape.squared_inputs * tokens + 2.0 * shape.matrix_weights * tokens
+    moments = 2.0 * (shape.squared_inputs_for_a_token + shape.weights_for_a_token) * tokens
     factors = 2.0 * shape.squared_inputs * shape.largest_inputs  # in float64, half as fast
     calls = shape.inputs * _OPERATIONS_PER_COLUMN * speed.call_seconds
     return (moments + factors) / speed.flops, calls + shape.pushed / speed.flops
@@ -280,8 +287,8 @@ def _feedback_seconds(shape: Shape, speed: Speed, tokens: int) -> tuple[float, f
 
 def _proving_seconds(shape: Shape, speed: Speed) -> float:
     """One text through the network and through the decoder, twice where windows are long."""
-    products = 2 * 2 * 2.0 * shape.matrix_weights * PROOF_PLACES / speed.flops
-    return products + 2 * shape.layers * _OPERATIONS_PER_LAYER * speed.call_seconds
+    products = 2 * 2 * 2.0 * shape.weights_for_a_token * PROOF_PLACES / speed.flops
+    return products + 2 * _operations(shape) * speed.call_seconds
 
 
 def _duration(seconds: float) -> str:

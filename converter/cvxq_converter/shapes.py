@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from cvxq_format.model_config import context_length
+from cvxq_format.model_config import context_length, expert_pool, routed_share
 
 from cvxq_converter.source.checkpoint import Source
 from cvxq_converter.source.loaded import matches
@@ -17,10 +17,15 @@ _IN_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")  # in the name of a tensor of one of 
 
 @dataclass(frozen=True)
 class Shape:
-    """Numbers of weights, and dimensions of activations."""
+    """Numbers of weights, and dimensions of activations.
+
+    What is said to be for a token counts experts by the share of them that it is routed to.
+    """
 
     parameters: int
     matrix_weights: int
+    weights_for_a_token: float
+    routed_matrices: int
     quantized_weights: int
     outside_weights: int  # of matrices outside of the blocks
     block_weights: int  # of the largest block
@@ -28,6 +33,7 @@ class Shape:
     largest_inputs: int
     inputs: int  # summed over the matrices
     squared_inputs: int  # Σ K²
+    squared_inputs_for_a_token: float
     pushed: int  # Σ N K²
     layers: int
     hidden: int
@@ -46,8 +52,13 @@ def shape_of(source: Source, keep: tuple[str, ...] = ()) -> Shape:
     matrices = [(name, shape) for name, info in source.tensors.items() for shape in _matrices(info)]
     quantized = [shape for name, shape in matrices if not matches(name, keep)]
     inputs = [columns for _, columns in quantized]
-    outside, blocks = 0, Counter[str]()
+    share = routed_share(text.to_dict())
+    routed = {name for name, i in source.tensors.items() if len(i.shape) == 3 or expert_pool(name)}
+    outside, blocks, active, squares = 0, Counter[str](), 0.0, 0.0
     for name, (rows, columns) in matrices:
+        used = share if name in routed else 1.0
+        active += used * rows * columns
+        squares += 0 if matches(name, keep) else used * columns**2
         block = _IN_BLOCK.search(name)
         if block is None:
             outside += rows * columns
@@ -57,6 +68,8 @@ def shape_of(source: Source, keep: tuple[str, ...] = ()) -> Shape:
     return Shape(
         parameters=source.parameters,
         matrix_weights=sum(n * k for _, (n, k) in matrices),
+        weights_for_a_token=active,
+        routed_matrices=sum(name in routed for name, _ in matrices),
         quantized_weights=sum(n * k for n, k in quantized),
         outside_weights=outside,
         block_weights=max(blocks.values(), default=0),
@@ -64,6 +77,7 @@ def shape_of(source: Source, keep: tuple[str, ...] = ()) -> Shape:
         largest_inputs=max(inputs, default=0),
         inputs=sum(inputs),
         squared_inputs=sum(k * k for k in inputs),
+        squared_inputs_for_a_token=squares,
         pushed=sum(n * k * k for n, k in quantized),
         layers=find("num_hidden_layers", "n_layer"),
         hidden=hidden,

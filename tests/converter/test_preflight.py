@@ -245,4 +245,22 @@ def test_stacked_matrices_of_experts_count_each(
     inside = [p for p in network.parameters() if p.ndim > 1]
     assert found.matrix_weights == sum(p.numel() for p in inside)
     assert found.largest_weights == 96 * 32
+    routed = network.config.num_experts_per_tok / network.config.num_local_experts
+    inside = [p for p in network.parameters() if p.ndim == 3]
+    spared = sum(p.numel() for p in inside) * (1 - routed)
+    assert found.weights_for_a_token == pytest.approx(found.matrix_weights - spared)
+    assert found.routed_matrices == sum(len(p) for p in inside)
     assert found.parameters == sum(p.numel() for p in network.parameters())
+
+
+def test_a_token_takes_the_time_of_the_experts_that_it_is_routed_to(
+    build_mixture: Callable[..., Any], tmp_path: Path
+) -> None:
+    seconds = {}
+    for chosen in (1, 4):
+        build_mixture("Qwen3Moe", num_experts_per_tok=chosen).save_pretrained(tmp_path)
+        source = open_source(str(tmp_path))
+        assert shape_of(source).routed_matrices == 3 * 6 * 2
+        speed = Speed(flops=1e6, elements=1e12, call_seconds=1e-12)  # products take all the time
+        seconds[chosen] = plan_for(source, sequences=8, length=16, speed=speed).seconds
+    assert seconds[1] < 0.8 * seconds[4]
