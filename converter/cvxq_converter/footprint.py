@@ -41,12 +41,11 @@ def peak_memory(
 ) -> int:
     """The most that one of the stages needs."""
     element = options.place.dtype.itemsize
-    plans = int(_PLAN_BYTES * shape.quantized_weights) if options.method.name == "cvxq" else 0
-    quantizing = min(shape.largest_weights, TOGETHER) * _QUANTIZER_BYTES
-    quantizing += shape.largest_weights * (_CODE_BYTES if plans else _QUANTIZER_BYTES)
+    is_rtn = options.method.name == "rtn"
+    plans = 0 if is_rtn else int(_PLAN_BYTES * shape.quantized_weights)
+    together = 0 if is_rtn else min(shape.largest_weights, TOGETHER)
+    quantizing = together * _QUANTIZER_BYTES + shape.largest_weights * _CODE_BYTES
     result = shape.quantized_weights // 16  # depths and scales of groups; codes are in a file
-    if options.method.name == "rtn":
-        result = int(shape.quantized_weights * rate_of(shape, options) / 8)
     stages = [result + plans + quantizing + (4 * shape.largest_inputs**2 if count else 0)]
     if count:
         stages.append(28 * shape.largest_inputs**2)  # of float64, on the way to a factor

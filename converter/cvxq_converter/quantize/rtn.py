@@ -6,7 +6,8 @@ Stored in the same container: the matrix is stored transposed, so that a group a
 a column segment.
 """
 
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,10 +20,12 @@ from cvxq_converter.errors import ConversionError
 from cvxq_converter.options import Method, Target
 from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.source.loaded import LoadedModel
+from cvxq_converter.source.scratch import Scratch
 from cvxq_converter.stages import Stages
 
 SCALE_BITS = 8
 STEPS_PER_OCTAVE = 16
+CHUNK = 1 << 17  # weights that are searched at once: they stay in the processor's cache
 SHRINK = tuple(1 - i / 32 for i in range(17))  # 1.0 down to 0.5
 
 
@@ -38,52 +41,53 @@ def rtn_codebook() -> Codebook:
     )
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """What scales and offsets a matrix may use; edges: between log2 of neighbouring scales."""
+
+    steps: int  # levels less one
+    mean_step: float
+    scales: torch.Tensor
+    edges: torch.Tensor
+
+
 def quantize_rtn(
-    weight: torch.Tensor, depth: int, group_size: int, codebook: Codebook, source_orientation: str
+    weight: torch.Tensor,
+    depth: int,
+    group_size: int,
+    codebook: Codebook,
+    source_orientation: str,
+    scratch: Scratch,
 ) -> CompandedTensor:
     """Quantize weight (N, K) to `depth` bits in groups of `group_size` inputs.
 
     Scales take 8 bits (steps of 2^(1/16)), offsets 8 bits (steps of 2^(depth − 8) of a scale).
+    scratch: takes the packed codes.
     """
-    stored = weight.float().T  # (K, N): rows are inputs
-    rows, columns = stored.shape
-    bounds = cluster_bounds(rows, group_size, 1)
+    outputs, inputs = weight.shape
+    bounds = cluster_bounds(inputs, group_size, 1)
     clusters = len(bounds) - 1
-    starts = torch.from_numpy(bounds[:-1])
-    spans = [stored[a:b] for a, b in pairwise(bounds)]
-    low = torch.stack([s.amin(0) for s in spans]).clamp_max(0)
-    high = torch.stack([s.amax(0) for s in spans]).clamp_min(0)
-    steps = (1 << depth) - 1
-    mean_step = np.float32(2.0 ** (depth - 8))
-    unit = np.float32(float((high - low).max()) / steps * 2 ** (1 / STEPS_PER_OCTAVE))
+    step = max(1, CHUNK // inputs)
+    parts = [slice(n, min(n + step, outputs)) for n in range(0, outputs, step)]
+    widest = max(float((high - low).max()) for high, low in _ranges(weight, parts, bounds))
+    steps, mean_step = (1 << depth) - 1, np.float32(2.0 ** (depth - 8))
+    unit = np.float32(widest / steps * 2 ** (1 / STEPS_PER_OCTAVE))
     scales = torch.from_numpy(codebook.scale_table * unit)
-    steps_log = torch.log2(scales[1:].clamp_min(1e-38))
-    edges = (steps_log[1:] + steps_log[:-1]) / 2
+    logs = torch.log2(scales[1:].clamp_min(1e-38))
+    grid = _Grid(steps, float(mean_step), scales, (logs[1:] + logs[:-1]) / 2)
 
-    codes = torch.zeros(rows, columns, dtype=torch.uint8)
-    scale_codes = torch.zeros(clusters, columns, dtype=torch.uint8)
-    mean_codes = torch.zeros(clusters, columns, dtype=torch.int8)
-    for c, span in enumerate(spans):
-        best = torch.full((columns,), torch.inf)
-        first = int(starts[c])
-        for shrink in SHRINK:
-            width = (high[c] - low[c]) * shrink / steps
-            index = torch.bucketize(torch.log2(width.clamp_min(1e-38)), edges) + 1
-            index = torch.where(width > 0, index, torch.ones_like(index))
-            scale = scales[index].clamp_min(1e-38)
-            centre = (high[c] + low[c]) * shrink / 2 / scale
-            mean = (centre / float(mean_step)).round().clamp(-127, 127)
-            shifted = span / scale - mean * float(mean_step)
-            q = (shifted + steps / 2).round().clamp(0, steps)
-            error = (scale * (q - steps / 2 + mean * float(mean_step)) - span).square().sum(0)
-            better = error < best
-            best = torch.where(better, error, best)
-            scale_codes[c] = torch.where(better, index.to(torch.uint8), scale_codes[c])
-            mean_codes[c] = torch.where(better, mean.to(torch.int8), mean_codes[c])
-            codes[first : first + len(span)] = torch.where(
-                better, q.to(torch.uint8), codes[first : first + len(span)]
-            )
-    depths = np.full((1, clusters, columns), depth, dtype=np.uint8)
+    codes = np.empty((inputs, outputs), np.uint8)
+    scale_codes = np.empty((clusters, outputs), np.uint8)
+    mean_codes = np.empty((clusters, outputs), np.int8)
+    for part in parts:
+        for run, groups in _groups(weight[part].float(), bounds):
+            scale, mean, chosen = _search(groups, grid)
+            inner = slice(int(bounds[run.start]), int(bounds[run.stop]))
+            scale_codes[run, part] = scale.T.numpy()
+            mean_codes[run, part] = mean.T.numpy()
+            codes[inner, part] = chosen.flatten(1).T.numpy()
+    depths = np.full((1, clusters, outputs), depth, dtype=np.uint8)
+    packed = torch.from_numpy(pack_codes(codes[None], depths, group_size, 1))
     return CompandedTensor(
         shape=tuple(weight.shape),
         group_size=group_size,
@@ -95,15 +99,75 @@ def quantize_rtn(
         mean_step=mean_step,
         scale_bits=SCALE_BITS,
         depths=depths,
-        column_terms=np.zeros((1, columns), dtype=np.uint8),
+        column_terms=np.zeros((1, outputs), dtype=np.uint8),
         cluster_terms=np.full((1, clusters), depth * UNITS_PER_BIT, dtype=np.int16),
         column_bits=0,
         column_shift=0,
-        scale_codes=scale_codes.numpy()[None],
-        mean_codes=mean_codes.numpy()[None],
+        scale_codes=scale_codes[None],
+        mean_codes=mean_codes[None],
         permutation=None,
-        packed_codes=pack_codes(codes.numpy()[None], depths, group_size, 1),
+        packed_codes=scratch.copy(packed).numpy(),
     )
+
+
+def _groups(weight: torch.Tensor, bounds: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The groups of some outputs (n, K) as (n, C, G): those of full size, then a shorter one."""
+    sizes = np.diff(bounds)
+    full = int((sizes == sizes[0]).sum())
+    for run in (slice(0, full), slice(full, len(sizes))):
+        if run.start < run.stop:
+            inner = weight[:, int(bounds[run.start]) : int(bounds[run.stop])]
+            yield run, inner.reshape(len(weight), run.stop - run.start, -1)
+
+
+def _ranges(
+    weight: torch.Tensor, parts: list[slice], bounds: np.ndarray
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Maxima and minima of all groups, zero between them."""
+    for part in parts:
+        for _, groups in _groups(weight[part].float(), bounds):
+            yield _range(groups)
+
+
+def _range(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = torch.aminmax(groups, dim=-1)
+    return high.clamp_min(0), low.clamp_max(0)
+
+
+def _search(groups: torch.Tensor, grid: _Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale codes, mean codes (n, C) and codes (n, C, G) of least squared error, (n, C, G)."""
+    high, low = _range(groups)
+    shrink = torch.tensor(SHRINK)[:, None, None]
+    width = (high - low) * shrink / grid.steps
+    index = torch.bucketize(torch.log2(width.clamp_min(1e-38)), grid.edges) + 1
+    index = torch.where(width > 0, index, torch.ones_like(index))
+    scale = grid.scales[index].clamp_min(1e-38)
+    mean = (high + low) * shrink / 2 / scale / grid.mean_step
+    mean = mean.round_().clamp_(-127, 127)
+    shift, inverse = grid.steps / 2 - mean * grid.mean_step, 1 / scale
+    space = torch.empty_like(groups), torch.empty_like(groups)
+    errors = torch.empty_like(scale)
+    for i in range(len(SHRINK)):
+        exact, rounded = _round(groups, shift[i], inverse[i], grid, space)
+        torch.sum(rounded.sub_(exact).square_(), -1, out=errors[i])
+    best = errors.mul_(scale.square()).argmin(0, keepdim=True)
+    index, mean, shift, inverse = (t.gather(0, best)[0] for t in (index, mean, shift, inverse))
+    _, codes = _round(groups, shift, inverse, grid, space)
+    return index.to(torch.uint8), mean.to(torch.int8), codes.to(torch.uint8)
+
+
+def _round(
+    groups: torch.Tensor,
+    shift: torch.Tensor,
+    inverse: torch.Tensor,
+    grid: _Grid,
+    space: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups (n, C, G) in units of a code, exactly and rounded to codes; both lie in `space`."""
+    exact, rounded = space
+    torch.addcmul(shift[..., None], groups, inverse[..., None], out=exact)
+    torch.round(exact, out=rounded).clamp_(0, grid.steps)
+    return exact, rounded
 
 
 @torch.no_grad()
@@ -130,6 +194,7 @@ def quantize_network_rtn(
                 method.group_size,
                 codebook,
                 matrix.source_orientation,
+                loaded.streamed.scratch,
             )
             done(i + 1, len(loaded.matrices))
     return Quantized(tensors, codebook)

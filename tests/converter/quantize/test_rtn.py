@@ -13,15 +13,18 @@ from cvxq_converter.errors import ConversionError
 from cvxq_converter.job import convert
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.rtn import quantize_rtn, rtn_codebook
-from cvxq_format import Reader, dequantize, verify
+from cvxq_converter.source.scratch import Scratch
+from cvxq_format import CompandedTensor, Reader, dequantize, verify
 
 CODEBOOK = rtn_codebook()
 
 
+def quantized(weight: torch.Tensor, depth: int, group_size: int) -> CompandedTensor:
+    return quantize_rtn(weight, depth, group_size, CODEBOOK, "out_in", Scratch())
+
+
 def decoded(weight: np.ndarray, depth: int, group_size: int) -> np.ndarray:
-    tensor = quantize_rtn(
-        torch.from_numpy(weight.astype(np.float32)), depth, group_size, CODEBOOK, "out_in"
-    )
+    tensor = quantized(torch.from_numpy(weight.astype(np.float32)), depth, group_size)
     return dequantize(tensor, CODEBOOK).astype(np.float64)
 
 
@@ -62,7 +65,7 @@ def test_it_errs_as_much_as_the_plain_implementation(depth: int, group_size: int
 @pytest.mark.parametrize("depth", [1, 3, 6])
 def test_every_weight_takes_the_nearest_point_of_its_groups_grid(depth: int) -> None:
     weight = random_weight(1).astype(np.float32)
-    tensor = quantize_rtn(torch.from_numpy(weight), depth, 64, CODEBOOK, "out_in")
+    tensor = quantized(torch.from_numpy(weight), depth, 64)
     out = dequantize(tensor, CODEBOOK)
     assert tensor.transposed
     assert tensor.mean_codes is not None
