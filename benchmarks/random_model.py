@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +49,12 @@ class Shape:
             "mlp.down_proj": (self.hidden, self.ffn),
         }
 
-    def config(self) -> dict[str, object]:
+    def config(self, dtype: torch.dtype) -> dict[str, object]:
         """The config.json of such a Llama."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "torch_dtype": "float16",
+            "torch_dtype": str(dtype).removeprefix("torch."),
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
@@ -78,15 +78,19 @@ SHAPES = {
 
 
 def make_llama(
-    folder: Path, shape: str | Shape, seed: int = 0, sigma: float = SIGMA
+    folder: Path,
+    shape: str | Shape,
+    seed: int = 0,
+    sigma: float = SIGMA,
+    dtype: torch.dtype = torch.float16,
 ) -> dict[str, int]:
-    """Write a float16 checkpoint of random weights to `folder`, a few layers at a time.
+    """Write a checkpoint of random weights to `folder`, a few layers at a time.
 
     shape: a name of SHAPES, or the sizes.  Returns its sizes as in `Shape`.
     """
     sizes = SHAPES[shape] if isinstance(shape, str) else shape
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(sizes.config(), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(sizes.config(dtype), indent=2) + "\n")
     generator = torch.Generator().manual_seed(seed)
     index: dict[str, str] = {}
 
@@ -94,19 +98,22 @@ def make_llama(
         save_file(tensors, folder / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, name))
 
-    ends = ((sizes.vocabulary, sizes.hidden), sigma, generator)
-    outer = {"model.embed_tokens.weight": _matrix(*ends), "lm_head.weight": _matrix(*ends)}
-    outer["model.norm.weight"] = torch.ones(sizes.hidden, dtype=torch.float16)
+    def matrix(size: tuple[int, int]) -> torch.Tensor:
+        return _matrix(size, sigma, generator).to(dtype)
+
+    ends = (sizes.vocabulary, sizes.hidden)
+    outer = {"model.embed_tokens.weight": matrix(ends), "lm_head.weight": matrix(ends)}
+    outer["model.norm.weight"] = torch.ones(sizes.hidden, dtype=dtype)
     save(outer, "model-ends.safetensors")
     for first in range(0, sizes.layers, SHARDS_LAYERS):
         shard = {}
         for layer in range(first, min(first + SHARDS_LAYERS, sizes.layers)):
             for module, size in sizes.matrices().items():
                 name = f"model.layers.{layer}.{module}.weight"
-                shard[name] = _matrix(size, sigma, generator)
+                shard[name] = matrix(size)
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 name = f"model.layers.{layer}.{norm}.weight"
-                shard[name] = torch.ones(sizes.hidden, dtype=torch.float16)
+                shard[name] = torch.ones(sizes.hidden, dtype=dtype)
         save(shard, f"model-{first:02d}.safetensors")
     total = sum((folder / name).stat().st_size for name in set(index.values()))
     listing = {"metadata": {"total_size": total}, "weight_map": index}
@@ -115,13 +122,13 @@ def make_llama(
 
 
 def _matrix(shape: tuple[int, int], sigma: float, generator: torch.Generator) -> torch.Tensor:
-    """Return a random (N, K) float16 matrix whose products keep the size of their input."""
+    """Return a random (N, K) matrix whose products keep the size of their input."""
     outputs, inputs = shape
     rows = torch.randn(outputs, 1, generator=generator)
     columns = torch.randn(1, inputs, generator=generator)
     weights = torch.randn(shape, generator=generator)
     scales = torch.exp2(sigma * rows) * torch.exp2(sigma * columns)
-    return (weights.mul_(scales) / inputs**0.5).half()
+    return weights.mul_(scales) / inputs**0.5
 
 
 def depth_shares(path: Path) -> np.ndarray:
@@ -147,8 +154,13 @@ def main() -> int:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1.1b")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sigma", type=float, default=SIGMA)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
     options = parser.parse_args()
-    print(json.dumps(make_llama(options.folder, options.shape, options.seed, options.sigma)))
+    shape = SHAPES[options.shape]
+    shape = replace(shape, layers=options.layers or shape.layers)
+    dtype = getattr(torch, options.dtype)
+    print(json.dumps(make_llama(options.folder, shape, options.seed, options.sigma, dtype)))
     return 0
 
 
