@@ -21,19 +21,21 @@ _QUANTIZER_BYTES = 16  # per weight that is quantized together: copies in the or
 _CODE_BYTES = 3  # per weight of the matrix at hand: codes, before and after they are packed
 _PLAN_BYTES = 0.25  # per quantized weight: worths of its group, as long as bits are allocated
 _MOMENT_BYTES = 0.25  # per quantized weight, of its group
+_REPACKED = 1.15  # of the packed size, at most: what the decoder that is proved makes of it
 COPY_BITS = 4  # of the copy that text is sampled from where the network does not fit
 _SHARE_OF_DISK = 0.8  # of what is free, for temporary files
 
 
-def proving_bytes(shape: Shape, packed_bytes: int) -> int:
-    """Bytes that proving a decoder's record takes, the packed result in files excepted.
+def proving_bytes(shape: Shape) -> int:
+    """Bytes that proving a decoder's record takes, what lies in files excepted.
 
-    A block and what is outside of the blocks in float32, the decoder's own weights and its logits.
+    A block and what is outside of the blocks in float32, the largest matrix while it is packed
+    anew, and the logits.
     """
     logits = PROOF_PLACES * shape.vocabulary
     logits = 4 * (logits + 4 * min(LOGITS, logits))
     weights = 4 * (shape.outside_weights + shape.block_weights)
-    return _BASE_BYTES + weights + 2 * packed_bytes + logits
+    return _BASE_BYTES + weights + 2 * shape.largest_weights + logits
 
 
 def peak_memory(
@@ -99,7 +101,8 @@ def scratch_and_rounds(
     place = options.place
     logits = tokens * shape.vocabulary
     kept = min(count * logits, max(LOGIT_LIMIT, 2 * logits)) + logits if count else 0
-    packed = int(shape.quantized_weights * (rate_of(shape, options) / 8 + _MOMENT_BYTES))
+    rate = rate_of(shape, options) / 8
+    packed = int(shape.quantized_weights * ((1 + _REPACKED) * rate + _MOMENT_BYTES))
     fixed = packed + (4 * (shape.squared_inputs + kept) if count else 0)
     state = tokens * shape.hidden * place.dtype.itemsize
     each = (shape.layers + 3) * state + 8 * shape.vocabulary  # of one sequence

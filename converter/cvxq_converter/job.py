@@ -353,8 +353,7 @@ def finish(
 
 def _prove(loaded: LoadedModel, result: Quantized, options: ConversionOptions) -> Proof:
     """Prove the decoder's record if there is memory for that."""
-    packed = sum(tensor.payload_size for tensor in result.tensors.values())
-    needed = proving_bytes(shape_of(loaded.source), packed)
+    needed = proving_bytes(shape_of(loaded.source))
     for device in {"cpu", options.place.device}:
         free = allowed_memory(options.place, device)
         if free is not None and needed > free:
@@ -364,11 +363,15 @@ def _prove(loaded: LoadedModel, result: Quantized, options: ConversionOptions) -
 
 
 def _open_exactly(record: DecoderRecord, tensors: StoredTensors) -> Decoder:
-    """Make the runtime's decoder of a record, which computes in float32 throughout."""
+    """Make the runtime's decoder of a record, which computes in float32 throughout.
+
+    Its matrices lie in a temporary file.
+    """
     from cvxq.lean import NotLeanError, open_exact
 
     try:
-        return open_exact(record, tensors, torch.get_num_threads())
+        with tensors.scratch.file() as file:
+            return open_exact(record, tensors, torch.get_num_threads(), file.fileno())
     except NotLeanError as error:
         raise NotDescribedError(str(error)) from error
 

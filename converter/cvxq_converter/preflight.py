@@ -23,7 +23,6 @@ from cvxq_converter.footprint import (
     free_disk,
     peak_memory,
     proving_bytes,
-    rate_of,
     scratch_and_rounds,
 )
 from cvxq_converter.measure.calibration import sampling_batch
@@ -120,8 +119,7 @@ def preflight(
         seconds += trials * method.tune * BATCH * _backward_seconds(shape, speed, tokens)
     seconds += _proving_seconds(shape, speed)
     memory = peak_memory(source, shape, options, count, tokens)
-    packed = int(shape.quantized_weights * rate_of(shape, options) / 8)
-    proving = proving_bytes(shape, packed)
+    proving = proving_bytes(shape)
     disk = disk_bytes(source, shape, options)
     rounds, scratch = scratch_and_rounds(shape, options, count, tokens)
     origin = " from a copy in 4 bits" if options.calibration.source == "copy" else ""

@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -31,13 +32,17 @@ class Scratch:
         usual = _PLACE if os.access(_PLACE, os.W_OK) else Path(tempfile.gettempdir())
         self.folder = folder or usual
 
+    def file(self) -> BinaryIO:
+        """An empty file without a name."""
+        return cast(BinaryIO, tempfile.TemporaryFile(dir=self.folder))
+
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor of zeros on the CPU; ConversionError if the disk has no room for it."""
         size = math.prod(shape) * dtype.itemsize
         if size < SMALLEST:
             return torch.zeros(*shape, dtype=dtype)
         try:
-            with tempfile.TemporaryFile(dir=self.folder) as file:
+            with self.file() as file:
                 _reserve(file.fileno(), size)
                 mapping = mmap.mmap(file.fileno(), size)
         except OSError as error:

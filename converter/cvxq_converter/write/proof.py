@@ -43,6 +43,7 @@ class StoredTensors:
 
     def __init__(self, loaded: LoadedModel, result: Quantized) -> None:
         self.aliases: Mapping[str, str] = loaded.aliases
+        self.scratch = loaded.streamed.scratch
         self._result = result
         self._raw = {name: as_stored(value) for name, value in loaded.unquantized()}
         self._raw |= {name: as_stored(value) for name, value in result.added_biases.items()}

@@ -89,22 +89,23 @@ def open_native(
     """Make the CPU's decoder of `record`; nothing of `tensors` is needed afterwards.
 
     exact: products in float32 throughout, which is slow; scratch: descriptor of a file that is to
-    hold the experts.  Raises as `open_decoder` does.
+    hold the experts, or with `exact` all packed matrices.  Raises as `open_decoder` does.
     """
     from cvxq.lean.native_decoder import NativeDecoder
 
     return NativeDecoder(record, tensors, threads, exact=exact, scratch=scratch)
 
 
-def open_exact(record: DecoderRecord, tensors: Tensors, threads: int) -> Decoder:
+def open_exact(record: DecoderRecord, tensors: Tensors, threads: int, scratch: int = -1) -> Decoder:
     """Make a decoder of `record` that computes in float32 throughout.
 
-    It is PyTorch's where the native library is missing.  Raises as `open_decoder` does.
+    It is PyTorch's where the native library is missing.  scratch: as in `open_native`.  Raises as
+    `open_decoder` does.
     """
     from cvxq_kernels import cpu
 
     if cpu.is_available():
-        return open_native(record, tensors, threads, exact=True)
+        return open_native(record, tensors, threads, exact=True, scratch=scratch)
     from cvxq.lean.cuda.opening import open_torch_decoder
 
     return open_torch_decoder(record, tensors, "cpu", {})

@@ -49,8 +49,8 @@ class NativeDecoder:
         """Check and repack the tensors that the record names.
 
         chunk: tokens per call of a prompt; exact: products in float32 throughout, which is slow
-            for single tokens; scratch: descriptor of a file that is to hold the experts, see
-            `Matrix.from_tensor`.
+            for single tokens; scratch: descriptor of a file that is to hold the experts, or
+            with `exact` all packed matrices, see `Matrix.from_tensor`.
         Raises NotLeanError without the native library or for what it does not do, CorruptError
         where record and tensors contradict each other.
         """
@@ -68,7 +68,8 @@ class NativeDecoder:
         self.exact = exact
         self._ropes = record.ropes
         self._turning = Turning(record.ropes)
-        parts = _Parts(record, found, tensors, threads, scratch)
+        outside = set(found) if exact else _routed(found)
+        parts = _Parts(record, found, tensors, threads, scratch, outside)
         shape = parts.shape(self.chunk)
         layers = [parts.layer(index) for index in range(self.layers)]
         self._native = Decoder(cpu.Pool(threads), shape, layers)
@@ -145,15 +146,22 @@ def _dense(value: RawTensor) -> npt.NDArray[Any]:
     return value.to_float32().reshape(value.shape)
 
 
+def _routed(found: DecoderProducts) -> set[Product]:
+    """The matrices of experts."""
+    return {p for y in found.layers if y.router for block in y.blocks for p in block}
+
+
 def _load_matrices(
-    found: DecoderProducts, tensors: Tensors, threads: int, scratch: int
+    found: DecoderProducts, tensors: Tensors, threads: int, scratch: int, outside: set[Product]
 ) -> dict[Product, cpu.Matrix]:
-    """Check and repack all matrices, one per thread at a time, the largest first."""
-    routed = {p for y in found.layers if y.router for block in y.blocks for p in block}
+    """Check and repack all matrices, one per thread at a time, the largest first.
+
+    outside: those that go to the file `scratch`.
+    """
     places = sorted(dict.fromkeys(found), key=lambda product: -product.outputs * product.inputs)
     with ThreadPoolExecutor(threads) as workers:
         made = workers.map(
-            lambda product: _load_matrix(tensors, product, scratch if product in routed else -1),
+            lambda product: _load_matrix(tensors, product, scratch if product in outside else -1),
             places,
         )
         return dict(zip(places, made, strict=True))
@@ -178,12 +186,13 @@ class _Parts:
         tensors: Tensors,
         threads: int,
         scratch: int,
+        outside: set[Product],
     ) -> None:
         """Check and repack all matrices."""
         self._record = record
         self._found = found
         self._tensors = tensors
-        self._matrices = _load_matrices(found, tensors, threads, scratch)
+        self._matrices = _load_matrices(found, tensors, threads, scratch, outside)
 
     def _optional(self, product: Product | None) -> cpu.Matrix | None:
         return None if product is None else self._matrices[product]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,24 @@ def test_a_right_record_is_proved_and_the_network_stays_as_it_was(
     for name, value in loaded.network.state_dict().items():
         assert value.dtype is before[name][0]
         assert torch.equal(value, before[name][1])
+
+
+def test_the_matrices_of_the_decoder_that_proves_lie_in_a_file(
+    make: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, result = make("llama")
+    packed = sum(tensor.packed_codes.nbytes for tensor in result.tensors.values())
+    sizes = []
+
+    def opened(record: DecoderRecord, tensors: StoredTensors) -> Decoder:
+        with tensors.scratch.file() as file:
+            monkeypatch.setattr(tensors.scratch, "file", lambda: nullcontext(file))
+            decoder = _open_exactly(record, tensors)
+            sizes.append(os.fstat(file.fileno()).st_size)
+        return decoder
+
+    assert prove(loaded, result, opened).error is None
+    assert sizes[0] >= packed
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
