@@ -36,7 +36,7 @@ enum {
     MOST_WHOLE = 8191, /* largest of 14-bit levels and inputs: 32 products fit 31 bits */
     MOST_JOINED = 127, /* largest level in a sum of four products in 16 bits, at depths 1–3 */
     MOST_PAIRED = 181, /* the same for two, at depth 4; inputs are rounded accordingly */
-    GROUP_PAD = 32,    /* bytes that may be read behind scale and mean codes */
+    GROUP_PAD = 64,    /* bytes that may be read behind scale and mean codes */
     NATIVE = 16,       /* largest M for which inputs are rounded per cluster, given a choice */
     CHUNK = 256,       /* inputs that are in work at a time */
     ITEM_TILES = 4,    /* most tiles of one item of work */
@@ -111,7 +111,6 @@ typedef struct {
     int32_t *start;  /* (blocks,) what the sum with `high` starts from */
     int32_t *start2; /* (blocks,) what the sum of second order starts from */
     float *exact;    /* (blocks, 64) input times scale, in the exact mode only */
-    float *scaled;   /* (K,) and a block: the same in a row, for `prepare` */
     float mean;      /* what the groups' means add to every row */
 } cvxq_input;
 
@@ -154,7 +153,8 @@ struct cvxq_matrix {
     cvxq_tables *tables;
     float scales[256];
     int few_scales;  /* no scale code above 63 */
-    uint8_t scale_bytes[4][64]; /* byte b of the scales up to there */
+    int has_octaves; /* scales double every eight codes, from `octave` on; that of code 0 is 0 */
+    float octave[8];
     float mean_step; /* 0 without means */
     uint8_t *scale_codes;
     int8_t *mean_codes;

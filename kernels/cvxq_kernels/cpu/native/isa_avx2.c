@@ -258,113 +258,114 @@ TARGET static void multiply_dense(const void *row, int dtype, int64_t inputs, co
     }
 }
 
-/* Scales of 32 groups. Each byte of them is looked up if there are not too many for that. */
-INLINE void scales_of(const cvxq_matrix *w, const uint8_t *codes, __m256 scales[4]) {
-    if (!w->few_scales) {
-        for (int j = 0; j < 4; j++, codes += 8)
-            scales[j] = _mm256_setr_ps(w->scales[codes[0]], w->scales[codes[1]],
-                                       w->scales[codes[2]], w->scales[codes[3]],
-                                       w->scales[codes[4]], w->scales[codes[5]],
-                                       w->scales[codes[6]], w->scales[codes[7]]);
-        return;
-    }
-    __m256i bytes[4], words[4];
-    for (int b = 0; b < 4; b++) bytes[b] = look_parts(4, w->scale_bytes[b], load(codes));
-    for (int b = 0; b < 4; b += 2) {
-        words[b] = _mm256_unpacklo_epi8(bytes[b], bytes[b + 1]);
-        words[b + 1] = _mm256_unpackhi_epi8(bytes[b], bytes[b + 1]);
-    }
-    __m256i fours[4]; /* groups 0–3 and 16–19, 4–7 and 20–23, … */
-    for (int h = 0; h < 2; h++) {
-        fours[2 * h] = _mm256_unpacklo_epi16(words[h], words[2 + h]);
-        fours[2 * h + 1] = _mm256_unpackhi_epi16(words[h], words[2 + h]);
-    }
-    for (int h = 0; h < 2; h++) {
-        const __m256i a = fours[2 * h], b = fours[2 * h + 1];
-        scales[h] = _mm256_castsi256_ps(_mm256_permute2x128_si256(a, b, 0x20));
-        scales[2 + h] = _mm256_castsi256_ps(_mm256_permute2x128_si256(a, b, 0x31));
-    }
-}
-
 /* Masks of eight places: all ones for the first `have`, else 0; `have` is −56 … 64. */
 static const int32_t FIRST[2 * BLOCK + 8] = {[0 ... BLOCK - 1] = -1};
 INLINE __m256i first_of_eight(int64_t have) {
     return _mm256_loadu_si256((const __m256i *)(FIRST + BLOCK - have));
 }
 
-/* scaled (K,) = inputs times the scales of their groups; returns what the groups' means add. */
-INLINE float scale_inputs(const cvxq_matrix *w, int64_t groups, const float *x, float *scaled) {
-    __m256 mean = _mm256_setzero_ps();
-    for (int64_t k = 0; k < w->inputs; k += 32) {
-        __m256 scales[4];
-        scales_of(w, w->scale_codes + groups + k, scales);
-        fetch(w->scale_codes + groups + k + w->inputs); /* of the next cluster */
-        if (w->mean_codes) fetch((const uint8_t *)w->mean_codes + groups + k + w->inputs);
-        UNROLL for (int j = 0; j < 32; j += 8) {
-            const int64_t have = w->inputs - k - j;
-            const __m256 eight =
-                have >= 8 ? _mm256_loadu_ps(x + k + j)
-                          : _mm256_maskload_ps(x + k + j, first_of_eight(max_of(have, 0)));
-            const __m256 y = _mm256_mul_ps(eight, scales[j / 8]);
-            _mm256_storeu_ps(scaled + k + j, y);
-            if (!w->mean_codes) continue;
-            const __m128i codes =
-                _mm_loadl_epi64((const __m128i *)(w->mean_codes + groups + k + j));
-            const __m256 means = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
-            mean = _mm256_fmadd_ps(y, _mm256_mul_ps(means, _mm256_set1_ps(w->mean_step)), mean);
+/* Scales of eight groups. From one octave of eight to the next they double, in any usual file: the
+ * lower three bits of a code choose a scale of the lowest octave, the others add to its exponent. */
+INLINE __m256 scales_of(const cvxq_matrix *w, const uint8_t *codes) {
+    if (!w->has_octaves)
+        return _mm256_setr_ps(w->scales[codes[0]], w->scales[codes[1]], w->scales[codes[2]],
+                              w->scales[codes[3]], w->scales[codes[4]], w->scales[codes[5]],
+                              w->scales[codes[6]], w->scales[codes[7]]);
+    const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
+    const __m256 lowest = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w->octave), code);
+    const __m256i exponent =
+        _mm256_and_si256(_mm256_slli_epi32(code, 20), _mm256_set1_epi32(31 << 23));
+    const __m256i scale = _mm256_add_epi32(_mm256_castps_si256(lowest), exponent);
+    const __m256i is_some = _mm256_cmpgt_epi32(code, _mm256_setzero_si256());
+    return _mm256_castsi256_ps(_mm256_and_si256(scale, is_some));
+}
+
+/* y (64,) = `count` inputs times the scales of their groups, zeros behind them. */
+INLINE void scale_block(const cvxq_matrix *w, int64_t groups, const float *x, int64_t count,
+                        __m256 y[BLOCK / 8]) {
+    const uint8_t *codes = w->scale_codes + groups;
+    fetch(codes + w->inputs); /* of the next cluster */
+    if (count >= BLOCK) {
+        UNROLL for (int j = 0; j < BLOCK / 8; j++)
+            y[j] = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * j), scales_of(w, codes + 8 * j));
+    } else {
+        UNROLL for (int j = 0; j < BLOCK / 8; j++) {
+            const __m256i own = first_of_eight(count - 8 * j);
+            const __m256 scaled =
+                _mm256_mul_ps(_mm256_maskload_ps(x + 8 * j, own), scales_of(w, codes + 8 * j));
+            y[j] = _mm256_and_ps(scaled, _mm256_castsi256_ps(own));
         }
     }
-    return sum_of(mean);
 }
 
-/* The largest of positive numbers, given as bits, by which they are in order; NaN for infinity or NaN,
- * which are above all numbers. */
-INLINE float largest_of(__m256i v) {
-    __m128i most = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4E));
-    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xB1));
-    return _mm_cvtsi128_si32(most) < 0x7f800000 ? _mm_cvtss_f32(_mm_castsi128_ps(most)) : NAN;
+/* What the means of the groups add to every row. */
+INLINE float mean_of(const cvxq_matrix *w, int64_t groups, const __m256 y[BLOCK / 8]) {
+    const int8_t *codes = w->mean_codes + groups;
+    __m256 sum = _mm256_setzero_ps();
+    fetch((const uint8_t *)codes + w->inputs);
+    for (int j = 0; j < BLOCK / 8; j++) {
+        const __m128i eight = _mm_loadl_epi64((const __m128i *)(codes + 8 * j));
+        const __m256 means = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+        sum = _mm256_fmadd_ps(y[j], _mm256_mul_ps(means, _mm256_set1_ps(w->mean_step)), sum);
+    }
+    return sum_of(sum);
 }
-INLINE int32_t whole_sum(__m256i v) {
+
+/* The larger of positive numbers by their bits, which puts NaN and infinity above all others. */
+INLINE __m256 larger(__m256 a, __m256 b) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+/* The largest of eight such numbers, in all places. */
+INLINE __m256 largest_of(__m256 v) {
+    v = larger(v, _mm256_permute2f128_ps(v, v, 1));
+    v = larger(v, _mm256_permute_ps(v, 0x4E));
+    return larger(v, _mm256_permute_ps(v, 0xB1));
+}
+INLINE __m128i whole_sum(__m256i v) {
     __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
-    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
+    return _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1));
 }
 
-/* At most FLT_MAX. Unlike this, fminf is a call, which keeps no vector in its register. */
-INLINE float capped(float v) { return v < FLT_MAX ? v : FLT_MAX; }
-
-/* Sums of the magnitudes that vpmaddubsw adds up, with the four of the other quad at depths 1–3. */
-INLINE __m256 joined_sizes(const int depth, __m256 sizes) {
-    if (depth < 4) sizes = _mm256_add_ps(sizes, _mm256_permute2f128_ps(sizes, sizes, 1));
-    return _mm256_add_ps(sizes, _mm256_permute_ps(sizes, 0xB1));
+/* Sums of those of 16 magnitudes whose products vpmaddubsw adds up, with those of the other quad at
+ * depths 1–3. */
+INLINE __m256 joined_sizes(const int depth, __m256 a, __m256 b) {
+    if (depth == 4)
+        return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xDD));
+    const __m256 quads = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20),
+                                       _mm256_permute2f128_ps(a, b, 0x31));
+    return _mm256_add_ps(quads, _mm256_permute_ps(quads, 0xB1));
 }
 
-/* Round `count` scaled inputs, one block, with zeros behind them (depth: 3 for 1–3, 5 for 5–8): to as
- * many steps as 8 or 14 bits hold and, at depths 1–4, as sums of products with the largest number in
- * 16 bits do. Where an input is not finite the step is NaN, and so is every product. */
-INLINE void round_block(const int depth, const float *scaled, int64_t count, int64_t block,
-                        cvxq_input *out) {
+/* The step, in all places, that rounds a block (depth: 3 for 1–3, 5 for 5–8): as many of it as 8 or 14
+ * bits hold make the largest input and, at depths 1–4, as many as sums of products with the largest
+ * level hold in 16 bits, each input rounded up by half, make the largest of those sums. NaN where an
+ * input is not finite. */
+INLINE __m256 step_of(const int depth, const __m256 y[BLOCK / 8]) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX));
-    __m256 y[BLOCK / 8];
-    __m256i most_bits = _mm256_setzero_si256(), joined_bits = most_bits, sum = most_bits;
-    UNROLL for (int j = 0; j < BLOCK / 8; j++) {
-        const __m256 own = _mm256_castsi256_ps(first_of_eight(min_of(count, BLOCK) - 8 * j));
-        y[j] = _mm256_and_ps(_mm256_loadu_ps(scaled + 8 * j), own);
-        const __m256 size = _mm256_and_ps(y[j], magnitude);
-        most_bits = _mm256_max_epi32(most_bits, _mm256_castps_si256(size));
-        if (depth > NARROW) continue;
-        const __m256i joined = _mm256_castps_si256(joined_sizes(depth, size));
-        joined_bits = _mm256_max_epi32(joined_bits, joined);
+    __m256 most = _mm256_setzero_ps(), joined = most;
+    UNROLL for (int j = 0; j < BLOCK / 8; j += 2) {
+        const __m256 a = _mm256_and_ps(y[j], magnitude), b = _mm256_and_ps(y[j + 1], magnitude);
+        most = larger(most, larger(a, b));
+        if (depth <= NARROW) joined = larger(joined, joined_sizes(depth, a, b));
     }
-    float step = largest_of(most_bits) / (depth <= NARROW ? INT8_MAX : MOST_WHOLE);
-    if (depth <= NARROW) { /* each may be rounded up by half */
-        const int most = depth < 4 ? INT16_MAX / MOST_JOINED - 2 : INT16_MAX / MOST_PAIRED - 1;
-        const float least = capped(largest_of(joined_bits)) / (float)most;
-        if (step < least) step = least;
+    __m256 step = _mm256_mul_ps(most, _mm256_set1_ps(1.0f / (depth <= NARROW ? INT8_MAX : MOST_WHOLE)));
+    if (depth <= NARROW) {
+        const int fit = depth < 4 ? INT16_MAX / MOST_JOINED - 2 : INT16_MAX / MOST_PAIRED - 1;
+        step = larger(step, _mm256_mul_ps(joined, _mm256_set1_ps(1.0f / (float)fit)));
     }
-    const __m256 factor = _mm256_set1_ps(step > 0 ? capped(1 / step) : 0);
-    __m256i whole[BLOCK / 8];
+    step = largest_of(step);
+    if (isfinite(_mm256_cvtss_f32(step))) return step;
+    most = largest_of(most); /* sums may be infinite where no input is */
+    return _mm256_set1_ps(isfinite(_mm256_cvtss_f32(most)) ? _mm256_cvtss_f32(most) / 63 : NAN);
+}
+
+/* Round the scaled inputs of a block, in steps of step_of. */
+INLINE void round_block(const int depth, const cvxq_nibble_tables *tables, int run_depth,
+                        const __m256 y[BLOCK / 8], int64_t block, cvxq_input *out) {
+    const __m256 step = step_of(depth, y), one = _mm256_set1_ps(1);
+    const __m256 factor = _mm256_min_ps(_mm256_div_ps(one, step), _mm256_set1_ps(FLT_MAX));
+    __m256i whole[BLOCK / 8], sum = _mm256_setzero_si256();
     UNROLL for (int j = 0; j < BLOCK / 8; j++) {
         whole[j] = _mm256_cvtps_epi32(_mm256_mul_ps(y[j], factor));
         sum = _mm256_add_epi32(sum, whole[j]);
@@ -384,8 +385,9 @@ INLINE void round_block(const int depth, const float *scaled, int64_t count, int
             _mm256_storeu_si256((__m256i *)(words + 16), _mm256_permute4x64_epi64(b, 0xD8));
         }
     }
-    out->scale[block] = step;
-    out->start[block] = whole_sum(sum);
+    const __m128 total = _mm_cvtepi32_ps(whole_sum(sum));
+    out->scale[block] = _mm256_cvtss_f32(step) * tables->unit[run_depth];
+    out->start[block] = _mm_cvtss_si32(_mm_mul_ss(total, _mm_set_ss(-tables->zero[run_depth])));
 }
 
 /* Others, which no converter writes, are left to the portable kernel. */
@@ -398,25 +400,29 @@ TARGET static void prepare(const cvxq_matrix *w, const cvxq_cluster *cluster, in
         return;
     }
     int64_t block = 0;
-    out->mean = scale_inputs(w, groups, x, out->scaled);
+    float mean = 0;
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
-        if (!run->depth) continue;
-        const float *scaled = out->scaled + run->first;
-        for (int64_t left = run->count; left > 0; left -= BLOCK, scaled += BLOCK, block++) {
+        const int depth = run->depth;
+        if (!depth && !w->mean_codes) continue;
+        for (int64_t i = 0; i < run->count; i += BLOCK) {
+            const int64_t at = run->first + i;
+            __m256 y[BLOCK / 8];
+            scale_block(w, groups + at, x + at, run->count - i, y);
+            if (w->mean_codes) mean += mean_of(w, groups + at, y);
+            if (!depth) continue;
             for (int j = 0; j < AHEAD_BLOCK; j += LINE) fetch(soon + j);
             soon += AHEAD_BLOCK;
-            if (run->depth < 4)
-                round_block(3, scaled, left, block, out);
-            else if (run->depth == 4)
-                round_block(4, scaled, left, block, out);
+            if (depth < 4)
+                round_block(3, &w->tables->nibble, depth, y, block, out);
+            else if (depth == 4)
+                round_block(4, &w->tables->nibble, depth, y, block, out);
             else
-                round_block(5, scaled, left, block, out);
-            out->scale[block] *= w->tables->nibble.unit[run->depth];
-            out->start[block] = (int32_t)lrintf(-w->tables->nibble.zero[run->depth] *
-                                                (float)out->start[block]);
+                round_block(5, &w->tables->nibble, depth, y, block, out);
+            block++;
         }
     }
+    out->mean = mean;
 }
 
 static void multiply(const cvxq_matrix *w, const cvxq_cluster *cluster, const cvxq_tile *tile,

@@ -1,4 +1,6 @@
 /* Making and freeing matrices: what is decided before any code is moved. See repack.c. */
+#include <float.h>
+#include <math.h>
 #include <stdlib.h>
 
 #include "repack.h"
@@ -27,6 +29,20 @@ static cvxq_matrix *new_matrix(cvxq_kind kind, int64_t outputs, int64_t inputs, 
     return w;
 }
 
+/* Whether scales can be made from the lowest eight, as the bits of octave[code % 8] and code / 8 in
+ * the exponent. */
+static void find_octaves(cvxq_matrix *w) {
+    int last = 255;
+    while (last && w->scales[last] == 0) last--;
+    memcpy(w->octave, w->scales, sizeof w->octave);
+    if (last >= 8) w->octave[0] = w->scales[8] / 2;
+    w->has_octaves = w->scales[0] == 0;
+    for (int code = 1; code <= last; code++) {
+        const float lowest = w->octave[code % 8];
+        w->has_octaves &= lowest >= FLT_MIN && w->scales[code] == ldexpf(lowest, code / 8);
+    }
+}
+
 /* Tables and side information in the stored order, which all companded matrices copy. */
 static int copy_side(cvxq_matrix *w, const cvxq_companded *source) {
     w->tables = NULL;
@@ -40,9 +56,7 @@ static int copy_side(cvxq_matrix *w, const cvxq_companded *source) {
     }
     w->few_scales = 1;
     for (int i = 64; i < 256; i++) w->few_scales &= source->scales[i] == 0;
-    for (int i = 0; i < 64; i++)
-        for (int b = 0; b < 4; b++)
-            memcpy(&w->scale_bytes[b][i], (const char *)&w->scales[i] + b, 1);
+    find_octaves(w);
     w->mean_step = source->means ? source->means[129] : 0;
     w->bytes += (int64_t)sizeof *w->tables;
     return 1;

@@ -28,7 +28,6 @@ static size_t lay_out(const cvxq_matrix *w, int exact, char *memory, workspace *
             TAKE(input->exact, sizeof(float) * BLOCK * blocks);
             continue;
         }
-        TAKE(input->scaled, sizeof(float) * ((size_t)w->inputs + BLOCK));
         TAKE(input->high, BLOCK * blocks);
         TAKE(input->low, BLOCK * blocks);
         TAKE(input->whole, sizeof(int16_t) * BLOCK * blocks);
