@@ -9,7 +9,7 @@ from cvxq_converter.measure.calibration import cache_bytes, sampling_batch
 from cvxq_converter.measure.quality import LOGIT_LIMIT
 from cvxq_converter.measure.teaching import KEPT
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.columns import TOGETHER
+from cvxq_converter.quantize.columns import SIDE_BY_SIDE, TOGETHER
 from cvxq_converter.shapes import Shape
 from cvxq_converter.source.blocks import LOGITS
 from cvxq_converter.source.checkpoint import Source
@@ -45,7 +45,8 @@ def peak_memory(
     element = options.place.dtype.itemsize
     is_rtn = options.method.name == "rtn"
     plans = 0 if is_rtn else int(_PLAN_BYTES * shape.quantized_weights)
-    together = 0 if is_rtn else min(shape.largest_weights, TOGETHER)
+    side_by_side = min(shape.quantized_weights, SIDE_BY_SIDE)
+    together = 0 if is_rtn else max(min(shape.largest_weights, TOGETHER), side_by_side)
     quantizing = together * _QUANTIZER_BYTES + shape.largest_weights * _CODE_BYTES
     result = shape.quantized_weights // 16  # depths and scales of groups; codes are in a file
     stages = [result + plans + quantizing + (4 * shape.largest_inputs**2 if count else 0)]

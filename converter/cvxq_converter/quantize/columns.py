@@ -7,10 +7,14 @@ the layer's *output* is least (Optimal Brain Surgeon; GPTQ, arXiv 2210.17323). W
 U upper triangular, column j of W in that order leaves the error e = (w_j − q_j) / U_jj, and every
 later column k becomes w_k − e U_jk. Scales and means are searched when a column's turn comes, for
 the weights as they are by then.
+
+A column takes some hundred small operations, which cost their calls. So matrices of equal width go
+side by side: their clusters are looked at together, and each has its own order and factor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -25,7 +29,8 @@ from cvxq_converter.quantize.search import Choice, Chosen, Grid, Tables, make_gr
 
 BLOCK = 128  # columns whose errors are pushed onto the rest of the matrix at once
 CHUNK = 1 << 16  # weights searched at once without feedback
-TOGETHER = 1 << 25  # weights of a matrix whose columns are quantized in one go
+TOGETHER = 1 << 25  # weights of one matrix whose columns are quantized in one go
+SIDE_BY_SIDE = 1 << 23  # weights of several matrices whose columns are
 
 
 @dataclass(frozen=True)
@@ -51,55 +56,59 @@ class QuantizedMatrix:
     projection: np.ndarray
 
 
-def quantize_matrix(
-    weight: torch.Tensor,
-    clustering: Clustering,
-    depths: np.ndarray,
-    codebook: Codebook,
-    *,
-    with_means: bool,
-    refine: bool = True,
-    moments: tuple[torch.Tensor, torch.Tensor],
-    row_weights: np.ndarray,
-    feedback: InverseFactor | None = None,
-) -> QuantizedMatrix:
-    """Quantize weight (N, K) with the depths (C, K) and the codebook's levels.
+@dataclass(frozen=True)
+class Task:
+    """A matrix to quantize.
 
-    moments: the groups' (mean, mean square), as `group_moments` gives them. row_weights: (N,), what
-    an error in each row counts for, in stored order. feedback: of the Hessian, None to do without.
+    weight: (N, K), rows in source order. depths: (C, K). moments: the groups' (mean, mean square),
+    as `group_moments` gives them. row_weights: (N,), what an error in each row counts for, in
+    stored order. feedback: of the Hessian, None to do without.
     """
-    grid = make_grid(*moments, codebook, with_means=with_means)
-    tables = Tables.of(codebook, weight.device)
-    parts = []
-    for part in _runs(clustering, weight.shape[1]):
-        rows = slice(int(clustering.bounds[part.start]), int(clustering.bounds[part.stop]))
-        taken = weight[torch.from_numpy(clustering.permutation[rows]).to(weight.device)].float()
-        sizes = clustering.cluster_rows[part]
-        columns = _Columns(taken, sizes, depths[part], tables, grid, row_weights[rows], refine)
-        if feedback is None:
-            columns.quantize_apart((moments[0][part], moments[1][part]))
-        else:
-            columns.quantize_in_turn(feedback)
-        parts.append(columns.result(with_means))
-    return _joined(parts, clustering, depths, grid)
+
+    weight: torch.Tensor
+    clustering: Clustering
+    depths: np.ndarray
+    moments: tuple[torch.Tensor, torch.Tensor]
+    row_weights: np.ndarray
+    with_means: bool
+    feedback: InverseFactor | None = None
+
+    def runs(self) -> list[slice]:
+        """Clusters that are quantized in one go: none of them knows of any other."""
+        size = int(self.clustering.cluster_rows.max()) * self.weight.shape[1]
+        step, clusters = max(1, TOGETHER // size), self.clustering.clusters
+        return [slice(first, min(first + step, clusters)) for first in range(0, clusters, step)]
 
 
-def _runs(clustering: Clustering, columns: int) -> list[slice]:
-    """Clusters that are quantized together: none of them knows of any other."""
-    step = max(1, TOGETHER // (int(clustering.cluster_rows.max()) * columns))
-    return [
-        slice(first, min(first + step, clustering.clusters))
-        for first in range(0, clustering.clusters, step)
-    ]
+def quantize_matrix(task: Task, codebook: Codebook, refine: bool = True) -> QuantizedMatrix:
+    """Quantize one matrix with the codebook's levels."""
+    return quantize_matrices([task], codebook, refine)[0]
 
 
-def _joined(
-    parts: list[_Quantized], clustering: Clustering, depths: np.ndarray, grid: Grid
-) -> QuantizedMatrix:
+def quantize_matrices(
+    tasks: Sequence[Task], codebook: Codebook, refine: bool = True
+) -> list[QuantizedMatrix]:
+    """Quantize matrices of equal width with the codebook's levels.
+
+    Several at once if they have no means, all have feedback, and no kernel `runs_fused`.
+    """
+    tables = Tables.of(codebook, tasks[0].weight.device)
+    grids = [make_grid(*t.moments, codebook, with_means=t.with_means) for t in tasks]
+    if len(tasks) > 1:
+        whole = [slice(0, task.clustering.clusters) for task in tasks]
+        pieces = [_Piece(*piece) for piece in zip(tasks, grids, whole, strict=True)]
+        parts = [[part] for part in _Columns(pieces, tables, refine).quantized()]
+    else:
+        pieces = [_Piece(tasks[0], grids[0], run) for run in tasks[0].runs()]
+        parts = [[_Columns([piece], tables, refine).quantized()[0] for piece in pieces]]
+    return [_joined(*item) for item in zip(parts, tasks, grids, strict=True)]
+
+
+def _joined(parts: list[_Quantized], task: Task, grid: Grid) -> QuantizedMatrix:
     means = [part.mean_codes for part in parts if part.mean_codes is not None]
     return QuantizedMatrix(
-        clustering=clustering,
-        depths=depths,
+        clustering=task.clustering,
+        depths=task.depths,
         codes=np.concatenate([part.codes for part in parts]),
         scale_codes=np.concatenate([part.scale_codes for part in parts]),
         mean_codes=np.concatenate(means) if means else None,
@@ -109,6 +118,39 @@ def _joined(
         energy=sum(part.sums[1] for part in parts),
         projection=sum(part.sums[2] for part in parts),
     )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some clusters of a matrix, and the grid of the whole of it."""
+
+    task: Task
+    grid: Grid
+    part: slice
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(C,) int64 rows of each cluster."""
+        return self.task.clustering.cluster_rows[self.part]
+
+    @property
+    def rows(self) -> slice:
+        """Their stored positions."""
+        bounds = self.task.clustering.bounds
+        return slice(int(bounds[self.part.start]), int(bounds[self.part.stop]))
+
+    def slots(self, group: int) -> torch.Tensor:
+        """(N,) int64 place of each row among clusters that are padded to `group` rows."""
+        sizes = self.sizes
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        places = np.repeat(np.arange(len(sizes)), sizes) * group + within
+        return torch.from_numpy(places).to(self.task.weight.device)
+
+    def columns(self) -> torch.Tensor:
+        """(K, N) float32 weights in stored order, in units of the grid."""
+        chosen = torch.from_numpy(self.task.clustering.permutation[self.rows])
+        weight = self.task.weight[chosen.to(self.task.weight.device)].float()
+        return (weight / max(float(self.grid.unit), 1e-38)).T
 
 
 @dataclass(frozen=True)
@@ -124,142 +166,147 @@ class _Quantized:
 class _Columns:
     """The columns of some clusters on their way to codes, clusters padded to equal size.
 
-    weights: (K, C, G) float32 in units of the grid, padding 0; shares: (C, G) of each row in the
-    error, padding 0; filled: (C, G) 1, padding 0; sizes: (C,) int32 rows of each cluster; slots:
-    (N,) place of each stored row in C·G.
+    clusters: of each piece, among those of all pieces. weights: (K, C, G) float32 in units of the
+    grid, padding 0; shares: (C, G) of each row in the error, padding 0; filled: (C, G) 1, padding
+    0; sizes: (C,) int32 rows of each cluster; deep: (K, C) int64 depths.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        rows: np.ndarray,
-        depths: np.ndarray,
-        tables: Tables,
-        grid: Grid,
-        row_weights: np.ndarray,
-        refine: bool,
-    ) -> None:
-        """weight: (N, K) in stored order; rows: (C,) of each cluster."""
-        device = weight.device
-        C, G, K = len(rows), int(rows.max()), weight.shape[1]
-        within = np.arange(len(weight)) - np.repeat(np.cumsum(rows) - rows, rows)
-        slots = np.repeat(np.arange(C), rows) * G + within
-        self.slots = torch.from_numpy(slots).to(device)
-        self.depths, self.tables, self.grid, self.refine = depths, tables, grid, refine
+    def __init__(self, pieces: list[_Piece], tables: Tables, refine: bool) -> None:
+        weight = pieces[0].task.weight
+        sizes = np.concatenate([piece.sizes for piece in pieces])
+        C, G, K, device = len(sizes), int(sizes.max()), weight.shape[1], weight.device
+        ends = np.cumsum([len(piece.sizes) for piece in pieces]).tolist()
+        self.clusters = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+        self.pieces, self.tables, self.grid, self.refine = pieces, tables, pieces[0].grid, refine
         self.weights = torch.zeros(K, C * G, device=device)
-        self.weights[:, self.slots] = (weight / max(float(grid.unit), 1e-38)).T
+        self.shares = torch.zeros(C * G, device=device)
+        self.filled = torch.zeros(C * G, device=device)
+        for piece, own in zip(pieces, self.clusters, strict=True):
+            slots = piece.slots(G) + own.start * G
+            self.weights[:, slots] = piece.columns()
+            self.shares[slots] = torch.from_numpy(piece.task.row_weights[piece.rows]).to(device)
+            self.filled[slots] = 1
         self.weights = self.weights.view(K, C, G)
-        shares = torch.zeros(C * G, device=device)
-        shares[self.slots] = torch.from_numpy(row_weights).to(device)
-        self.shares = shares.view(C, G)
-        self.sizes = torch.from_numpy(rows.astype(np.int32)).to(device)
-        filled = torch.zeros(C * G, device=device)
-        filled[self.slots] = 1
-        self.filled = filled.view(C, G)
+        self.shares, self.filled = self.shares.view(C, G), self.filled.view(C, G)
+        self.sizes = torch.from_numpy(sizes.astype(np.int32)).to(device)
+        depths = np.concatenate([piece.task.depths[piece.part] for piece in pieces])
         self.deep = torch.from_numpy(depths.T.astype(np.int64, order="C")).to(device)
         self.chosen = Chosen.empty(K, C, G, device)
 
-    def quantize_apart(self, moments: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Quantize every group on its own; moments: (C, K) in weight units."""
+    def quantized(self) -> list[_Quantized]:
+        """Quantize all columns; one result for each piece."""
+        feedback = [piece.task.feedback for piece in self.pieces]
+        if feedback[0] is None:
+            self._quantize_apart()
+        elif runs_fused(self.weights.device):
+            self._quantize_fused(feedback[0])
+        else:
+            self._quantize_in_turn([f for f in feedback if f is not None])
+        return [self._result(*item) for item in zip(self.pieces, self.clusters, strict=True)]
+
+    def _quantize_apart(self) -> None:
+        """Quantize every group of the one piece on its own."""
+        (piece,) = self.pieces
         unit = max(float(self.grid.unit), 1e-38)
-        mean = (moments[0].T / unit).float().contiguous()
-        mean_square = (moments[1].T / unit**2).float().contiguous()
+        mean, mean_square = (moment[piece.part].T for moment in piece.task.moments)
+        mean = (mean / unit).float().contiguous()
+        mean_square = (mean_square / unit**2).float().contiguous()
         K, C, G = self.weights.shape
         step = max(1, CHUNK // (C * G))
         for start in range(0, K, step):
             part = slice(start, min(start + step, K))
-            self._quantize(part, self.weights[part], (mean[part], mean_square[part]))
+            moments = mean[part], mean_square[part]
+            found = self._search(self.weights[part], self.deep[part], moments)
+            self.chosen.keep(part, found, self.filled)
 
-    def quantize_in_turn(self, feedback: InverseFactor) -> None:
-        """Quantize column by column, each error fed to the columns that follow."""
+    def _quantize_in_turn(self, feedback: list[InverseFactor]) -> None:
+        """Quantize column by column, each error fed to the columns that follow in its piece.
+
+        Errors of a block's columns reach the others of the block when their turn comes, and the
+        rest of the columns after the block.
+        """
+        K, C, G = self.weights.shape
+        weights, deep = torch.empty_like(self.weights), torch.empty_like(self.deep)
+        pivots = torch.empty(K, C, 1, device=weights.device)
+        for own, f in zip(self.clusters, feedback, strict=True):
+            weights[:, own] = self.weights[f.order, own]
+            deep[:, own] = self.deep[f.order, own]
+            pivots[:, own, 0] = f.factor.diagonal()[:, None]
+        turned = Chosen.empty(K, C, G, weights.device)
+        shares = self.shares / self.shares.sum(1, keepdim=True)
+        for low in range(0, K, BLOCK):
+            high = min(low + BLOCK, K)
+            errors = torch.empty((high - low, C, G), device=weights.device)
+            for j in range(low, high):
+                done = errors[: j - low]
+                for own, f in zip(self.clusters, feedback, strict=True):
+                    weights[j, own] -= _pushed(f.factor[low:j, j : j + 1], done[:, own])[0]
+                column = weights[j : j + 1]
+                shared = shares * column
+                moments = shared.sum(-1), (shared * column).sum(-1)
+                found = self._search(column, deep[j : j + 1], moments)
+                turned.keep(slice(j, j + 1), found, self.filled)
+                errors[j - low] = (column[0] - found.value[0]) / pivots[j]
+            for own, f in zip(self.clusters, feedback, strict=True):
+                weights[high:, own] -= _pushed(f.factor[low:high, high:], errors[:, own])
+        for own, f in zip(self.clusters, feedback, strict=True):
+            self.chosen.place(f.order, own, turned)
+
+    def _quantize_fused(self, feedback: InverseFactor) -> None:
+        """Quantize the one piece column by column, a block in one launch."""
+        from cvxq_converter.quantize.feedback_kernel import (  # needs Triton
+            FUSED_BLOCK,
+            quantize_block,
+        )
+
         order, factor = feedback.order, feedback.factor
         K, C, G = self.weights.shape
         weights = self.weights[order].view(K, C * G)
         shares = self.shares / self.shares.sum(1, keepdim=True)
-        if runs_fused(weights.device):
-            from cvxq_converter.quantize.feedback_kernel import FUSED_BLOCK  # needs Triton
-
-            block, run = FUSED_BLOCK, self._fused_block
-        else:
-            block, run = BLOCK, self._block
-        for low in range(0, K, block):
-            high = min(low + block, K)
-            errors = run(weights, shares, feedback, low, high)
+        for low in range(0, K, FUSED_BLOCK):
+            high = min(low + FUSED_BLOCK, K)
+            errors = quantize_block(
+                weights,
+                shares,
+                self.sizes,
+                self.deep,
+                order,
+                factor,
+                low,
+                high,
+                self.tables,
+                self.grid,
+                self.refine,
+                self.chosen,
+            )
             weights[high:] -= factor[low:high, high:].T @ errors
 
-    def _block(
-        self,
-        weights: torch.Tensor,
-        shares: torch.Tensor,
-        feedback: InverseFactor,
-        low: int,
-        high: int,
-    ) -> torch.Tensor:
-        """Quantize the columns low … high of the order; returns their errors (high − low, C·G)."""
-        order, factor = feedback.order, feedback.factor
-        errors = torch.empty((high - low, weights.shape[1]), device=weights.device)
-        for j in range(low, high):
-            column = weights[j].view(1, *shares.shape)
-            shared = shares * column
-            moments = shared.sum(-1), (shared * column).sum(-1)
-            found = self._quantize(order[j : j + 1], column, moments)
-            error = (weights[j] - found.value.view(-1)) / factor[j, j]
-            errors[j - low] = error
-            weights[j + 1 : high].addr_(factor[j, j + 1 : high], error, alpha=-1)
-        return errors
-
-    def _fused_block(
-        self,
-        weights: torch.Tensor,
-        shares: torch.Tensor,
-        feedback: InverseFactor,
-        low: int,
-        high: int,
-    ) -> torch.Tensor:
-        """`_block` in one launch."""
-        from cvxq_converter.quantize.feedback_kernel import quantize_block  # needs Triton
-
-        return quantize_block(
-            weights,
-            shares,
-            self.sizes,
-            self.deep,
-            feedback.order,
-            feedback.factor,
-            low,
-            high,
-            self.tables,
-            self.grid,
-            self.refine,
-            self.chosen,
-        )
-
-    def _quantize(
-        self,
-        columns: slice | torch.Tensor,
-        weights: torch.Tensor,
-        moments: tuple[torch.Tensor, torch.Tensor],
+    def _search(
+        self, weights: torch.Tensor, deep: torch.Tensor, moments: tuple[torch.Tensor, torch.Tensor]
     ) -> Choice:
-        """Choose for some columns, and keep the choices; weights: (k, C, G), moments: (k, C)."""
-        deep = self.deep[columns]
-        found = search_scales(
+        """Choose for some columns; weights: (k, C, G), deep and moments: (k, C)."""
+        return search_scales(
             weights, self.shares, deep, moments, self.tables, self.grid, self.refine
         )
-        self.chosen.keep(columns, found, self.filled)
-        return found
 
-    def result(self, with_means: bool) -> _Quantized:
-        """Everything kept, in the units of the weights and in stored order."""
-        chosen = self.chosen
-        deep, sums = self.depths.T.ravel(), chosen.sums.flatten(1).cpu().numpy()
-        by_depth = [np.bincount(deep, values, minlength=MAX_DEPTH + 1) for values in sums]
-        means = chosen.mean_codes.T.contiguous().cpu().numpy() if with_means else None
+    def _result(self, piece: _Piece, own: slice) -> _Quantized:
+        """Everything kept of a piece, in the units of the weights and in stored order."""
+        chosen, group = self.chosen, self.weights.shape[2]
+        slots = piece.slots(group) + own.start * group
+        deep, sums = self.deep[:, own].flatten().cpu().numpy(), chosen.sums[:, :, own].flatten(1)
+        by_depth = [np.bincount(deep, v, minlength=MAX_DEPTH + 1) for v in sums.cpu().numpy()]
+        means = chosen.mean_codes[:, own].T.contiguous().cpu().numpy()
         return _Quantized(
-            codes=chosen.codes[:, self.slots].T.contiguous().cpu().numpy(),
-            scale_codes=chosen.scale_codes.T.contiguous().cpu().numpy(),
-            mean_codes=means,
-            sums=np.stack(by_depth) * float(self.grid.unit) ** 2,
+            codes=chosen.codes[:, slots].T.contiguous().cpu().numpy(),
+            scale_codes=chosen.scale_codes[:, own].T.contiguous().cpu().numpy(),
+            mean_codes=means if piece.task.with_means else None,
+            sums=np.stack(by_depth) * float(piece.grid.unit) ** 2,
         )
+
+
+def _pushed(factor: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
+    """What the errors (k, C, G) of k columns take from n others, (n, C, G); factor: (k, n)."""
+    return (factor.T @ errors.flatten(1)).view(-1, *errors.shape[1:])
 
 
 def runs_fused(device: torch.device) -> bool:

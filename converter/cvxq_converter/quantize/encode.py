@@ -15,7 +15,13 @@ from cvxq_converter.allocate.plan import MatrixPlan
 from cvxq_converter.allocate.scale_width import choose_scale_bits
 from cvxq_converter.measure.hessian import InverseFactor
 from cvxq_converter.options import Method
-from cvxq_converter.quantize.columns import QuantizedMatrix, quantize_matrix
+from cvxq_converter.quantize.columns import (
+    SIDE_BY_SIDE,
+    QuantizedMatrix,
+    Task,
+    quantize_matrices,
+    runs_fused,
+)
 from cvxq_converter.quantize.companding import (
     LevelHistogram,
     default_levels,
@@ -63,25 +69,53 @@ def encode_matrices(
         levels = tuple((fitted if d in allocation.stored_depths else levels)[d - 1] for d in DEPTHS)
     scale_bits = choose_scale_bits(plans)
     codebook = make_codebook(levels, scale_bits, allocation.stored_depths)
-    tensors, energies, projections = [], [], []
-    for i, plan in enumerate(plans):
-        matrix = quantize_matrix(
-            plan.row_scales.normalize(loaded.originals[plan.matrix.name]),
-            plan.clustering,
-            allocation.depths[i],
-            codebook,
-            with_means=plan.with_means,
-            refine=method.refine_scales,
-            moments=plan.moments,
-            row_weights=plan.row_weights,
-            feedback=factor_of(plan.matrix.name),
-        )
-        offsets = allocation.cluster_offsets[i]
-        tensors.append(_pack(plan, matrix, offsets, scale_bits, loaded.streamed.scratch))
-        energies.append(matrix.energy)
-        projections.append(matrix.projection)
-        progress(total - len(plans) + i + 1, total)
+    done = total - len(plans)
+    made: dict[int, tuple[CompandedTensor, np.ndarray, np.ndarray]] = {}
+    for batch in _side_by_side(plans, factor_of):
+        tasks = [
+            Task(
+                plans[i].row_scales.normalize(loaded.originals[plans[i].matrix.name]),
+                plans[i].clustering,
+                allocation.depths[i],
+                plans[i].moments,
+                plans[i].row_weights,
+                plans[i].with_means,
+                factor_of(plans[i].matrix.name),
+            )
+            for i in batch
+        ]
+        found = quantize_matrices(tasks, codebook, method.refine_scales)
+        for i, matrix in zip(batch, found, strict=True):
+            offsets, scratch = allocation.cluster_offsets[i], loaded.streamed.scratch
+            packed = _pack(plans[i], matrix, offsets, scale_bits, scratch)
+            made[i] = packed, matrix.energy, matrix.projection
+            done += 1
+            progress(done, total)
+    tensors, energies, projections = map(list, zip(*(made[i] for i in sorted(made)), strict=True))
     return Encoded(tensors, codebook, energies, projections)
+
+
+def _side_by_side(plans: Sequence[MatrixPlan], factor_of: FactorOf) -> list[list[int]]:
+    """The numbers of the matrices that are quantized together, those of equal width.
+
+    Only with feedback, and without means, whose steps are one for all; and not where one kernel
+    does a whole block.
+    """
+    batches: list[list[int]] = []
+    open_batches: dict[int, tuple[list[int], int]] = {}  # by width, and their weights
+    for i, plan in enumerate(plans):
+        N, K = plan.matrix.weight.shape
+        is_alone = plan.with_means or runs_fused(plan.matrix.parameter.device)
+        if is_alone or factor_of(plan.matrix.name) is None:
+            batches.append([i])
+            continue
+        batch, weights = open_batches.get(K, ([], SIDE_BY_SIDE))
+        if weights + N * K > SIDE_BY_SIDE:
+            batch, weights = [], 0
+            batches.append(batch)
+        batch.append(i)
+        open_batches[K] = batch, weights + N * K
+    return batches
 
 
 def _fit_tables(

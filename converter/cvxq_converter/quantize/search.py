@@ -132,6 +132,15 @@ class Chosen:
         self.sums[1, columns] = centred.square().sum(-1).double()
         self.sums[2, columns] = (centred * quantized).sum(-1).double()
 
+    def place(self, columns: torch.Tensor, clusters: slice, turned: Chosen) -> None:
+        """Take over choices (K,) of some clusters, `turned` being in the order of `columns`."""
+        group = self.codes.shape[1] // self.scale_codes.shape[1]
+        rows = slice(clusters.start * group, clusters.stop * group)
+        self.codes[columns, rows] = turned.codes[:, rows]
+        self.scale_codes[columns, clusters] = turned.scale_codes[:, clusters]
+        self.mean_codes[columns, clusters] = turned.mean_codes[:, clusters]
+        self.sums[:, columns, clusters] = turned.sums[:, :, clusters]
+
 
 def make_grid(
     mean: torch.Tensor, mean_square: torch.Tensor, codebook: Codebook, *, with_means: bool

@@ -16,7 +16,7 @@ from cvxq_converter.measure.moments import InputMoments
 from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.columns import quantize_matrix
+from cvxq_converter.quantize.columns import Task, quantize_matrix
 from cvxq_converter.quantize.companding import default_levels, make_codebook
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
@@ -43,16 +43,10 @@ def quantized(
     rows = len(weight)
     clustering = cluster_rows(np.ones(rows), np.ones(rows), 8, 1)
     shares = row_weights(np.ones(rows), clustering)
-    found = quantize_matrix(
-        weight,
-        clustering,
-        depths,
-        CODEBOOK,
-        with_means=with_means,
-        moments=group_moments(weight, clustering, shares),
-        row_weights=shares,
-        feedback=None if hessian is None else InverseFactor.of(hessian),
-    )
+    moments = group_moments(weight, clustering, shares)
+    feedback = None if hessian is None else InverseFactor.of(hessian)
+    task = Task(weight, clustering, depths, moments, shares, with_means, feedback)
+    found = quantize_matrix(task, CODEBOOK)
     levels = np.zeros((9, 256))
     for depth, table in enumerate(CODEBOOK.levels, start=1):
         levels[depth, : len(table)] = table

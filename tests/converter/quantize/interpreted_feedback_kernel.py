@@ -12,7 +12,7 @@ import torch
 from cvxq_converter.allocate.clustering import cluster_rows, group_moments, row_weights
 from cvxq_converter.measure.hessian import InverseFactor
 from cvxq_converter.quantize import columns
-from cvxq_converter.quantize.columns import QuantizedMatrix, quantize_matrix
+from cvxq_converter.quantize.columns import QuantizedMatrix, Task, quantize_matrix
 from cvxq_converter.quantize.companding import default_levels, make_codebook
 from cvxq_converter.quantize.feedback_kernel import FUSED_BLOCK
 
@@ -31,17 +31,16 @@ def quantized(with_means: bool, refine: bool) -> QuantizedMatrix:
     inputs = torch.from_numpy(rng.standard_normal((400, K)) @ rng.standard_normal((K, K))).float()
     clustering = cluster_rows(rng.random(ROWS), rng.random(ROWS), GROUP, 1)
     shares = row_weights(rng.random(ROWS), clustering)
-    return quantize_matrix(
+    task = Task(
         weight,
         clustering,
         rng.integers(0, 9, (clustering.clusters, K)).astype(np.uint8),
-        CODEBOOK,
-        with_means=with_means,
-        refine=refine,
-        moments=group_moments(weight, clustering, shares),
-        row_weights=shares,
-        feedback=InverseFactor.of(inputs.T @ inputs / len(inputs)),
+        group_moments(weight, clustering, shares),
+        shares,
+        with_means,
+        InverseFactor.of(inputs.T @ inputs / len(inputs)),
     )
+    return quantize_matrix(task, CODEBOOK, refine)
 
 
 @pytest.mark.parametrize(("with_means", "refine"), [(True, True), (False, False)])

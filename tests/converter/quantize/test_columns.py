@@ -13,7 +13,12 @@ from cvxq_converter.allocate.clustering import Clustering, cluster_rows, group_m
 from cvxq_converter.allocate.plan import MatrixPlan, Sensitivity, means_pay, plan_matrix
 from cvxq_converter.measure.hessian import InverseFactor
 from cvxq_converter.options import Method
-from cvxq_converter.quantize.columns import QuantizedMatrix, quantize_matrix
+from cvxq_converter.quantize.columns import (
+    QuantizedMatrix,
+    Task,
+    quantize_matrices,
+    quantize_matrix,
+)
 from cvxq_converter.quantize.companding import (
     HISTOGRAM_BINS,
     HISTOGRAM_LIMIT,
@@ -61,16 +66,15 @@ def quantize(
     if with_means is not None:
         plan = MatrixPlan(**{**plan.__dict__, "with_means": with_means})
     shape = (plan.clustering.clusters, weight.shape[1])
-    matrix = quantize_matrix(
+    task = Task(
         plan.row_scales.normalize(weight),
         plan.clustering,
         np.broadcast_to(np.asarray(depths, np.uint8), shape).copy(),
-        codebook,
-        with_means=plan.with_means,
-        refine=refine,
-        moments=plan.moments,
-        row_weights=plan.row_weights,
+        plan.moments,
+        plan.row_weights,
+        plan.with_means,
     )
+    matrix = quantize_matrix(task, codebook, refine)
     none = np.zeros(plan.clustering.clusters, np.int64)
     tensor = _pack(plan, matrix, none, codebook.scale_bits, Scratch())
     return matrix, dequantize(tensor, codebook).astype(np.float64)
@@ -289,16 +293,10 @@ def test_clusters_are_quantized_alike_together_and_apart(
     depths = np.random.default_rng(0).integers(0, 5, (6, 20), dtype=np.uint8)
 
     def quantize() -> QuantizedMatrix:
-        return quantize_matrix(
-            weight,
-            clustering,
-            depths,
-            make_codebook(default_levels(), 6),
-            with_means=True,
-            moments=group_moments(weight, clustering, shares),
-            row_weights=shares,
-            feedback=InverseFactor.of(inputs.T @ inputs) if feeds else None,
-        )
+        feedback = InverseFactor.of(inputs.T @ inputs) if feeds else None
+        moments = group_moments(weight, clustering, shares)
+        task = Task(weight, clustering, depths, moments, shares, True, feedback)
+        return quantize_matrix(task, make_codebook(default_levels(), 6))
 
     together = quantize()
     monkeypatch.setattr("cvxq_converter.quantize.columns.TOGETHER", 2 * 8 * 20)
@@ -307,3 +305,25 @@ def test_clusters_are_quantized_alike_together_and_apart(
         assert np.array_equal(getattr(apart, field), getattr(together, field)), field
     for field in ("squared_error", "energy", "projection"):
         assert getattr(apart, field) == pytest.approx(getattr(together, field), rel=1e-6), field
+
+
+def test_matrices_side_by_side_are_quantized_as_each_alone() -> None:
+    """With uneven last clusters, and more columns than a block has."""
+    generator = torch.Generator().manual_seed(4)
+    tasks = []
+    for rows in (20, 8, 13):
+        weight = torch.randn(rows, 150, generator=generator) * rows
+        clustering = cluster_rows(np.ones(rows), np.ones(rows), 8, 1)
+        shares = row_weights(np.arange(1.0, rows + 1), clustering)
+        inputs = torch.randn(400, 150, generator=generator)
+        inputs[:, 1] = inputs[:, 0] * rows
+        depths = np.random.default_rng(rows).integers(0, 5, (clustering.clusters, 150), np.uint8)
+        moments = group_moments(weight, clustering, shares)
+        feedback = InverseFactor.of(inputs.T @ inputs)
+        tasks.append(Task(weight, clustering, depths, moments, shares, False, feedback))
+    for task, found in zip(tasks, quantize_matrices(tasks, CODEBOOK), strict=True):
+        alone = quantize_matrix(task, CODEBOOK)
+        assert (found.codes == alone.codes).mean() > 0.99  # sums in another order may tip a tie
+        assert (found.scale_codes == alone.scale_codes)[task.depths > 0].mean() > 0.99
+        assert found.scale_unit == alone.scale_unit
+        assert found.squared_error == pytest.approx(alone.squared_error, rel=1e-2)
