@@ -34,23 +34,24 @@ REPEATS = 5
 @click.option("--seconds", type=float, default=30, show_default=True, help="Of 64 clients at once.")
 def main(file: Path, threads: int, seconds: float) -> None:
     """Measure a server of FILE."""
-    began = time.monotonic()
     command = [sys.executable, "-m", "cvxq.cli", "serve", str(file), "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--threads", str(threads)], stderr=subprocess.PIPE, text=True
-    ) as server:
-        try:
-            assert server.stderr is not None
-            found = re.search(r"at (http://\S+)", server.stderr.readline())
-            assert found, server.stderr.read()
-            limits = httpx.Limits(max_connections=CLIENTS)
-            with httpx.Client(base_url=found[1], timeout=120, limits=limits) as http:
+    limits = httpx.Limits(max_connections=CLIENTS)
+    with httpx.Client(timeout=120, limits=limits) as http:  # which takes a while to make
+        began = time.monotonic()
+        with subprocess.Popen(
+            [*command, "--threads", str(threads)], stderr=subprocess.PIPE, text=True
+        ) as server:
+            try:
+                assert server.stderr is not None
+                found = re.search(r"at (http://\S+)", server.stderr.readline())
+                assert found, server.stderr.read()
+                http.base_url = httpx.URL(found[1])
                 while not is_there(http):
                     time.sleep(0.005)
                 figures: dict[str, Any] = {"start_seconds": time.monotonic() - began}
                 figures |= measure(http, server.pid, seconds)
-        finally:
-            server.terminate()
+            finally:
+                server.terminate()
     for name, value in figures.items():
         click.echo(f"{name:32} {value}")
     click.echo(json.dumps({"file": file.name, "threads": threads, **figures}))

@@ -17,7 +17,14 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "convert": ("torch", "transformers", "gguf", "sentencepiece"),
     "cuda": ("torch",),  # there are platforms without Triton, and expanded matrices do without
     "plot": ("matplotlib",),
-    "serve": ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance"),
+    "serve": (
+        "starlette",
+        "pydantic",
+        "uvicorn",
+        "sse_starlette",
+        "prometheus_client",
+        "llguidance",
+    ),
 }
 
 

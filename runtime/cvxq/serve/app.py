@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 
 from cvxq.serve import chat, completions, pages, responses, tokens
 from cvxq.serve.access import Access
-from cvxq.serve.errors import handle_errors
+from cvxq.serve.errors import HANDLED
 from cvxq.serve.server import Server
+
+ROUTES = (
+    chat.chat_completions,
+    completions.completions,
+    responses.responses,
+    tokens.tokenize,
+    tokens.detokenize,
+    pages.models,
+    pages.model,
+    pages.health,
+    pages.metrics,
+    pages.page,
+)
 
 
 def make_app(
@@ -21,7 +33,7 @@ def make_app(
     keys: Sequence[str] = (),
     hosts: Sequence[str] | None = None,
     origins: Sequence[str] = (),
-) -> FastAPI:
+) -> Starlette:
     """Return the application of `server`.
 
     keys: any of which a request has to bring, none for all requests; hosts: names that the server
@@ -29,17 +41,12 @@ def make_app(
     """
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         server.engine.close()
 
-    app = FastAPI(
-        title="cvxq", version=_version(), lifespan=lifespan, docs_url=None, redoc_url=None
-    )
+    app = Starlette(routes=ROUTES, exception_handlers=HANDLED, lifespan=lifespan)
     app.state.server = server
-    for part in (chat, completions, responses, tokens, pages):
-        app.include_router(part.router)
-    handle_errors(app)
     app.add_middleware(
         Access,
         keys=keys,
@@ -56,10 +63,3 @@ def make_app(
             allow_headers=["Authorization", "Content-Type"],
         )
     return app
-
-
-def _version() -> str:
-    try:
-        return version("cvxq")
-    except PackageNotFoundError:
-        return "0"

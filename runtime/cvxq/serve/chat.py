@@ -8,20 +8,19 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from cvxq.serve.decoding import Ended, Piece, Scored, generate_choices
 from cvxq.serve.orders import ChatOrders
 from cvxq.serve.replies import Part
+from cvxq.serve.routing import post
 from cvxq.serve.schemas import ChatRequest
 from cvxq.serve.served import Served
 from cvxq.serve.server import DONE, server_of
 from cvxq.serve.usage import Usage, finish_reason
 
-router = APIRouter()
 
-
-@router.post("/v1/chat/completions")
+@post("/v1/chat/completions", ChatRequest)
 async def chat_completions(body: ChatRequest, request: Request) -> Any:
     """Answer a conversation."""
     server = server_of(request)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from cvxq.serve.decoding import (
     Ended,
@@ -20,15 +20,14 @@ from cvxq.serve.decoding import (
 )
 from cvxq.serve.engine import Job
 from cvxq.serve.orders import completion_orders
+from cvxq.serve.routing import post
 from cvxq.serve.schemas import CompletionRequest
 from cvxq.serve.served import Served
 from cvxq.serve.server import DONE, server_of
 from cvxq.serve.usage import Usage, finish_reason
 
-router = APIRouter()
 
-
-@router.post("/v1/completions")
+@post("/v1/completions", CompletionRequest)
 async def completions(body: CompletionRequest, request: Request) -> Any:
     """Continue one or several texts."""
     server = server_of(request)

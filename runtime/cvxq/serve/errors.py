@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from cvxq.errors import ArgumentError, ContextError
@@ -57,7 +57,7 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, ArgumentError):
         return ApiError(400, str(error))
-    if isinstance(error, RequestValidationError):
+    if isinstance(error, ValidationError):
         return _of_validation(error)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
@@ -65,21 +65,18 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "internal error; the server's log has more", kind=SERVER)
 
 
-def _of_validation(error: RequestValidationError) -> ApiError:
+def _of_validation(error: ValidationError) -> ApiError:
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "this server does not know it; leave it out"
-    name = ".".join(place)
+    name = ".".join(map(str, first["loc"]))
     return ApiError(400, f"{name}: {message}" if name else message, param=name or None)
 
 
-def handle_errors(app: FastAPI) -> None:
-    """Let failures of a route that are not our own become answers in OpenAI's shape."""
+async def answer_error(_: Request, error: Exception) -> JSONResponse:
+    """Answer a failure of a route in OpenAI's shape."""
+    return as_api_error(error).response()
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
 
-    for kind in (ApiError, ArgumentError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, answer)
+HANDLED = dict.fromkeys((ApiError, ArgumentError, ValidationError, HTTPException), answer_error)

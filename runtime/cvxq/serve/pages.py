@@ -9,45 +9,44 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from cvxq.serve.metrics import CONTENT_TYPE
+from cvxq.serve.routing import get
 from cvxq.serve.served import Served
 from cvxq.serve.server import server_of
 
 PAGE = Path(__file__).with_name("page.html")
 OPEN = ("/", "/health")  # to whoever has no key
 
-router = APIRouter()
 
-
-@router.get("/v1/models")
+@get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """List the models."""
     return {"object": "list", "data": [_model(m) for m in server_of(request).models.values()]}
 
 
-@router.get("/v1/models/{name}")
-async def model(name: str, request: Request) -> dict[str, Any]:
+@get("/v1/models/{name}")
+async def model(request: Request) -> dict[str, Any]:
     """Describe one model."""
-    return _model(server_of(request).find(name))
+    return _model(server_of(request).find(request.path_params["name"]))
 
 
-@router.get("/health")
-async def health() -> dict[str, str]:
+@get("/health")
+async def health(_: Request) -> dict[str, str]:
     """Say that the server is there."""
     return {"status": "ok"}
 
 
-@router.get("/metrics")
+@get("/metrics")
 async def metrics(request: Request) -> Response:
     """Return the counters as Prometheus reads them."""
     return Response(server_of(request).metrics.text(), media_type=CONTENT_TYPE)
 
 
-@router.get("/")
-async def page() -> HTMLResponse:
+@get("/")
+async def page(_: Request) -> HTMLResponse:
     """Return the page."""
     text, policy = _page()
     return HTMLResponse(text, headers={"Content-Security-Policy": policy})

@@ -9,20 +9,19 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from cvxq.serve.decoding import Ended, Piece, generate_choices
 from cvxq.serve.errors import as_api_error
 from cvxq.serve.orders import ResponseOrder
+from cvxq.serve.routing import post
 from cvxq.serve.schemas import ResponsesRequest
 from cvxq.serve.served import Served
 from cvxq.serve.server import server_of
 from cvxq.serve.usage import Usage, finish_reason
 
-router = APIRouter()
 
-
-@router.post("/v1/responses")
+@post("/v1/responses", ResponsesRequest)
 async def responses(body: ResponsesRequest, request: Request) -> Any:
     """Answer a text or a list of messages."""
     server = server_of(request)

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from cvxq.errors import ArgumentError
 from cvxq.model import Model
@@ -47,7 +47,7 @@ def run(
     worker(app).run([listening])
 
 
-def worker(app: FastAPI) -> uvicorn.Server:
+def worker(app: Starlette) -> uvicorn.Server:
     """Return what serves `app` on sockets that listen."""
     config = uvicorn.Config(
         app,

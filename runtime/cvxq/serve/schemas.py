@@ -22,7 +22,7 @@ _COMPLETION_TOKENS = 16  # the default of OpenAI's completions
 class Schema(BaseModel):
     """An object of a request: null is as good as absent."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -99,7 +99,7 @@ class TextRequest(Request):
     stop: Annotated[list[str], BeforeValidator(_as_list)] = Field([], max_length=64)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     n: int = Field(1, ge=1, le=MOST_CHOICES)
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
 
     def sampling(self, choice: int, max_tokens: int | None, **more: Any) -> SamplingSettings:
         """Return the settings of one choice, see `Request.sampling`; more: further stop strings."""
@@ -247,7 +247,7 @@ class ChatRequest(TextRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MOST_TOP_LOGPROBS)
-    response_format: ResponseFormat = ResponseFormat(type="text")
+    response_format: ResponseFormat = Field(default_factory=lambda: ResponseFormat(type="text"))
     tools: list[Tool] = []
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool = True
@@ -269,7 +269,9 @@ class TextFormat(Schema):
 class TextOptions(Schema):
     """The text of a response."""
 
-    format: TextFormat = TextFormat(type="text", schema={"type": "object"})
+    format: TextFormat = Field(
+        default_factory=lambda: TextFormat(type="text", schema={"type": "object"})
+    )
 
 
 class Reasoning(Schema):
@@ -285,8 +287,8 @@ class ResponsesRequest(Request):
     input: str | list[Message]
     instructions: str = ""
     max_output_tokens: int | None = Field(None, ge=1)
-    text: TextOptions = TextOptions()
-    reasoning: Reasoning = Reasoning()
+    text: TextOptions = Field(default_factory=TextOptions)
+    reasoning: Reasoning = Field(default_factory=Reasoning)
     truncation: Literal["disabled"] = "disabled"
     background: Literal[False] = False
     include: Any = None  # ignored: there is nothing further to include

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from cvxq.serve.errors import ApiError
 from cvxq.serve.messages import conversation_tokens
+from cvxq.serve.routing import post
 from cvxq.serve.schemas import DetokenizeRequest, TokenizeRequest
 from cvxq.serve.served import Served
 from cvxq.serve.server import server_of
 from cvxq.tokenizer import check_tokens
 
-router = APIRouter()
 
-
-@router.post("/tokenize")
+@post("/tokenize", TokenizeRequest)
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """Return the tokens of a text, or of a conversation up to where its answer begins."""
     served = server_of(request).find(body.model)
@@ -41,7 +40,7 @@ def _tokens(served: Served, body: TokenizeRequest) -> list[int]:
     return list(found["input_ids"])
 
 
-@router.post("/detokenize")
+@post("/detokenize", DetokenizeRequest)
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
     """Return the text of tokens, special ones included."""
     served = server_of(request).find(body.model)

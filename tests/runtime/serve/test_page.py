@@ -106,6 +106,7 @@ def test_settings_go_into_requests_and_stay(page: Any, tiny: Any) -> None:
     page.get_by_label("Colors").select_option("dark")
     page.get_by_role("button", name="Done").click()
     ground = "getComputedStyle(document.body).backgroundColor"
+    sync_api.expect(page.locator(":root")).to_have_attribute("data-theme", "dark")
     assert page.evaluate(ground) == "rgb(23, 24, 26)"
     with page.expect_request("**/v1/chat/completions") as sent:
         ask(page, "Hi")

@@ -62,6 +62,19 @@ def test_what_is_no_request_is_refused(tiny: Any, body: bytes) -> None:
     assert answer.json()["error"]["message"]
 
 
+def test_only_json_is_read(tiny: Any) -> None:
+    """A page of another site may send forms and plain text without asking first."""
+    body = json.dumps(HELLO).encode()
+    for kind in (None, "text/plain", "application/x-www-form-urlencoded"):
+        headers = {} if kind is None else {"Content-Type": kind}
+        answer = tiny.http.post("/v1/chat/completions", content=body, headers=headers)
+        assert answer.status_code == 415
+        assert "send application/json" in answer.json()["error"]["message"]
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    answer = tiny.http.post("/v1/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 200
+
+
 def test_null_is_as_good_as_absent(tiny: Any) -> None:
     assert tiny.chat("Hi", top_p=None, stop=None, tools=None, logit_bias=None, user="me")
 
