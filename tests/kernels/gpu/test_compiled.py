@@ -7,6 +7,7 @@ weights at full bandwidth, the prologue included; a change that breaks one is a 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -53,6 +54,17 @@ def test_matvec_stays_within_its_budget(
     assert found["spills"] == 0
     assert found["registers"] <= 64  # 32 warps fit a multiprocessor
     assert found["shared_bytes"] <= 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", MATVEC_LIMITS)
+def test_the_model_of_devices_has_these_counts(
+    counts: dict[tuple[str, int], dict[str, Any]], depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    known = importlib.import_module("model_gpu").INSTRUCTIONS[90][depth - 1]
+    found = counts["matvec", depth]
+    assert 64 * (found["total"] + found["prologue"]) == pytest.approx(known, rel=0.02)
 
 
 @pytest.mark.slow
