@@ -18,6 +18,7 @@ from cvxq_converter.write.proof import MOST_PLACES as PROOF_PLACES
 
 _BASE_BYTES = 400 << 20  # interpreter, torch and transformers, loaded
 _QUANTIZER_BYTES = 16  # per weight that is quantized together: copies in the order of the columns
+_BATCH_BYTES = 24  # per weight of matrices that are quantized side by side: also their codes
 _CODE_BYTES = 3  # per weight of the matrix at hand: codes, before and after they are packed
 _PLAN_BYTES = 0.25  # per quantized weight: worths of its group, as long as bits are allocated
 _MOMENT_BYTES = 0.25  # per quantized weight, of its group
@@ -45,9 +46,10 @@ def peak_memory(
     element = options.place.dtype.itemsize
     is_rtn = options.method.name == "rtn"
     plans = 0 if is_rtn else int(_PLAN_BYTES * shape.quantized_weights)
-    side_by_side = min(shape.quantized_weights, SIDE_BY_SIDE)
-    together = 0 if is_rtn else max(min(shape.largest_weights, TOGETHER), side_by_side)
-    quantizing = together * _QUANTIZER_BYTES + shape.largest_weights * _CODE_BYTES
+    alone = min(shape.largest_weights, TOGETHER) * _QUANTIZER_BYTES
+    side_by_side = min(shape.quantized_weights, SIDE_BY_SIDE) * _BATCH_BYTES
+    together = 0 if is_rtn else max(alone, side_by_side)
+    quantizing = together + shape.largest_weights * _CODE_BYTES
     result = shape.quantized_weights // 16  # depths and scales of groups; codes are in a file
     stages = [result + plans + quantizing + (4 * shape.largest_inputs**2 if count else 0)]
     if count:
