@@ -1,12 +1,13 @@
 """Whether a network by blocks gives what it gives as a whole: tried, not looked up in a list.
 
-It runs on a few tokens both ways, with weights that overlap in memory and so take next to none; its
+It runs on a few tokens both ways, with weights that share the memory of the largest of them; its
 logits are compared, and their gradient at the first block. Blocks that share more than what each
 hands to the next show there, as do blocks that run twice and work that is done between them.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from cvxq_converter.source.blocks import Streamed, Values, empty, find_blocks
 from cvxq_converter.source.scratch import Scratch
 
 _TOKENS = 12
+_PLACES = 4096  # where the numbers of a matrix may begin
+_DRAWN = 999_983  # numbers that are drawn, and repeated; prime, so that rows are not alike
 _TOLERANCE = 1e-4  # of the largest logit or gradient
 
 
@@ -48,7 +51,7 @@ def is_exact(streamed: Streamed) -> bool:
     felt = table.register_forward_hook(lambda _, __, out: out.requires_grad_())
     try:
         network.eval().requires_grad_(False)
-        streamed.values = None if values is None else _made_up
+        streamed.values = None if values is None else _made_up(network)
         everything = streamed.fill(network.named_parameters())
         with torch.enable_grad():
             expected = _whole(streamed, ids)
@@ -134,10 +137,18 @@ def _direction(logits: Tensor) -> Tensor:
     return torch.randn(logits.shape, generator=generator).to(logits)
 
 
-def _made_up(name: str, parameter: nn.Parameter) -> Tensor:
-    """Random weights in a shape, overlapping so that they take next to no memory."""
-    strides = [1] * parameter.ndim
-    size = sum(parameter.shape)
-    generator = torch.Generator().manual_seed(len(name))
-    pool = torch.randn(size, generator=generator) * parameter.shape[-1] ** -0.5
-    return pool.to(parameter.device, parameter.dtype).as_strided(parameter.shape, strides)
+def _made_up(network: nn.Module) -> Values:
+    """Random weights: every matrix is a stretch of the same numbers, from a place of its own."""
+    parameters = [p for p in network.parameters() if p.ndim > 1]
+    largest = max(parameters, key=lambda p: p.shape[-2:].numel())
+    size = largest.shape[-2:].numel() + _PLACES
+    width = max(p.shape[-1] for p in parameters)
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(min(size, _DRAWN), generator=generator) * width**-0.5
+    pool = pool.to(largest.device, largest.dtype).repeat(-(-size // len(pool)))
+
+    def value(name: str, parameter: nn.Parameter) -> Tensor:
+        place, shape = zlib.crc32(name.encode()) % _PLACES, parameter.shape[-2:]
+        return pool[place : place + shape.numel()].view(shape).expand(parameter.shape)
+
+    return value
