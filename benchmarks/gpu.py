@@ -37,7 +37,7 @@ from gpu_decoding import (
     measure_transformers,
     open_repeated,
 )
-from random_model import SHAPES, Shape, histogram_line, make_llama
+from random_model import SHAPES, Shape, histogram_line, make_model
 
 HERE = Path(__file__).resolve().parent
 TINY = Shape(hidden=64, layers=4, heads=4, kv_heads=2, ffn=96, vocabulary=128, context=128)
@@ -79,7 +79,7 @@ def measure_decoding(shape: Shape, setting: Setting, device: str, work: Path) ->
     """Convert a few layers at each rate, decode with all layers, print the table."""
     few = replace(shape, layers=min(DISTINCT_LAYERS, shape.layers))
     begin = time.perf_counter()
-    make_llama(work / "model", few)
+    make_model(work / "model", few)
     say(f"Made {few.layers} random layers in {time.perf_counter() - begin:.0f} s.")
     files = {bits: work / f"{bits}.cvxq" for bits in BITS}
     for bits, file in files.items():
@@ -141,7 +141,7 @@ def table_row(row: Decoding, bandwidth: float) -> str:
 def measure_conversion(shape: Shape, sequences: int, length: int, device: str, work: Path) -> None:
     """Convert the whole shape with full calibration and print the minutes of every stage."""
     begin = time.perf_counter()
-    make_llama(work / "model", shape)
+    make_model(work / "model", shape)
     say(f"Made the random model in {time.perf_counter() - begin:.0f} s.")
     begin = time.perf_counter()
     seconds = convert_to(

@@ -69,15 +69,15 @@ def peaks_of(command: list[str]) -> Peaks:
             sys.stderr.buffer.flush()
 
     started = time.perf_counter()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    reader = threading.Thread(target=pass_on, args=(process.stderr,))
-    reader.start()
-    while process.poll() is None:
-        now = stage[0]
-        found.stages[now] = max(found.stages.get(now, 0), anonymous_bytes(process.pid))
-        time.sleep(PAUSE)
-    reader.join()
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        reader = threading.Thread(target=pass_on, args=(process.stderr,))
+        reader.start()
+        while process.poll() is None:
+            now = stage[0]
+            found.stages[now] = max(found.stages.get(now, 0), anonymous_bytes(process.pid))
+            time.sleep(PAUSE)
+        reader.join()
     found.seconds, found.code = time.perf_counter() - started, process.returncode
     return found
 

@@ -1,4 +1,4 @@
-"""Llamas of random weights, for measuring speed: python benchmarks/random_model.py FOLDER
+"""Models of random weights, for measuring speed: python benchmarks/random_model.py FOLDER
 
 Every matrix is Gaussian noise whose rows and columns are scaled by powers of two with exponents
 drawn from a normal distribution.  SIGMA of both was tuned once so that a conversion to 3.3 bits
@@ -21,12 +21,12 @@ from cvxq_format import MAX_DEPTH, CompandedTensor, Reader, depth_histogram
 from safetensors.torch import save_file
 
 SIGMA = 0.7  # standard deviation of log2 of a row's scale, and of a column's
-SHARDS_LAYERS = 4  # layers in one file
+SHARD_WEIGHTS = 1 << 30  # in one file, at least one layer's
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama."""
+    """Sizes of a Llama; or with experts, of ffn units each, of a Qwen3-MoE."""
 
     hidden: int
     layers: int
@@ -35,22 +35,51 @@ class Shape:
     ffn: int
     vocabulary: int
     context: int
+    experts: int = 0
+    chosen: int = 0
+    head_size: int = 0  # where it is not hidden / heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.head_size or self.hidden // self.heads
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(N, K) of the matrices of one layer."""
-        keys = self.hidden // self.heads * self.kv_heads
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
+        queries, keys = self.head_dim * self.heads, self.head_dim * self.kv_heads
+        found = {
+            "self_attn.q_proj": (queries, self.hidden),
             "self_attn.k_proj": (keys, self.hidden),
             "self_attn.v_proj": (keys, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.ffn, self.hidden),
-            "mlp.up_proj": (self.ffn, self.hidden),
-            "mlp.down_proj": (self.hidden, self.ffn),
+            "self_attn.o_proj": (self.hidden, queries),
         }
+        if self.experts:
+            found["mlp.gate"] = (self.experts, self.hidden)
+        for block in [f"mlp.experts.{e}" for e in range(self.experts)] or ["mlp"]:
+            found[f"{block}.gate_proj"] = (self.ffn, self.hidden)
+            found[f"{block}.up_proj"] = (self.ffn, self.hidden)
+            found[f"{block}.down_proj"] = (self.hidden, self.ffn)
+        return found
+
+    def norms(self) -> dict[str, int]:
+        """Sizes of the norms of one layer."""
+        found = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), self.hidden)
+        if self.experts:
+            found |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.head_dim)
+        return found
 
     def config(self, dtype: torch.dtype) -> dict[str, object]:
-        """The config.json of such a Llama."""
+        """The config.json of such a model."""
+        of_experts = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": self.head_dim,
+            "moe_intermediate_size": self.ffn,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.chosen,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -68,16 +97,18 @@ class Shape:
             "tie_word_embeddings": False,
             "bos_token_id": 1,
             "eos_token_id": 2,
+            **(of_experts if self.experts else {}),
         }
 
 
 SHAPES = {
     "7b": Shape(4096, 32, 32, 32, 11008, 32000, 4096),  # Llama-2-7B
     "1.1b": Shape(2048, 22, 32, 4, 5632, 32000, 2048),  # TinyLlama
+    "30b-a3b": Shape(2048, 48, 32, 4, 768, 151936, 40960, 128, 8, 128),  # Qwen3-30B-A3B
 }
 
 
-def make_llama(
+def make_model(
     folder: Path,
     shape: str | Shape,
     seed: int = 0,
@@ -105,15 +136,16 @@ def make_llama(
     outer = {"model.embed_tokens.weight": matrix(ends), "lm_head.weight": matrix(ends)}
     outer["model.norm.weight"] = torch.ones(sizes.hidden, dtype=dtype)
     save(outer, "model-ends.safetensors")
-    for first in range(0, sizes.layers, SHARDS_LAYERS):
+    step = max(1, SHARD_WEIGHTS // sum(n * k for n, k in sizes.matrices().values()))
+    for first in range(0, sizes.layers, step):
         shard = {}
-        for layer in range(first, min(first + SHARDS_LAYERS, sizes.layers)):
+        for layer in range(first, min(first + step, sizes.layers)):
             for module, size in sizes.matrices().items():
                 name = f"model.layers.{layer}.{module}.weight"
                 shard[name] = matrix(size)
-            for norm in ("input_layernorm", "post_attention_layernorm"):
+            for norm, width in sizes.norms().items():
                 name = f"model.layers.{layer}.{norm}.weight"
-                shard[name] = torch.ones(sizes.hidden, dtype=dtype)
+                shard[name] = torch.ones(width, dtype=dtype)
         save(shard, f"model-{first:02d}.safetensors")
     total = sum((folder / name).stat().st_size for name in set(index.values()))
     listing = {"metadata": {"total_size": total}, "weight_map": index}
@@ -160,7 +192,7 @@ def main() -> int:
     shape = SHAPES[options.shape]
     shape = replace(shape, layers=options.layers or shape.layers)
     dtype = getattr(torch, options.dtype)
-    print(json.dumps(make_llama(options.folder, shape, options.seed, options.sigma, dtype)))
+    print(json.dumps(make_model(options.folder, shape, options.seed, options.sigma, dtype)))
     return 0
 
 

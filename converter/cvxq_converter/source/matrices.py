@@ -136,8 +136,10 @@ def _refuse_unknown_weights(network: Any, known: set[int]) -> None:
         for name, parameter in network.named_parameters()
         if parameter.ndim > 1 and id(parameter) not in known | tables
     }
+    convolutions = {id(m.weight) for m in network.modules() if isinstance(m, nn.Conv1d)}
     for name, parameter in unknown.items():
-        if _EXPERTS.search(name) or parameter.ndim == 3:
+        is_stack = parameter.ndim == 3 and id(parameter) not in convolutions
+        if _EXPERTS.search(name) or is_stack:
             raise ConversionError(_experts_message(name.rpartition(".")[0]))
     for name, parameter in unknown.items():
         shape = "×".join(map(str, parameter.shape))
