@@ -18,14 +18,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from cvxq.claims import allowance
 from cvxq.config import Settings, blame, parse, read_config, reason
 from cvxq.errors import InconsistentFileError, UnsupportedModelError
 
 
-def build_network(settings: Settings, file: str, dtype: torch.dtype) -> PreTrainedModel:
+def build_network(
+    settings: Settings, file: str, dtype: torch.dtype, parameters: int
+) -> PreTrainedModel:
     """Build the causal language model of a parsed config.json, its parameters on the meta device.
 
-    file: what to call the config.json in errors; dtype: of the parameters.
+    file: what to call the config.json in errors; dtype: of the parameters; parameters: how many
+    there are to fill it with.
     Raises UnsupportedModelError when transformers has no such causal language model, or cannot
     build it here; InconsistentFileError when a value of the config keeps it from doing so.
     """
@@ -36,9 +40,9 @@ def build_network(settings: Settings, file: str, dtype: torch.dtype) -> PreTrain
             f"{file}: transformers {version} has no causal language model of type {model_type!r}"
         )
     try:
-        network = _build(config, dtype)
+        network = _build(config, dtype, parameters)
     except Exception as error:  # whatever the architecture's code makes of the values
-        blamed = blame(settings, lambda rest: _build(parse(rest), dtype))
+        blamed = blame(settings, lambda rest: _build(parse(rest), dtype, parameters))
         is_unknown = isinstance(error, (ImportError, KeyError))  # a package or name missing here
         is_value = bool(blamed) or isinstance(error, (ArithmeticError, ValueError))
         kind = InconsistentFileError if is_value and not is_unknown else UnsupportedModelError
@@ -54,8 +58,8 @@ def build_network(settings: Settings, file: str, dtype: torch.dtype) -> PreTrain
     return network.eval()
 
 
-def _build(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    with _parameters_on_meta():
+def _build(config: Any, dtype: torch.dtype, parameters: int) -> PreTrainedModel:
+    with _parameters_on_meta(), allowance(parameters):
         return AutoModelForCausalLM.from_config(
             config,
             trust_remote_code=False,

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cvxq.errors import ChatError
 from cvxq.stream import shared_length
-from cvxq.turns import ChatError, Message, TurnFormat, turn_format
+from cvxq.turns import Message, TurnFormat, turn_format
 
 __all__ = ["ChatError", "Conversation", "Message", "Prompt", "TurnFormat", "turn_format"]
 

@@ -2,7 +2,8 @@
 
     CvxqError                  1  base of all below
     ├── ArgumentError          2  a setting or prompt that cannot be used
-    │   └── ContextError       2  more tokens than the model's context holds
+    │   ├── ContextError       2  more tokens than the model's context holds
+    │   └── ChatError          2  turns that do not fit the context or the chat template
     ├── MissingPartError       3  the file has no tokenizer (or other part) that is needed
     ├── InconsistentFileError  4  sound checksums, but the parts contradict each other, or a
     │                             configuration holds a value that cannot be
@@ -30,6 +31,10 @@ class ArgumentError(CvxqError, ValueError):
 
 class ContextError(ArgumentError):
     """More tokens than the model's context holds."""
+
+
+class ChatError(ArgumentError):
+    """Turns that cannot be rendered or do not fit the context."""
 
 
 def no_positions(context: int, positions: int) -> str:

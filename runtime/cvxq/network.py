@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cvxq import cuda
 from cvxq.architecture import build_network
+from cvxq.claims import check_claims
 from cvxq.config import reason
 from cvxq.errors import ArgumentError, InconsistentFileError
 from cvxq.experts import SourceNames, experts_of, unstack
@@ -55,7 +56,9 @@ def load_network(
     set_torch_threads(threads)
     needed_part(reader, "config.json")
     settings = json_part(reader, "config.json")
-    network = build_network(settings, f"{reader.path}: config.json of the file", dtype)
+    file = f"{reader.path}: config.json of the file"
+    check_claims(settings, reader, file)
+    network = build_network(settings, file, dtype, len(reader.names) + len(reader.aliases))
     unstack(network)
     fill_network(network, reader, keep_packed, device, dtype)
     network.generation_config = _generation_config(reader, network.config)

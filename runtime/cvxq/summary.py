@@ -28,6 +28,8 @@ from cvxq_format.model_config import expert_pool, routed_share, text_part
 
 from cvxq.cache_size import CacheSize, Reach, cache_size, reach_of
 
+_MOST_LEVELS = 50  # of a document that is shown
+
 # Kinds in the order in which they are shown; a file need not have all of them.
 KINDS = {
     "preamble": "preamble",
@@ -275,11 +277,16 @@ def _summarize_matrix(name: str, tensor: CompandedTensor) -> MatrixSummary:
 
 
 def json_file(reader: Reader, name: str) -> dict[str, Any] | None:
-    """Return a carried JSON object, or None when it is absent or not one."""
+    """Return a carried JSON object, or None when it is absent, not one or nested too deeply."""
     if name not in reader.files:
         return None
     try:
         value = json.loads(reader.file(name))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and _nests_at_most(_MOST_LEVELS, value) else None
+
+
+def _nests_at_most(levels: int, value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_nests_at_most(levels - 1, item) for item in inner)

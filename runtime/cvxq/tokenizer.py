@@ -35,9 +35,13 @@ _OTHER_PARTS = {
 
 
 class Tokenizer(Protocol):
-    """What the runtime needs of a tokenizer, called as those of transformers are."""
+    """What the runtime needs of a tokenizer, called as those of transformers are.
+
+    special_tokens_map: what templates may know as `bos_token` and so on.
+    """
 
     chat_template: Any
+    special_tokens_map: dict[str, Any]
     bos_token_id: int | None
     eos_token_id: int | None
 
@@ -51,16 +55,6 @@ class Tokenizer(Protocol):
         clean_up_tokenization_spaces: bool = False,
     ) -> str:
         """Return the text of the tokens."""
-
-    def apply_chat_template(
-        self,
-        conversation: Any,
-        *,
-        tokenize: bool,
-        add_generation_prompt: bool = False,
-        **variables: Any,
-    ) -> Any:
-        """Return the text of messages; `tokenize` is False, variables are for the template."""
 
 
 def load_tokenizer(reader: Reader) -> Tokenizer:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-from cvxq.errors import ArgumentError
+from cvxq.errors import ChatError
+from cvxq.rendering import TemplateError, TemplateLimitError, render
 from cvxq.specials import hidden_tokens
 from cvxq.stream import shared_length
 from cvxq.thinking import KNOWN_MARKS, USUAL_MARKS, Marks
@@ -39,12 +41,12 @@ _USER = {"role": "user", "content": _QUESTION}
 _ASSISTANT = {"role": "assistant", "content": _ANSWER}
 _TOOL = {"type": "function", "function": {"name": "cvxtool", "description": "cvxdescription",
          "parameters": {"type": "object", "properties": {}}}}  # fmt: skip
+_LEAVES_OUT = (
+    "the model's chat template leaves out what the user says, be it a text or a list of parts; "
+    "put one that works into chat_template.jinja of the source and convert it again"
+)
 _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _LAST_MARK = re.compile(rf"({_MARK.pattern})\s*$")
-
-
-class ChatError(ArgumentError):
-    """A turn that cannot be rendered or does not fit the context, in one line."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,20 @@ def turn_format(tokenizer: Any) -> TurnFormat:
             "plain turns", lambda turns, /, **_: _encode_plain(tokenizer, turns), ("\nUser:",)
         )
 
-    def render(messages: Sequence[Message], is_prompt: bool, /, **variables: Any) -> str:
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=is_prompt, **variables
-                )
-            )
-        except Exception as error:  # a program of the model's author: anything may fail
-            raise ChatError(f"the model's chat template refuses these turns: {error}") from error
+    def render_turns(messages: Sequence[Message], is_prompt: bool, /, **variables: Any) -> str:
+        return render(template, messages, tokenizer.special_tokens_map, is_prompt, variables)
 
+    try:
+        return _tried(tokenizer, template, render_turns)
+    except TemplateLimitError as error:
+        return TurnFormat("chat template", partial(_refuse, error))
+
+
+def _tried(tokenizer: Any, template: str, render: Render) -> TurnFormat:
+    """Return what a template turns out to expect."""
     content = _content_form(render)
     if content is None:
-        return TurnFormat("chat template", _refuse)
+        return TurnFormat("chat template", partial(_refuse, ChatError(_LEAVES_OUT)))
 
     def render_content(messages: Sequence[Message], is_prompt: bool, /, **variables: Any) -> str:
         turns = [{**m, "content": content(m["content"])} for m in messages]
@@ -119,11 +122,8 @@ def _encode_plain(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return list(tokenizer("\n".join([*turns, "Assistant:"]))["input_ids"])
 
 
-def _refuse(messages: Sequence[Message], /, **variables: Any) -> list[int]:
-    raise ChatError(
-        "the model's chat template leaves out what the user says, be it a text or a list of parts; "
-        "put one that works into chat_template.jinja of the source and convert it again"
-    )
+def _refuse(why: ChatError, messages: Sequence[Message], /, **variables: Any) -> list[int]:
+    raise why
 
 
 def _content_form(render: Render) -> Callable[[str], Any] | None:
@@ -203,5 +203,7 @@ def _try(
 ) -> str | None:
     try:
         return render(messages, is_prompt, **variables)
-    except ChatError:
+    except TemplateLimitError:
+        raise
+    except TemplateError:
         return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cvxq.summary import KINDS, summarize
@@ -27,3 +29,14 @@ def test_blocks_add_up(name: str, present: set[str], absent: set[str]) -> None:
     blocks = ("codes", "depths", "scales", "means", "permutation", "row_scales")
     payloads = sum(matrix.payload_bytes for matrix in summary.matrices)
     assert sum(kinds.get(kind, 0) for kind in blocks) == payloads
+
+
+@pytest.mark.parametrize("levels", [400, 200_000])
+def test_a_document_that_nests_too_deeply_is_left_out(
+    levels: int, make_file: Callable[..., Any]
+) -> None:
+    deep = b'{"a":' + b"[" * levels + b"]" * levels + b"}"
+    made = make_file("llama", files={"report.json": deep, "provenance.json": b'{"source": "x"}'})
+    summary = summarize(made.path)
+    assert summary.report is None
+    assert summary.provenance == {"source": "x"}

@@ -1,11 +1,19 @@
-"""tokenizer.json through the `tokenizers` library, which transformers' fast tokenizers wrap."""
+"""tokenizer.json through the `tokenizers` library, which transformers' fast tokenizers wrap.
+
+The library raises `Exception` itself, and where its Rust code panics something that is not even an
+`Exception`; here both become errors of ours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from cvxq.errors import ArgumentError, InconsistentFileError
+from cvxq.lean.growth import MOST_GROWTH, growth
 
 
 class FastCodec:
@@ -18,13 +26,21 @@ class FastCodec:
         self._tokenizer = tokenizer
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Return the tokens of `text`, special tokens written in it included."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Return the tokens of `text`, special tokens written in it included.
+
+        Raises ArgumentError for a text that is none, InconsistentFileError where the file's
+        tokenizer fails.
+        """
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ArgumentError("the text has bytes that are not UTF-8; leave them out of it")
+        with _told("on this text"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Return the text of the tokens."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        with _told("on the model's tokens"):
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def token_id(self, token: str) -> int | None:
@@ -33,14 +49,38 @@ class FastCodec:
         return found
 
 
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Raise InconsistentFileError for whatever the library raises."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        told = str(error) or type(error).__name__
+        raise InconsistentFileError(f"the file's tokenizer fails {where}: {told:.200}") from error
+
+
+def check_growth(tokenizer: Tokenizer) -> None:
+    """Raise InconsistentFileError for a tokenizer that may make too much of a text."""
+    found = growth(tokenizer)
+    if found > MOST_GROWTH:
+        raise InconsistentFileError(
+            f"the file's tokenizer can make {found:.3g} bytes of one, allowed {MOST_GROWTH}; "
+            "do not use the file"
+        )
+
+
 def read_fast_codec(
     blob: bytes, config: Mapping[str, Any], named: Mapping[str, str]
 ) -> FastCodec | None:
     """Read a tokenizer.json, or return None where the config has transformers change it."""
     try:
-        tokenizer = Tokenizer.from_str(blob.decode("utf-8"))
-    except Exception:  # the library raises Exception itself; transformers will say what is wrong
+        with _told("to load"):
+            tokenizer = Tokenizer.from_str(blob.decode("utf-8"))
+    except (UnicodeDecodeError, InconsistentFileError):  # transformers will say what is wrong
         return None
+    check_growth(tokenizer)
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     if any(token not in added or not added[token].special for token in named.values()):
         return None

@@ -49,13 +49,13 @@ class LeanTokenizer:
     ) -> None:
         """Join the parts; special_tokens: what templates may know as `bos_token` and so on."""
         self.codec = codec
-        self.special_tokens = dict(special_tokens)
+        self.special_tokens_map = dict(special_tokens)
         self.chat_template = chat_template
         self.bos_token_id = self._id("bos_token")
         self.eos_token_id = self._id("eos_token")
 
     def _id(self, name: str) -> int | None:
-        token = self.special_tokens.get(name)
+        token = self.special_tokens_map.get(name)
         return None if token is None else self.codec.token_id(token)
 
     def __call__(
@@ -74,23 +74,6 @@ class LeanTokenizer:
         if clean_up_tokenization_spaces:
             raise NotImplementedError("spaces are not cleaned up")
         return self.codec.decode(token_ids, skip_special_tokens)
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Mapping[str, Any]],
-        *,
-        tokenize: bool = False,
-        add_generation_prompt: bool = False,
-        **variables: Any,
-    ) -> str:
-        """Return the text of messages; variables: what else the template may know."""
-        if tokenize or self.chat_template is None:
-            raise NotImplementedError("only texts, and with a chat template")
-        from cvxq.lean.template import render_chat  # jinja2 is only needed for it
-
-        return render_chat(
-            self.chat_template, conversation, self.special_tokens, add_generation_prompt, variables
-        )
 
 
 def read_tokenizer(reader: Reader) -> LeanTokenizer | None:

@@ -128,4 +128,4 @@ def test_special_tokens_may_be_objects(make_file: MakeFile) -> None:
     with Reader(make_file("llama", files=byte_files(bos_token=token)).path) as reader:
         tokenizer = read_tokenizer(reader)
     assert tokenizer is not None
-    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert tokenizer.special_tokens_map == {"bos_token": "<s>", "eos_token": "</s>"}

@@ -3,14 +3,22 @@
 A template is a jinja2 program of the model's author, run in the same immutable sandbox, with the
 same extensions, filters and globals.  `{% generation %}` marks the assistant's tokens for training;
 here its body is rendered as if the tag were not there.
+
+The sandbox keeps a template from everything but its variables, not from looping or growing without
+end.  So it runs in a process of its own, which `main` is; `cvxq.rendering` starts and asks it.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Template, nodes
@@ -19,6 +27,44 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+ROOM = 1 << 20  # characters of a text beside what it was given
+MOST_GROWTH = 8  # characters for one that was given
+
+
+def main(seconds: float, memory: int) -> None:
+    """Answer each line of stdin, arguments of `render_chat`, by a line: a text, or what failed.
+
+    seconds: for one text, after which the process ends; memory: bytes of addresses, where the
+    system can bound them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to feel
+    _limit_memory(memory)
+    nowhere = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+    for line in sys.stdin:
+        # It ends the process even in the middle of one endless operation.
+        faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+        try:
+            text, most = render_chat(*json.loads(line)), ROOM + MOST_GROWTH * len(line)
+            if len(text) > most:
+                raise TemplateError(f"it makes {len(text)} characters of {len(line)}")
+            text.encode()  # jinja2 lets halves of characters pass
+            answer = {"text": text}
+        except MemoryError:
+            answer = {"failed": f"it takes more than {memory >> 20} MB of memory"}
+        except Exception as error:  # a program of the model's author: anything may fail
+            answer = {"failed": str(error) or type(error).__name__}
+        print(json.dumps(answer), flush=True)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _limit_memory(memory: int) -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def render_chat(
