@@ -240,7 +240,7 @@ def prepare(
         with stages.stage("calibrate") as done:
             count, length = estimate.sequences or 1, estimate.length or 2
             wanted = replace(options.calibration, sequences=count, length=length)
-            sequences = _calibrate(loaded, wanted, stages, done)
+            sequences = calibrate(loaded, wanted, stages, done)
     if not len(sequences):
         return Prepared(loaded, sequences, {}, None, None)
     training, held_back = split_sequences(sequences)
@@ -394,7 +394,7 @@ def _details(
     return Details(curve, bool(prepared.statistics), by_group, by_matrix, positions)
 
 
-def _calibrate(
+def calibrate(
     loaded: LoadedModel, calibration: Calibration, stages: Stages, done: Done
 ) -> torch.Tensor:
     """The sequences; sampling them takes the network whole, or a copy."""

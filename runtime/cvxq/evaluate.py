@@ -92,7 +92,8 @@ class DivergenceResult:
 
     kl: KL(original ‖ network) in nats per token, with its median and percentiles over tokens;
     same_top: share of tokens for which both find the same one likeliest; perplexity and
-    original_perplexity: of the two networks on the same tokens.
+    original_perplexity: of the two networks on the same tokens, nll_increase: from the one to the
+    other.
     """
 
     kl: Estimate
@@ -103,6 +104,7 @@ class DivergenceResult:
     tokens: int
     perplexity: PerplexityResult
     original_perplexity: PerplexityResult
+    nll_increase: Estimate
 
 
 def token_ids(tokenizer: Any, text: str, with_special_tokens: bool = True) -> list[int]:
@@ -194,6 +196,7 @@ def divergence(
         tokens=len(kl),
         perplexity=_perplexity(nll),
         original_perplexity=_perplexity(original_nll),
+        nll_increase=Estimate.of(nll - original_nll),
     )
 
 
