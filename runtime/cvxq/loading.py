@@ -11,10 +11,10 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from cvxq_format import Reader
-from cvxq_kernels.cpu import crc32
+from cvxq_kernels.cpu import check_kernels, crc32, is_available
 
 from cvxq.device import resolve_device
-from cvxq.errors import ArgumentError
+from cvxq.errors import ArgumentError, UnsupportedModelError
 from cvxq.lean import NotLeanError, open_decoder
 from cvxq.model import Model, NetworkOptions
 
@@ -41,11 +41,13 @@ def load(
     them through transformers, as does a dtype, the floating type to compute in (None: float32).
     device: "cpu", "cuda" or "cuda:N".  threads: of the CPU, as many as help if None.
     context: the most tokens of a text, what the model was made for if None; it may be more.
-    check: compare every tensor with its checksum as it is read (the header always is).
+    check: compare every tensor with its checksum as it is read (the header always is), and the
+    CPU's kernels, once, with the formula.
     Raises OSError when the file cannot be read, `cvxq_format.FormatError` when it is not a sound
     container, ArgumentError for an argument out of its range, UnsupportedModelError when
-    transformers lacks the architecture, MissingExtraError when transformers is needed and missing,
-    and InconsistentFileError when tensors and architecture do not fit each other.
+    transformers lacks the architecture or the kernels fail their check, MissingExtraError when
+    transformers is needed and missing, and InconsistentFileError when tensors and architecture do
+    not fit each other.
     """
     if weights not in ("packed", "dense"):
         raise ArgumentError(f"weights is {weights!r}, allowed: 'packed', 'dense'")
@@ -53,6 +55,8 @@ def load(
         raise ArgumentError(f"context is {context} tokens, allowed: 2 to {LONGEST_CONTEXT}")
     place = resolve_device(str(device))
     options = NetworkOptions(weights == "packed", place, dtype, threads)
+    if check and is_available():
+        _check_kernels()
     reader = Reader(path, check=check, crc32=crc32)
     decoder, reason = None, None
     try:
@@ -68,3 +72,10 @@ def load(
         reader.close()
         raise
     return model
+
+
+def _check_kernels() -> None:
+    try:
+        check_kernels()
+    except RuntimeError as error:
+        raise UnsupportedModelError(str(error)) from error

@@ -10,5 +10,15 @@ wraps it. Where the library is missing, `is_available()` is false and `why_not()
 
 from cvxq_kernels.cpu.loader import crc32, force_isa, is_available, isa, why_not
 from cvxq_kernels.cpu.matrix import Matrix, Pool
+from cvxq_kernels.cpu.self_check import check_kernels
 
-__all__ = ["Matrix", "Pool", "crc32", "force_isa", "is_available", "isa", "why_not"]
+__all__ = [
+    "Matrix",
+    "Pool",
+    "check_kernels",
+    "crc32",
+    "force_isa",
+    "is_available",
+    "isa",
+    "why_not",
+]
