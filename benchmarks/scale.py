@@ -1,19 +1,31 @@
-"""What converting models of given shapes takes in memory and on disk, by the preflight's formulas.
+"""What converting models takes in memory and on disk: by the preflight's formulas, and found.
 
     python benchmarks/scale.py
+    python benchmarks/scale.py --found MODEL … --text text.txt --sequences 16 --length 512
 
-prints the table of docs/scale.md. No weights are needed: a network of each shape is built without.
+The first prints the table of docs/scale.md for models of given shapes. No weights are needed: a
+network of each shape is built without. The second converts models that are there to 4.25 bits, all
+stages, and prints what memory that took beside what the formulas say. Scales are not refined, and
+one gain is taken without a trial of several: both take most of the time and no memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from cvxq_converter.job import convert
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import Preflight, Speed, preflight, size_text
+from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.gguf import skeleton
+from peak import peaks_of
 from transformers import LlamaConfig
 
 SHAPES: dict[str, dict[str, Any]] = {  # hidden, inner, layers, heads, key-value heads, vocabulary
@@ -64,8 +76,80 @@ def plan(source: Any, count: int, length: int, calibration: str) -> Preflight:
     return preflight(source, options, speed=SPEED)
 
 
+def cheap_options(arguments: argparse.Namespace) -> ConversionOptions:
+    """A conversion of which only the memory is of interest."""
+    return ConversionOptions.of(
+        bits=4.25,
+        calibration=arguments.text or "none",
+        sequences=arguments.sequences,
+        length=arguments.length,
+        dtype=getattr(torch, arguments.dtype),
+        refine_scales=False,
+        gain=0.5,
+    )
+
+
+def convert_once(arguments: argparse.Namespace) -> None:
+    """Convert one model, in this process, with progress on stderr."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        print(f"{stage}: {done}/{total}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model.cvxq"
+        report = convert(arguments.once, target, cheap_options(arguments), progress, say)
+    say(report.decoder.line())
+
+
+def say(line: str) -> None:
+    """Tell it on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_found(arguments: argparse.Namespace) -> None:
+    """Convert each model in a process of its own, and print a row for it."""
+    print("| model | memory by the formulas | found, at the most | in which stage | time |")
+    print("|---|---:|---:|---|---:|")
+    for model in arguments.found:
+        plan = preflight(open_source(model), cheap_options(arguments), speed=SPEED)
+        stated = max(plan.peak_memory_bytes, plan.proving_memory_bytes)
+        given = ["--sequences", str(arguments.sequences), "--length", str(arguments.length)]
+        given += [
+            "--dtype",
+            arguments.dtype,
+            *(["--text", arguments.text] if arguments.text else []),
+        ]
+        peaks = peaks_of([sys.executable, __file__, "--once", model, *given])
+        size, stage = peaks.most
+        say(peaks.line())
+        name = f"{Path(model).name}, {plan.sequences} × {plan.length}"
+        print(
+            f"| {name} | {size_text(stated)} | {size / 1e9:.2f} GB | {stage} "
+            f"| {peaks.seconds:.0f} s |",
+            flush=True,
+        )
+
+
 def main() -> None:
-    """Print the table."""
+    """Print one of the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--found", nargs="+", metavar="MODEL", help="folders to convert")
+    parser.add_argument("--once", metavar="MODEL", help=argparse.SUPPRESS)
+    parser.add_argument("--text", help="a .txt file to calibrate on; none without")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", default="float32")
+    arguments = parser.parse_args()
+    if arguments.once:
+        convert_once(arguments)
+    elif arguments.found:
+        print_found(arguments)
+    else:
+        print_shapes()
+
+
+def print_shapes() -> None:
+    """Print the table of shapes."""
     print("| parameters | in float32 | memory | whole, to sample | temporary files |")
     print("|---|---:|---:|---:|---:|")
     for name, shape in SHAPES.items():
