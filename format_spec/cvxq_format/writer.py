@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from cvxq_format.header import Header
 from cvxq_format.limits import FEATURES, MAX_HEADER_SIZE, PREAMBLE_SIZE, VERSION, align
 from cvxq_format.preamble import Preamble
 from cvxq_format.tensor import CompandedTensor
+from cvxq_format.unfinished import Unfinished
 
 Entry = TypeVar("Entry", bound=Section)
 
@@ -38,8 +38,8 @@ Entry = TypeVar("Entry", bound=Section)
 class Writer:
     """A container being written; use it as a context manager.
 
-    path: the target, replaced atomically by `close`; until then a hidden temporary file beside it
-    grows, which an exception removes. codebooks: the tables that tensors refer to by index.
+    path: the target, replaced atomically by `close`; until then an unfinished file beside it grows,
+    which an exception removes. codebooks: the tables that tensors refer to by index.
     required, optional: further feature names for the header, which requires by itself what its
     entries use. Nothing but the arguments reaches the file.
     Raises WriteError for what cannot be stored and OSError if the disk refuses.
@@ -58,8 +58,8 @@ class Writer:
         self._header = Header(tuple(sorted(required)), tuple(sorted(optional)))
         self._codebooks = tuple(codebooks)
         self._names: set[str] = set()
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
-        self._file = self._temporary.open("xb")
+        self._unfinished = Unfinished(self.path)
+        self._file = self._unfinished.file
         try:
             self._file.write(bytes(PREAMBLE_SIZE))
             for codebook in self._codebooks:
@@ -155,7 +155,7 @@ class Writer:
 
     def close(self) -> None:
         """Write header and preamble, flush to the disk, and put the file in its place."""
-        if self._file.closed:
+        if not self._unfinished.is_open:
             return
         try:
             used = self._header.used_features()
@@ -173,11 +173,7 @@ class Writer:
             preamble = Preamble(offset + size, offset, size, crc32, version)
             self._file.seek(0)
             self._file.write(preamble.to_bytes())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._temporary.replace(self.path)
-            _sync_folder(self.path.parent)
+            self._unfinished.finish()
         except BaseException:
             self.abort()
             raise
@@ -196,8 +192,7 @@ class Writer:
 
     def abort(self) -> None:
         """Remove the temporary file; the target stays as it was."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._unfinished.abandon()
 
     def _new_name(self, name: str) -> None:
         try:
@@ -218,14 +213,3 @@ class Writer:
         view = memoryview(data)  # type: ignore[arg-type]
         self._file.write(view)
         return replace(entry, offset=offset, size=view.nbytes, crc32=zlib.crc32(view))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where folders can be opened (not on Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

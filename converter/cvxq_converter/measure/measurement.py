@@ -8,7 +8,6 @@ strict: whatever is missing, unexpected, of another shape or not finite is refus
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from cvxq_format.unfinished import Unfinished
 
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.measure.measurement_file import MeasuredMatrix, Record, open_measurement
+from cvxq_converter.measure.safetensors_file import write_safetensors
 from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.source.checkpoint import Source
@@ -137,17 +137,13 @@ def save_measurement(measurement: Measurement, path: Path) -> None:
     arrays = _arrays(measurement.statistics)
     stored = {n: np.ascontiguousarray(a) for n, a in arrays.items() if n not in record.shared}
     stored["sequences"] = measurement.sequences.to(torch.int32).numpy()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    unfinished = Unfinished(path)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what new files have here; save_file narrows it
-        save_file(stored, temporary, record.to_metadata())
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_safetensors(unfinished.file, stored, record.to_metadata())
+        unfinished.finish()
+    except BaseException:
+        unfinished.abandon()
+        raise
 
 
 def load_measurement(path: Path) -> Measurement:

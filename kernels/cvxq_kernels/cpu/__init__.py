@@ -8,13 +8,21 @@
 wraps it. Where the library is missing, `is_available()` is false and `why_not()` says what to do.
 """
 
-from cvxq_kernels.cpu.loader import crc32, force_isa, is_available, isa, why_not
+from cvxq_kernels.cpu.loader import (
+    catch_bus_errors,
+    crc32,
+    force_isa,
+    is_available,
+    isa,
+    why_not,
+)
 from cvxq_kernels.cpu.matrix import Matrix, Pool
 from cvxq_kernels.cpu.self_check import check_kernels
 
 __all__ = [
     "Matrix",
     "Pool",
+    "catch_bus_errors",
     "check_kernels",
     "crc32",
     "force_isa",

@@ -57,6 +57,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "cvxq_isa": (c_char_p, []),
     "cvxq_force_isa": (c_int, [c_char_p]),
     "cvxq_crc32": (c_int, [c_void_p, c_int64, POINTER(c_uint32)]),
+    "cvxq_catch_bus_errors": (c_int, [c_char_p, c_int]),
     "cvxq_read_through": (ctypes.c_uint64, [c_void_p, c_void_p, c_int64]),
 }
 
@@ -116,6 +117,17 @@ def isa() -> str:
 def force_isa(name: str) -> bool:
     """Use instruction set `name` from now on, "" for the best; False if it is not to be had."""
     return bool(native().cvxq_force_isa(name.encode()))
+
+
+def catch_bus_errors(line: str, exit_code: int) -> bool:
+    """End this process with a line on stderr where a mapped file is made shorter while it is read.
+
+    False where the library is missing or the system does not tell; then a signal ends the process.
+    """
+    loaded, _ = _load()
+    return loaded is not None and bool(
+        loaded.cvxq_catch_bus_errors(f"{line}\n".encode(), exit_code)
+    )
 
 
 def crc32(data: memoryview | bytes) -> int:

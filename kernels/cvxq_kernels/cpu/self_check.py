@@ -12,7 +12,7 @@ import numpy as np
 from cvxq_format import MAX_DEPTH, Codebook, CompandedTensor, dequantize, pack_codes
 
 from cvxq_kernels.cpu.loader import isa
-from cvxq_kernels.cpu.matrix import Matrix, Pool
+from cvxq_kernels.cpu.matrix import Matrix, Pool, matmul_many
 
 ROWS, COLUMNS = 16, 64  # of one depth
 BATCHES = (1, 3, 20)  # tokens: each takes another kernel
@@ -38,7 +38,7 @@ def _check(name: str) -> None:
         expected = x.astype(np.float64) @ weight.T.astype(np.float64)
         norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(weight, axis=1)
         for exact, most in ((True, EXACT), (False, FAST)):
-            error = np.abs(matrix.matmul(x, exact) - expected) / norms
+            error = np.abs(matmul_many([matrix], x, exact, pool)[0] - expected) / norms
             if not (error <= most).all():
                 row = int(np.flatnonzero(~(error <= most).all(axis=0))[0])
                 raise RuntimeError(

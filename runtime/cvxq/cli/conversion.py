@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from cvxq.cli.failures import FileProblem
+from cvxq.cli.failures import FileProblem, expect_shrinking_files
 from cvxq.extras import need
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -114,6 +114,7 @@ def prepare(threads: int | None) -> None:
     transformers.logging.disable_progress_bar()
     set_torch_threads(threads)
     signal.signal(signal.SIGTERM, _stop)
+    expect_shrinking_files()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -74,8 +74,23 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def expect_shrinking_files() -> None:
+    """From now on, a mapped file that is made shorter while it is read ends the process in words.
+
+    Needs the native library; elsewhere the system's signal ends it.
+    """
+    from cvxq_kernels.cpu import catch_bus_errors
+
+    catch_bus_errors(
+        "cvxq: a file that is in use was made shorter, or its disk failed; let nothing write to "
+        "it, and start again",
+        CORRUPT,
+    )
+
+
 def existing_file(path: Path, expected: str) -> Path:
     """Return `path`, a readable file; otherwise say what was found in place of `expected`."""
+    expect_shrinking_files()
     if path.is_dir():
         raise FileProblem(f"{path} is a folder, expected {expected}")
     if not path.exists():

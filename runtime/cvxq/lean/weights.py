@@ -34,11 +34,14 @@ def read_product(tensors: Tensors, product: Product) -> tuple[Value, Floats | No
 
 
 def read_floats(tensors: Tensors, name: str, shape: tuple[int, ...]) -> Floats:
-    """Return a small tensor (a norm, a bias) of this shape as float32, expanded if packed."""
+    """Return a small tensor (a norm, a bias) of this shape as float32, expanded if packed.
+
+    It is a copy: once a decoder is made, nothing that becomes of the file matters.
+    """
     value = _read(tensors, name, shape)
     if isinstance(value, CompandedTensor):
         return dequantize(value, tensors.codebook(value.codebook))
-    return value.to_float32().reshape(shape)
+    return value.to_float32().reshape(shape).copy()
 
 
 def read_norm(tensors: Tensors, norm: Norm, size: int) -> tuple[Floats | None, Floats | None]:

@@ -12,6 +12,7 @@ import pytest
 from cvxq.errors import UnsupportedModelError
 from cvxq_kernels import cpu
 from cvxq_kernels.cpu import self_check
+from cvxq_kernels.cpu.matrix import matmul_many
 from cvxq_kernels.cpu.self_check import ROWS
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llama-3-bits.cvxq"
@@ -39,21 +40,19 @@ def test_right_kernels_pass(isa: str) -> None:
 def test_a_wrong_product_is_named(
     depth: int, tokens: int, wrong: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    matmul = cpu.Matrix.matmul
-
-    def miscompiled(self: cpu.Matrix, x: Any, exact: bool = False) -> Any:
-        product = matmul(self, x, exact)
+    def miscompiled(weights: Any, x: Any, exact: bool, pool: Any) -> Any:
+        (product,) = matmul_many(weights, x, exact, pool)
         if len(x) == tokens:
             product[-1, depth * ROWS + 3] += wrong * np.linalg.norm(x[-1])
-        return product
+        return [product]
 
-    monkeypatch.setattr(cpu.Matrix, "matmul", miscompiled)
+    monkeypatch.setattr(self_check, "matmul_many", miscompiled)
     with pytest.raises(RuntimeError, match=rf"wrong product at bit depth {depth}, {tokens} tokens"):
         cpu.check_kernels()
 
 
 def test_a_model_is_not_loaded_on_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu.Matrix, "matmul", lambda self, x, exact: np.zeros((len(x), 144)))
+    monkeypatch.setattr(self_check, "matmul_many", lambda _, x, *rest: [np.zeros((len(x), 144))])
     with pytest.raises(UnsupportedModelError, match="install cvxq again"):
         cvxq.load(GOLDEN)
     with cvxq.load(GOLDEN, check=False) as model:

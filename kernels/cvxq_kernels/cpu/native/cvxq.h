@@ -90,4 +90,10 @@ CVXQ_API int cvxq_crc32(const void *data, int64_t bytes, uint32_t *crc);
  * byte, so that no read is left out. For measuring bandwidth. */
 CVXQ_API uint64_t cvxq_read_through(cvxq_pool *pool, const void *memory, int64_t bytes);
 
+/* ---- mapped files --------------------------------------------------------------------------- */
+
+/* From now on, write `line` to stderr and exit with `exit_code` where a mapped file turns out to be
+ * shorter than it was. Returns 1, or 0 on systems that do not tell. */
+CVXQ_API int cvxq_catch_bus_errors(const char *line, int exit_code);
+
 #endif

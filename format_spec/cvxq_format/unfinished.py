@@ -1,0 +1,88 @@
+"""A file that is being written, beside the one that it is going to replace.
+
+Its name says what it is: model.cvxq.3f2a9c1b.unfinished.  Whoever writes it holds a lock on it, so
+that the next run for the same target can tell what a killed process left behind from what another
+process is writing, and removes the former.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be removed anyway
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX = ".unfinished"
+_JUST_MADE = 60  # seconds in which an empty file may not have been locked yet
+
+
+class Unfinished:
+    """An unfinished file: write to `file` or to `path`, then `finish` or `abandon`."""
+
+    def __init__(self, target: Path) -> None:
+        """Remove what killed processes left of `target`, and begin; raises OSError."""
+        remove_left_behind(target)
+        self.target = target
+        self.path = target.with_name(f"{target.name}.{secrets.token_hex(4)}{SUFFIX}")
+        self.file: BinaryIO = self.path.open("xb")
+        _lock(self.file)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has been neither finished nor abandoned."""
+        return not self.file.closed
+
+    def finish(self) -> None:
+        """Flush all of it to the disk, and put it in the target's place."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        if fcntl is None:  # an open file cannot be renamed there
+            self.file.close()
+        self.path.replace(self.target)
+        self.file.close()
+        _sync_folder(self.target.parent)
+
+    def abandon(self) -> None:
+        """Remove it; the target stays as it was."""
+        with contextlib.suppress(OSError):  # a disk that is full cannot take what is buffered
+            self.file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def remove_left_behind(target: Path) -> None:
+    """Remove unfinished files of `target` that no process is writing."""
+    for path in target.parent.glob(f"{glob.escape(target.name)}.*{SUFFIX}"):
+        with contextlib.suppress(OSError), path.open("rb+") as file:
+            state = os.fstat(file.fileno())
+            if _lock(file) and (state.st_size or time.time() - state.st_mtime > _JUST_MADE):
+                path.unlink()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed; False where another process has."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where folders can be opened (not on Windows)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

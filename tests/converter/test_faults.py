@@ -1,0 +1,118 @@
+"""Runs that are killed, find no room or lose their model: nothing lost, one line, no half file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from cvxq_converter.job import convert, measure_model
+from cvxq_converter.measure.measurement import load_measurement
+from cvxq_converter.options import ConversionOptions
+from cvxq_format import verify
+
+Save = Callable[..., Path]
+RUNS = Path(__file__).with_name("faulty_runs.py")
+OLD = b"an older file"
+KILLS = 6
+OPTIONS = ConversionOptions.of(bits=4.0, group_size=16, sequences=3, length=12, gain=0.5)
+LITTLE = ("--sequences", "3", "--length", "12")
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has PyTorch loaded"),
+]
+
+
+def arguments(command: str, model: Path, output: Path) -> list[str]:
+    bits = ("--bits", "4") if command == "convert" else ()
+    return [command, str(model), "-o", str(output), *LITTLE, *bits]
+
+
+def runs(kind: str, numbers: list[float], command: list[str]) -> list[dict[str, Any]]:
+    program = [sys.executable, str(RUNS), kind, *map(str, numbers), "--", *command]
+    done = subprocess.run(program, stdout=subprocess.PIPE, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(params=["convert", "measure"])
+def command(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def output(tmp_path: Path, command: str) -> Path:
+    """The file to be written, of which an older version exists, alone in its folder."""
+    name = "model.cvxq" if command == "convert" else "model.stats.safetensors"
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.write_bytes(OLD)
+    return path
+
+
+def is_whole(path: Path) -> bool:
+    if path.suffix == ".cvxq":
+        return not verify(path)
+    return load_measurement(path).sequences.shape == (3, 12)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(command: str, save_network: Save, output: Path) -> None:
+    rng = Random(7)
+    moments = [rng.uniform(0, 3) for _ in range(KILLS)]
+    model = save_network("llama")
+    for run in runs("kill", moments, arguments(command, model, output)):
+        assert run["code"] in (-9, 0)
+        others = [name for name in run["beside"] if name != output.name]
+        assert all(name.endswith(".unfinished") for name in others)
+        assert len(others) <= 1, "what an earlier run left is still there"
+    assert output.read_bytes() == OLD or is_whole(output)
+    (last,) = runs("run", [0], arguments(command, model, output))
+    assert last["code"] == 0, last["said"]
+    assert last["beside"] == [output.name]
+    assert is_whole(output)
+
+
+@pytest.mark.slow
+def test_no_room_for_the_file(command: str, save_network: Save, output: Path) -> None:
+    sizes: list[float] = [0, 100, 4000, 9000, 12000]
+    for run in runs("limit", sizes, arguments(command, save_network("llama"), output)):
+        assert run["code"] in (3, 6), run
+        last = run["said"].splitlines()[-1]
+        assert last.startswith("cvxq: ")
+        assert "unexpected" not in last
+        assert run["beside"] == [output.name]
+        assert output.read_bytes() == OLD
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no second file system")
+def test_another_file_system(command: str, save_network: Save) -> None:
+    output = Path("/dev/shm") / f"cvxq-test-{os.getpid()}.cvxq"
+    try:
+        make = convert if command == "convert" else measure_model
+        make(str(save_network("llama")), output, OPTIONS)
+        assert output.stat().st_size
+        assert not list(output.parent.glob(f"{output.name}.*"))
+    finally:
+        output.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "measure", "write"])
+def test_a_model_that_vanishes(command: str, stage: str, save_network: Save, output: Path) -> None:
+    """Its files are mapped: what is being read stays until it is no longer needed."""
+    model = save_network("llama")
+
+    def lose(current: str, done: int, total: int) -> None:
+        if current == stage:
+            for path in model.glob("*.safetensors"):
+                path.unlink()
+
+    make = convert if command == "convert" else measure_model
+    make(str(model), output, OPTIONS, lose)
+    assert is_whole(output)

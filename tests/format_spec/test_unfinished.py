@@ -1,0 +1,158 @@
+"""What a process leaves that is killed while it writes, and who removes it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cvxq_format import Codebook, CompandedTensor, Writer, verify
+from cvxq_format.unfinished import Unfinished
+
+OLD = b"an older file"
+WRITE = """
+import sys, time
+from pathlib import Path
+from cvxq_format.unfinished import Unfinished
+made = Unfinished(Path(sys.argv[1]))
+made.file.write(b"some")
+made.file.flush()
+print(made.path, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    path = tmp_path / "out" / "model.cvxq"
+    path.parent.mkdir()
+    path.write_bytes(OLD)
+    return path
+
+
+def start(target: Path) -> tuple[subprocess.Popen[str], Path]:
+    """Start a process that writes, and return it with its unfinished file."""
+    command = [sys.executable, "-c", WRITE, str(target)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def test_the_next_run_removes_what_a_killed_one_left(target: Path) -> None:
+    process, left = start(target)
+    assert left.name.startswith("model.cvxq.")
+    assert left.suffix == ".unfinished"
+    end(process)
+    assert left.exists()
+    made = Unfinished(target)
+    assert not left.exists()
+    made.file.write(b"whole")
+    made.finish()
+    assert target.read_bytes() == b"whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_another_process_is_writing_stays(target: Path) -> None:
+    process, other = start(target)
+    made = Unfinished(target)
+    assert other.exists()
+    made.abandon()
+    end(process)
+    assert target.read_bytes() == OLD
+
+
+def test_other_targets_are_left_alone(target: Path) -> None:
+    others = [target.parent / name for name in ("b.cvxq.1.unfinished", "model.cvxq.unfinished.txt")]
+    for other in others:
+        other.write_bytes(b"x")
+    Unfinished(target).abandon()
+    assert all(other.exists() for other in others)
+
+
+def write_some(target: Path, random_companded: Callable[..., CompandedTensor]) -> None:
+    with Writer(target, codebooks=[Codebook.default()]) as writer:
+        writer.add_file("config.json", b"{}" * 100)
+        writer.add_companded("a", random_companded((24, 16), 1))
+        writer.add_raw("b", np.ones(5, np.float32))
+
+
+class FailingFile:
+    """A file whose n-th write finds no room, and none after it does."""
+
+    def __init__(self, file: Any, left: int) -> None:
+        self._file, self.left = file, left
+
+    def write(self, data: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_no_room_at_any_write(
+    target: Path,
+    random_companded: Callable[..., CompandedTensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make, allowed = Unfinished.__init__, 0
+
+    def limited(self: Unfinished, path: Path) -> None:
+        make(self, path)
+        self.file = FailingFile(self.file, allowed)  # type: ignore[assignment]
+
+    monkeypatch.setattr(Unfinished, "__init__", limited)
+    while allowed < 100:
+        try:
+            write_some(target, random_companded)
+            break
+        except OSError:
+            assert target.read_bytes() == OLD
+            assert list(target.parent.iterdir()) == [target]
+        allowed += 1
+    assert 8 < allowed < 100
+    assert verify(target) == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_end(
+    call: str,
+    target: Path,
+    random_companded: Callable[..., CompandedTensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os if call == "fsync" else Path, call, fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_some(target, random_companded)
+    monkeypatch.undo()
+    assert target.read_bytes() == OLD
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_two_writers_of_one_file_leave_a_whole_one(
+    target: Path, random_companded: Callable[..., CompandedTensor]
+) -> None:
+    first, second = Writer(target), Writer(target)
+    first.add_raw("a", np.ones(3, np.float32))
+    second.add_raw("b", np.ones(3, np.float32))
+    second.close()
+    assert verify(target) == []
+    first.close()
+    assert verify(target) == []
+    assert list(target.parent.iterdir()) == [target]
