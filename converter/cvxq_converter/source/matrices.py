@@ -48,7 +48,7 @@ def find_matrices(network: Any, names: Mapping[str, str] | None = None) -> list[
 
     names: network parameter → checkpoint tensor, from `source_names`; None keeps network names.
     Position embeddings stay out: they are small, and each row serves one position only, so there
-    is nothing to trade. Vectors (norms, biases) stay out as well.
+    is nothing to trade. Convolutions over a few places and vectors (norms, biases) stay out, too.
     Raises ConversionError for weights it does not know how to treat, those of experts first.
     """
     routers, pools = router_weights(network), pools_of(network)
@@ -130,16 +130,15 @@ def _describe(
 
 
 def _refuse_unknown_weights(network: Any, known: set[int]) -> None:
-    tables = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
+    """Tables of positions and convolutions over a few places are left as they are: small."""
+    left = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding | nn.Conv1d)}
     unknown = {
         name: parameter
         for name, parameter in network.named_parameters()
-        if parameter.ndim > 1 and id(parameter) not in known | tables
+        if parameter.ndim > 1 and id(parameter) not in known | left
     }
-    convolutions = {id(m.weight) for m in network.modules() if isinstance(m, nn.Conv1d)}
     for name, parameter in unknown.items():
-        is_stack = parameter.ndim == 3 and id(parameter) not in convolutions
-        if _EXPERTS.search(name) or is_stack:
+        if _EXPERTS.search(name) or parameter.ndim == 3:
             raise ConversionError(_experts_message(name.rpartition(".")[0]))
     for name, parameter in unknown.items():
         shape = "×".join(map(str, parameter.shape))
