@@ -13,7 +13,7 @@ C_SOURCES = $(wildcard kernels/cvxq_kernels/cpu/native/*.[chi]*) $(wildcard test
 # A worker holds PyTorch and a share of the tests' models: more than a few would want much memory.
 WORKERS = --numprocesses auto --maxprocesses 4 --dist loadscope
 
-.PHONY: help environment demo chat-demo test static wheel check clean
+.PHONY: help environment demo chat-demo test static wheel check hashes audit release clean
 
 help:
 	@echo 'make demo     convert the demo model to 3 bits, measure what was lost, write some text'
@@ -22,6 +22,8 @@ help:
 	@echo 'make test     run the tests'
 	@echo 'make wheel    build the sdist and, from it, the wheel for this platform, into dist/'
 	@echo 'make check    everything CI does: style, types, documents, tests'
+	@echo 'make audit    look for known weaknesses in the packages that are pinned; asks the network'
+	@echo 'make release  check, build twice, compare, list what is inside, and tag (DRY_RUN=1: no tag)'
 	@echo 'make clean    remove the environment and whatever was made'
 
 environment:
@@ -61,6 +63,25 @@ wheel: environment
 	fi
 	ls -l dist
 
+# Both fetch a tool into an environment of its own, beside the one that everything else runs in.
+TOOLS = $(VENV)-tools
+
+hashes:
+	$(PYTHON) -m venv $(TOOLS) && $(TOOLS)/bin/pip install --quiet uv
+	printf '%s\n' '# What constraints.txt pins, by the SHA-256 of every file that it may come in; without torch and' \
+	  '# triton, whose builds are many. Made by `make hashes`.' > hashes.txt
+	grep -vE '^(#|torch==|triton==)' constraints.txt | $(TOOLS)/bin/uv pip compile --quiet --universal \
+	  --no-deps --generate-hashes --no-annotate --no-header --python-version 3.10 - >> hashes.txt
+
+audit:
+	$(PYTHON) -m venv $(TOOLS) && $(TOOLS)/bin/pip install --quiet pip-audit
+	$(TOOLS)/bin/pip-audit --requirement hashes.txt --require-hashes --disable-pip
+
+release: check
+	$(PYTHON) -m venv $(TOOLS) && $(TOOLS)/bin/pip install --quiet cyclonedx-bom
+	PATH=$(abspath $(RUN)):$(abspath $(TOOLS)/bin):$$PATH $(RUN)/python tools/release.py \
+	  $(if $(DRY_RUN),--dry-run)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf demo/*.cvxq demo/report

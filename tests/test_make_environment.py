@@ -76,7 +76,7 @@ def test_pip_failures_become_one_line(setup: ModuleType, log: str, reason: str) 
 def test_constraints_pin_what_the_script_asks_for(setup: ModuleType) -> None:
     constraints = (SCRIPT.parents[1] / "constraints.txt").read_text()
     assert setup.pinned("torch", constraints)[0].isdigit()
-    assert setup.pinned("setuptools", constraints)[0].isdigit()
+    assert "setuptools==" + setup.pinned("setuptools", constraints) in constraints
     with pytest.raises(setup.SetupError, match="does not pin torchvision"):
         setup.pinned("torchvision", constraints)
 
@@ -170,7 +170,7 @@ def test_the_next_build_is_tried_only_where_that_can_help(
 def test_the_fingerprint_follows_the_files_and_the_folder(
     setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
+    for name in ("pyproject.toml", "setup.py", "constraints.txt", "hashes.txt"):
         (tmp_path / name).write_text("a")
     monkeypatch.setattr(setup, "ROOT", tmp_path)
     first = setup.fingerprint(tmp_path / "v")

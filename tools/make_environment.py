@@ -3,9 +3,9 @@
     python3 tools/make_environment.py [--venv .venv] [--torch-index URL]
 
 Needs nothing but Python's standard library. The environment is stamped with a digest of
-pyproject.toml, setup.py, the native sources, constraints.txt and this file: an unchanged one is
-left as it is, a changed one is filled again, one whose set-up never finished is made anew. What
-pip prints goes to VENV/setup.log; what went wrong comes out as one line.
+pyproject.toml, setup.py, the native sources, constraints.txt, hashes.txt and this file: an
+unchanged one is left as it is, a changed one is filled again, one whose set-up never finished is
+made anew. What pip prints goes to VENV/setup.log; what went wrong comes out as one line.
 
 Packages come from the sources pip is configured with, and from no other unless --torch-index
 names one. PyTorch is the one package with a choice. On Linux the usual index holds its CUDA build,
@@ -120,7 +120,8 @@ def is_disk_failure(log: str) -> bool:
 def fingerprint(venv: Path) -> str:
     """Digest of all that decides what the environment holds."""
     digest = hashlib.sha256(f"{sys.version} {venv.resolve()}".encode())
-    listed = [ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "constraints.txt", Path(__file__)]
+    names = ("pyproject.toml", "setup.py", "constraints.txt", "hashes.txt")
+    listed = [*(ROOT / name for name in names), Path(__file__)]
     for file in listed + sorted((ROOT / NATIVE).glob("*.[chi]*")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -236,10 +237,11 @@ class Environment:
             if is_last or is_offline or is_disk_failure(printed):
                 raise self.fail(printed)
 
-    def install_project(self, constraints: Path, extras: str) -> None:
-        setuptools = "setuptools==" + pinned("setuptools", constraints.read_text())
-        project = ["--no-build-isolation", "--editable", f".[{extras}]"]
-        for arguments in (["--no-deps", setuptools], [*project, "-c", str(constraints)]):
+    def install_project(self, constraints: Path, hashes: Path, extras: str) -> None:
+        # Everything but torch and triton by the hashes of its files, then what is still missing.
+        pinned_files = ["--no-deps", "--require-hashes", "-r", str(hashes)]
+        project = ["--no-build-isolation", "--editable", f".[{extras}]", "-c", str(constraints)]
+        for arguments in (pinned_files, project):
             ok, printed = self.pip(*arguments)
             if not ok:
                 raise self.fail(printed)
@@ -263,7 +265,7 @@ def set_up(venv: Path, torch_index: "str | None" = None) -> None:
     version = pinned("torch", constraints.read_text())
     environment.install_torch(version, has_gpu(), torch_index)
     say("cvxq and what it needs")
-    environment.install_project(constraints, "dev")
+    environment.install_project(constraints, ROOT / "hashes.txt", "dev")
     environment.stamp.write_text(fingerprint(venv))
     say(f"ready after {time.monotonic() - started:.0f} s")
 
