@@ -49,7 +49,7 @@ def stated_end_ids(reader: Reader) -> frozenset[int]:
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(item) is int for item in listed):
             raise InconsistentFileError(
-                f"{reader.path}: {name} of the file: eos_token_id is {ids!r}, allowed: "
+                f"{reader.path}: {name} of the file: eos_token_id is {ids!r:.60}, allowed: "
                 "a token's number, a list of them, or null"
             )
         found.update(listed)

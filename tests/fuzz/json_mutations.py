@@ -13,6 +13,7 @@ NUMBERS = (
     *(0.5, -0.5, 1e-30, 1e30, 1e308, 1e-320, -0.0, float("nan"), float("inf"), float("-inf")),
 )
 TEXTS = (
+    "\x1b]0;title\x07\x1b[2J",
     "",
     "*",
     "none",

@@ -62,6 +62,9 @@ def _commands(path: Path) -> Verdict:
             except SystemExit as error:
                 code = error.code or 0
         line = err.getvalue().strip().splitlines()[-1:] or [""]
+        shown = out.getvalue() + line[0]
+        if any(not (c.isprintable() or c == "\n") for c in shown):
+            return Verdict("found", f"{arguments}: control characters: {shown!a:.500}")
         if code not in _DOCUMENTED or bool(code) != line[0].startswith("cvxq: "):
             return Verdict("found", f"{arguments}: exit code {code}, {err.getvalue()[-1500:]}")
         if len(line[0]) > _LONGEST_LINE:

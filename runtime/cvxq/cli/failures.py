@@ -25,6 +25,9 @@ _CODES = {
 }
 
 
+_LONGEST_LINE = 1000
+
+
 class FileProblem(click.ClickException):
     """A path on the command line that cannot be used as asked."""
 
@@ -63,7 +66,13 @@ def describe(error: BaseException) -> str:
         text = f"unexpected error ({type(error).__name__}): {error}; --traceback shows where"
     else:
         text = str(error)
-    return " ".join(text.split())
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…"
+
+
+def printable(text: str) -> str:
+    """Return a text of a stranger's as a terminal may see it: control characters spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

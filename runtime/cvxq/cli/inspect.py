@@ -9,7 +9,7 @@ from typing import Any
 import click
 from cvxq_format.memory import available_memory
 
-from cvxq.cli.failures import existing_file
+from cvxq.cli.failures import existing_file, printable
 from cvxq.cli.output import bytes_text, emit_json, print_table
 from cvxq.summary import KINDS, FileSummary, summarize
 
@@ -35,7 +35,7 @@ def command(file: Path, as_json: bool) -> None:
         emit_json({**summary.record(), **memory_record(summary, free)})
         return
     click.echo(f"{file}: {bytes_text(summary.file_bytes)} bytes, {rates_text(summary)}")
-    click.echo(f"{file.name} {summary.path_text}")
+    click.echo(printable(f"{file.name} {summary.path_text}"))
     click.echo(f"{context_text(summary, free)}\n")
     _print_bytes(summary)
     if summary.matrices:
@@ -152,4 +152,5 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", f"{value:.6g}" if isinstance(value, float) else str(value)
+            text = f"{value:.6g}" if isinstance(value, float) else str(value)
+            yield printable(f"{prefix}{key}"), printable(text)

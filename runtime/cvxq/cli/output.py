@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,9 @@ UNLIMITED_WIDTH = 10_000
 
 def emit_json(record: object, indent: int | None = 2) -> None:
     """Print `record` as strict JSON; numbers that JSON lacks (NaN, infinities) become null."""
-    click.echo(json.dumps(_finite(record), indent=indent, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_finite(record), indent=indent, ensure_ascii=False, allow_nan=False)
+    # JSON may hold these as they are, but a terminal takes some for commands.
+    click.echo(re.sub("[\x7f-\x9f\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _finite(value: Any) -> Any:

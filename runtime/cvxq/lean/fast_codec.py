@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from cvxq.errors import ArgumentError, InconsistentFileError
 from cvxq.lean.growth import MOST_GROWTH, growth
 
+_EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+
 
 class FastCodec:
     """A tokenizer.json; see `cvxq.lean.tokenizer.Codec`."""
@@ -84,7 +86,9 @@ def read_fast_codec(
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     if any(token not in added or not added[token].special for token in named.values()):
         return None
-    listed = [*(config.get("added_tokens_decoder") or {}).values(), *_extra_tokens(config)]
+    listed = _listed_tokens(config)
+    if listed is None:
+        return None
     for entry in listed:
         token = added.get(entry["content"])
         if token is None or any(
@@ -96,15 +100,21 @@ def read_fast_codec(
     return codec if _ends_agree(codec, config, named) else None
 
 
-def _extra_tokens(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the special tokens that the config lists without a name, with all their flags."""
-    names = ("additional_special_tokens", "extra_special_tokens")
-    entries = [entry for name in names for entry in config.get(name) or ()]
+def _listed_tokens(config: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the tokens that the config lists, those without a name with all their flags.
+
+    None where it lists something else, which transformers may make sense of.
+    """
+    decoder = config.get("added_tokens_decoder") or {}
+    lists = [config.get(name) or [] for name in _EXTRA_TOKENS]
+    if not isinstance(decoder, dict) or not all(isinstance(names, list) for names in lists):
+        return None
     plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-    return [
-        {**plain, "special": True, **({"content": entry} if isinstance(entry, str) else entry)}
-        for entry in entries
-    ]
+    texts = [{"content": n} if isinstance(n, str) else n for names in lists for n in names]
+    entries = [*decoder.values(), *texts]
+    if not all(isinstance(e, dict) and isinstance(e.get("content"), str) for e in entries):
+        return None
+    return [*decoder.values(), *({**plain, "special": True, **entry} for entry in texts)]
 
 
 def _ends_agree(codec: FastCodec, config: Mapping[str, Any], named: Mapping[str, str]) -> bool:

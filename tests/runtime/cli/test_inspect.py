@@ -26,3 +26,17 @@ def test_inspect_shows_them(cvxq: Callable[..., Result], make_file: MakeFile) ->
         assert "free memory holds the weights and" in shown
     dynamic = cvxq("inspect", make_file("llama-dynamic", "dynamic.cvxq").path).stdout
     assert "from its record, with a context of at most 64 tokens" in dynamic
+
+
+def test_a_file_cannot_send_commands_to_the_terminal(
+    cvxq: Callable[..., Result], make_file: MakeFile
+) -> None:
+    hostile = "\x1b]0;title\x07\x9b2J"
+    provenance = json.dumps({hostile: hostile}, ensure_ascii=False).encode()
+    report = json.dumps({"decoder": {"reason": hostile}}).encode()
+    files = {"provenance.json": provenance, "report.json": report, "config.json": b"{}"}
+    path = make_file("llama", files=files).path
+    for options in ((), ("--json",)):
+        shown = cvxq("inspect", path, *options).stdout
+        assert "title" in shown
+        assert all(character.isprintable() or character == "\n" for character in shown)

@@ -129,3 +129,22 @@ def test_special_tokens_may_be_objects(make_file: MakeFile) -> None:
         tokenizer = read_tokenizer(reader)
     assert tokenizer is not None
     assert tokenizer.special_tokens_map == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"additional_special_tokens": 1.5},
+        {"extra_special_tokens": [7]},
+        {"extra_special_tokens": [{"lstrip": True}]},
+        {"added_tokens_decoder": [1]},
+        {"added_tokens_decoder": {"1": None}},
+    ],
+)
+def test_a_config_that_lists_something_else_is_left_to_transformers(odd: dict[str, Any]) -> None:
+    from cvxq.lean.fast_codec import read_fast_codec
+    from tokenizers import Tokenizer, models
+
+    blob = Tokenizer(models.BPE()).to_str().encode()
+    assert read_fast_codec(blob, {}, {}) is not None
+    assert read_fast_codec(blob, odd, {}) is None

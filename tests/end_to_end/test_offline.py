@@ -1,0 +1,77 @@
+"""Nothing asks the network unless a hub id is given."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "llama-3-bits.cvxq"
+# What looks a name up or connects ends the process, whether or not its failure would be caught.
+GUARD = """
+import os, sys
+def watch(event, arguments):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname") or (
+        event == "socket.connect" and isinstance(arguments[1], tuple)
+    ):
+        os.write(2, f"asked the network: {event} {arguments[1:]}".encode())
+        os._exit(99)
+sys.addaudithook(watch)
+from cvxq.cli import main
+main()
+"""
+
+
+def without_interfaces() -> list[str]:
+    """A command in front that gives a network namespace of its own; empty where not permitted."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        return []
+    for options in (["-n"], ["-rn"]):
+        if subprocess.run([unshare, *options, "true"], capture_output=True).returncode == 0:
+            return [unshare, *options]
+    return []
+
+
+@pytest.fixture
+def offline() -> Callable[..., str]:
+    """Return a function that runs a command without a network and returns its stdout."""
+
+    def run(*arguments: object, said: str = "") -> str:
+        command: Sequence[str] = [sys.executable, "-c", GUARD, *map(str, arguments)]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSF"))}
+        done = subprocess.run(
+            [*without_interfaces(), *command],
+            input=said,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_the_guard_notices(offline: Callable[..., str]) -> None:
+    with pytest.raises(AssertionError, match="asked the network"):
+        offline("convert", "no/such-model", "-o", "x.cvxq", "--bits", "3")
+
+
+@pytest.mark.parametrize("command", [["verify"], ["inspect"], ["verify", "--deep"], ["bench"]])
+def test_a_file_is_enough(command: list[str], offline: Callable[..., str]) -> None:
+    assert offline(command[0], GOLDEN, *command[1:])
+
+
+@pytest.mark.slow
+def test_converting_and_chatting(tmp_path: Path, offline: Callable[..., str]) -> None:
+    demo = Path(__file__).parents[2] / "demo"
+    file = tmp_path / "demo.cvxq"
+    offline("convert", demo / "model", "-o", file, "--bits", "4", "--method", "rtn")
+    assert offline("generate", file, "The old house", "--max-tokens", "5", "--weights", "dense")
+    assert offline("chat", file, "--max-tokens", "5", said="Hello\n")
