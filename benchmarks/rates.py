@@ -103,7 +103,7 @@ def table_of_targets(prepared: Prepared, options: ConversionOptions, elsewhere: 
     wanted += [("max_perplexity_increase", value) for value in INCREASES]
     for name, value in wanted:
         aim = options.having(bits=None, **{name: value})
-        outcome = seek(prepared, aim, Stages(None), None)
+        outcome = seek(prepared, aim, Stages(None), lambda _: None)
         target = outcome.target
         assert target is not None
         assert outcome.curve is not None

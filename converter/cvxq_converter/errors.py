@@ -13,6 +13,10 @@ class RateError(ConversionError):
     """No allocation meets the rate or size that was asked for."""
 
 
+class CutShortError(ConversionError):
+    """The work ended for a reason that lies outside of it: the same command may go on later."""
+
+
 class NotDescribedError(Exception):
     """A decoder's record cannot say what this network computes; the message is why, in one line."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cvxq_converter.measure.calibration import cache_bytes, sampling_batch
 from cvxq_converter.measure.quality import LOGIT_LIMIT
+from cvxq_converter.measure.sums import shards_of
 from cvxq_converter.measure.teaching import KEPT
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.columns import SIDE_BY_SIDE, TOGETHER
@@ -57,7 +58,7 @@ def peak_memory(
         in_memory = (shape.outside_weights + shape.block_weights) * element
         logits = 4 * 4 * min(LOGITS, tokens * shape.vocabulary)
         activations = tokens * (18 * shape.hidden + 6 * shape.inner) * element
-        sums = 32 * shape.vocabulary + 4 * shape.largest_weights // 8
+        sums = 48 * shape.vocabulary + 4 * shape.largest_weights // 8
         stages.append(in_memory + activations + logits + sums)
         stages.append(in_memory + logits + result + plans + shape.largest_weights)
     if count and options.calibration.source == "self":
@@ -96,22 +97,28 @@ def sampling_bytes(
 def scratch_and_rounds(
     shape: Shape, options: ConversionOptions, count: int, tokens: int
 ) -> tuple[int, int]:
-    """Rounds in which measuring is done, and bytes of temporary files.
+    """Rounds in which measuring is done, of some shards each, and bytes of temporary files.
 
-    What lies between blocks is there for the sequences of one round; Hessians, and logits that are
-    kept or felt, for all.
+    What lies between blocks is there for the sequences of one round, the gradient before and after
+    a block, and once more until a journal has it; Hessians, and logits that are kept or felt, are
+    there for all. Factors take the place of the Hessians, block by block.
     """
     place = options.place
     logits = tokens * shape.vocabulary
     kept = min(count * logits, max(LOGIT_LIMIT, 2 * logits)) + logits if count else 0
     rate = rate_of(shape, options) / 8
     packed = int(shape.quantized_weights * ((1 + _REPACKED) * rate + _MOMENT_BYTES))
-    fixed = packed + (4 * (shape.squared_inputs + kept) if count else 0)
+    if not count:
+        return 1, packed
+    hessians = 4 * shape.squared_inputs
+    fixed = packed + hessians + 2 * hessians // shape.layers + 4 * kept
     state = tokens * shape.hidden * place.dtype.itemsize
-    each = (shape.layers + 3) * state + 8 * shape.vocabulary  # of one sequence
+    each = (shape.layers + 5) * state + 16 * shape.vocabulary  # of one sequence
+    shards = shards_of(count)
+    largest = max(map(len, shards))
     free = place.disk or int(_SHARE_OF_DISK * free_disk(Scratch(place.scratch).folder))
-    at_once = min(count, max(1, (free - fixed) // each))
-    return -(-count // at_once) if count else 1, fixed + at_once * each
+    at_once = min(len(shards), max(1, (free - fixed) // (each * largest)))
+    return -(-len(shards) // at_once), fixed + min(count, at_once * largest) * each
 
 
 def rate_of(shape: Shape, options: ConversionOptions) -> float:

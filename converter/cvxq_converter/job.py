@@ -13,8 +13,11 @@ gain), the other half for the figures that are reported and that a target is hel
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -23,11 +26,14 @@ from cvxq_format.decoder_record import DecoderRecord
 from cvxq_converter.allocate.plan import MatrixPlan, make_plans
 from cvxq_converter.allocate.prediction import predict_curve
 from cvxq_converter.allocate.target import LossTarget, TargetResult, search_rate
+from cvxq_converter.beginning import Announce, begin, load
 from cvxq_converter.errors import ConversionError, NotDescribedError, one_line
 from cvxq_converter.footprint import COPY_BITS, proving_bytes
+from cvxq_converter.journal import Journal
 from cvxq_converter.measure.calibration import make_sequences, sample_copy
 from cvxq_converter.measure.curve import Curve, Trial
-from cvxq_converter.measure.hessian import Feedback
+from cvxq_converter.measure.forward import InputHessians
+from cvxq_converter.measure.hessian import Feedback, Hessians
 from cvxq_converter.measure.measurement import (
     Measurement,
     calibration_digest,
@@ -37,23 +43,20 @@ from cvxq_converter.measure.measurement import (
     shared_arrays,
 )
 from cvxq_converter.measure.measurement_file import Record
-from cvxq_converter.measure.moments import InputMoments
 from cvxq_converter.measure.quality import (
+    Divergence,
     Reference,
     divergence,
     make_references,
     split_sequences,
 )
-from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.statistics import Measuring
 from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.measure.teaching import Lesson, make_lessons
 from cvxq_converter.options import Calibration, ConversionOptions, Method, Target
 from cvxq_converter.preflight import (
     Preflight,
     allowed_memory,
-    fits_memory,
-    preflight,
-    refuse_what_cannot_fit,
     size_text,
 )
 from cvxq_converter.quantize.iteration import quantize_network
@@ -62,8 +65,10 @@ from cvxq_converter.quantize.rtn import quantize_network_rtn
 from cvxq_converter.quantize.tuning import tune_network
 from cvxq_converter.shapes import shape_of
 from cvxq_converter.source.allocator import give_freed_memory_back
-from cvxq_converter.source.checkpoint import Source, load_tokenizer, open_source
-from cvxq_converter.source.loaded import LoadedModel, load_model
+from cvxq_converter.source.blocks import Streamed
+from cvxq_converter.source.checkpoint import load_tokenizer
+from cvxq_converter.source.loaded import LoadedModel
+from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.stages import Done, Progress, Stages
 from cvxq_converter.write.assembling import (
     longest_documents,
@@ -78,7 +83,6 @@ from cvxq_converter.write.proof import Decoder, Proof, StoredTensors, prove
 from cvxq_converter.write.report import ConversionReport, DecoderReport
 
 TRIAL_RATES = (2.25, 3.0, 4.0, 5.5)  # at which a measurement checks its prediction
-Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Prepared:
     """A loaded network and what was measured on it: enough for any number of quantizations.
 
     sequences: (S, L) of calibration. statistics: by matrix name. choosing, certifying: the
-    original on the held-back sequences; None without calibration.
+    original on the held-back sequences; None without calibration. journal: what was done so far.
     """
 
     loaded: LoadedModel
@@ -96,6 +100,7 @@ class Prepared:
     certifying: Reference | None
     feedback: Feedback | None = None
     lessons: list[Lesson] = field(default_factory=list)
+    journal: Journal = field(default_factory=Journal)
 
 
 @dataclass(frozen=True)
@@ -115,31 +120,33 @@ def convert(
     announce: Announce | None = None,
     measurement: Measurement | None = None,
     with_details: bool = False,
+    resume: bool = True,
 ) -> ConversionReport:
     """Convert a model folder, hub id or GGUF file into the `.cvxq` file `output`.
 
     progress: called as (stage, done, total). announce: called with the estimate, one line, before
     the work starts, then with a line for every trial of a search. measurement: of this model, to
     use instead of calibrating and measuring. with_details: gather what the report's page shows.
+    resume: go on from what an earlier call with the same arguments left when it was interrupted.
     Raises ConversionError for what cannot be converted, RateError for an impossible target.
     An existing `output` is only ever replaced by a complete new file.
     """
-    stages = Stages(progress)
-    source, estimate, options = _begin(model, output, options, announce, measurement)
-    with stages.stage("load"):
-        loaded = load_model(source, options)
-    if announce and loaded.leftovers:
-        announce(loaded.leftovers)
-    if options.method.name == "rtn":
-        prepared = Prepared(loaded, torch.empty(0, 0, dtype=torch.int64), {}, None, None)
-        outcome = Outcome(quantize_network_rtn(loaded, options.target, options.method, stages))
-    else:
-        prepared = prepare(loaded, options, estimate, measurement, stages)
-        if options.target.seeks_rate:
-            outcome = seek(prepared, options, stages, announce)
+    stages, say = Stages(progress), announce or (lambda _: None)
+    begun = begin(model, output, options, say, resume, measurement)
+    with begun as (source, estimate, options, journal):
+        loaded = load(source, options, stages, say, journal)
+        if options.method.name == "rtn":
+            prepared = Prepared(loaded, torch.empty(0, 0, dtype=torch.int64), {}, None, None)
+            target, method = options.target, options.method
+            result = quantize_network_rtn(loaded, target, method, stages, journal=journal)
+            outcome = Outcome(result)
         else:
-            outcome = Outcome(quantize_prepared(prepared, options, stages))
-    return finish(prepared, outcome, output, options, stages, with_details)
+            prepared = prepare(loaded, options, estimate, measurement, stages, journal)
+            if options.target.seeks_rate:
+                outcome = seek(prepared, options, stages, say)
+            else:
+                outcome = Outcome(quantize_prepared(prepared, options, stages))
+        return finish(prepared, outcome, output, options, stages, with_details)
 
 
 def measure_model(
@@ -148,29 +155,34 @@ def measure_model(
     options: ConversionOptions,
     progress: Progress | None = None,
     announce: Announce | None = None,
+    resume: bool = True,
 ) -> Record:
     """Measure a model folder, hub id or GGUF file; keep what conversions need in `output`.
 
     options: their target plays no part. The file also holds the curve of rates, sizes and losses,
-    corrected by quantizing at `TRIAL_RATES`.
+    corrected by quantizing at `TRIAL_RATES`. resume: as for `convert`.
     """
     if not options.replaces_weights:
         raise ConversionError("measuring needs calibration sequences and --method cvxq")
-    stages = Stages(progress)
-    source, estimate, options = _begin(model, output, options, announce, trials=len(TRIAL_RATES))
-    with stages.stage("load"):
-        loaded = load_model(source, options)
-    if announce and loaded.leftovers:
-        announce(loaded.leftovers)
-    prepared = prepare(loaded, options, estimate, None, stages)
+    stages, say = Stages(progress), announce or (lambda _: None)
+    begun = begin(model, output, options, say, resume, trials=len(TRIAL_RATES))
+    with begun as (source, estimate, options, journal):
+        loaded = load(source, options, stages, say, journal)
+        prepared = prepare(loaded, options, estimate, None, stages, journal)
+        return _record(prepared, options, output, stages)
+
+
+def _record(prepared: Prepared, options: ConversionOptions, output: Path, stages: Stages) -> Record:
+    """Try the rates, and write the file of a measurement."""
+    loaded = prepared.loaded
     with stages.stage("predict"):
         curve = _predict(prepared, _plans(prepared, options), options)
     trials = []
     for rate in TRIAL_RATES:
         if rate > curve.lowest_rate:
-            result = quantize_prepared(prepared, options.at_rate(rate), stages)
-            assert result.quality is not None
-            trials.append(Trial(rate, result.quality.mean))
+            trial = partial(quantize_prepared, prepared, options.at_rate(rate), stages)
+            trials.append(Trial(rate, _loss(prepared, rate, trial).mean))
+    source = loaded.source
     record = Record(
         source=source.name,
         source_sha256=source.digest,
@@ -191,72 +203,48 @@ def measure_model(
     return record
 
 
-def _begin(
-    model: str,
-    output: Path,
-    options: ConversionOptions,
-    announce: Announce | None,
-    measurement: Measurement | None = None,
-    trials: int | None = None,
-) -> tuple[Source, Preflight, ConversionOptions]:
-    """Look at the model before any work: estimate, and refuse what cannot be done.
-
-    Where memory has no room for the network, text is sampled from a copy: the options say so then.
-    """
-    if not _samples(options, measurement):
-        give_freed_memory_back()
-    torch.manual_seed(options.calibration.seed)
-    source = open_source(model, options.place.revision)
-    if measurement is not None:
-        if options.method.name == "rtn" or options.method.iterations > 1:
-            raise ConversionError(
-                "--statistics are of the original model: they are of no use to --method rtn, and "
-                "--iterations would measure again; leave one of them out"
-            )
-        measurement.check(source, options)
-    estimate = preflight(source, options, measurement, trials=trials)
-    if _samples(options, measurement) and not fits_memory(estimate, options.place):
-        options = options.having(calibration="copy")
-        estimate = preflight(source, options, measurement, trials=trials)
-    if announce:
-        for notice in source.notices:
-            announce(notice)
-        announce(estimate.line())
-    refuse_what_cannot_fit(estimate, output, options.place)
-    return source, estimate, options
-
-
 def prepare(
     loaded: LoadedModel,
     options: ConversionOptions,
     estimate: Preflight,
     measurement: Measurement | None,
     stages: Stages,
+    journal: Journal | None = None,
 ) -> Prepared:
     """Calibrate and measure, unless that was done before; leaves the network as it is."""
+    journal = journal or Journal()
     if measurement is not None:
         sequences = measurement.sequences
     else:
         with stages.stage("calibrate") as done:
             count, length = estimate.sequences or 1, estimate.length or 2
             wanted = replace(options.calibration, sequences=count, length=length)
-            sequences = calibrate(loaded, wanted, stages, done)
+            sequences = journal.step(
+                "sequences", lambda: calibrate(loaded, wanted, stages, done, journal)
+            )
     if not len(sequences):
-        return Prepared(loaded, sequences, {}, None, None)
+        return Prepared(loaded, sequences, {}, None, None, journal=journal)
     training, held_back = split_sequences(sequences)
     with stages.stage("reference"):
-        choosing, certifying = make_references(loaded.streamed, held_back)
-        lessons = []
-        if options.method.tune:
-            with loaded.whole() as network:
-                lessons = make_lessons(network, training)
+        choosing, certifying = journal.step(
+            "references", lambda: make_references(loaded.streamed, held_back)
+        )
+        lessons = journal.step("lessons", lambda: _lessons(loaded, training, options))
+    measuring = journal.within("measure")
     if measurement is not None:
-        moments, statistics = None, measurement.statistics_for(loaded)
+        statistics = measurement.statistics_for(loaded)
+        hessians: Hessians = InputHessians(loaded, training, statistics, measuring)
     else:
-        moments = _moments(loaded, training) if options.method.feedback else None
-        statistics = _measure(loaded, training, options, stages, moments, estimate.rounds)
-    feedback = Feedback(loaded, training, statistics, moments)
-    return Prepared(loaded, sequences, statistics, choosing, certifying, feedback, lessons)
+        with stages.stage("measure") as done:
+            hessians = measured = Measuring(
+                *_measured(loaded, training, options, done),
+                hessians=options.method.feedback,
+                rounds=estimate.rounds,
+                journal=measuring,
+            )
+            statistics = measured.statistics()
+    feedback = Feedback(loaded, statistics, hessians, journal.within("factor"))
+    return Prepared(loaded, sequences, statistics, choosing, certifying, feedback, lessons, journal)
 
 
 def quantize_prepared(prepared: Prepared, options: ConversionOptions, stages: Stages) -> Quantized:
@@ -268,13 +256,18 @@ def quantize_prepared(prepared: Prepared, options: ConversionOptions, stages: St
     feedback, method = prepared.feedback, options.method
     documents = longest_documents(loaded, prepared.sequences, options)
     loaded.restore()
+    trial = _trial(prepared, options)
     for iteration in range(method.iterations if statistics else 1):
+        journal = trial.within(f"{iteration}")
         if iteration:
             training, _ = split_sequences(prepared.sequences)
-            measured = _measure(loaded, training, options, stages)
+            with stages.stage("measure") as done:
+                wanted = _measured(loaded, training, options, done)
+                measured = Measuring(*wanted, journal=journal.within("measure")).statistics()
             # Beside a pruned matrix nothing is felt; what was felt before still holds.
             statistics |= {n: s for n, s in measured.items() if s.row_evidence.any()}
-            feedback = Feedback(loaded, training, statistics)
+            hessians = InputHessians(loaded, training, statistics, journal.within("hessians"))
+            feedback = Feedback(loaded, statistics, hessians, journal.within("factor"))
         result = quantize_network(
             loaded,
             statistics,
@@ -284,22 +277,43 @@ def quantize_prepared(prepared: Prepared, options: ConversionOptions, stages: St
             options.target,
             method,
             stages,
+            journal,
         )
     if prepared.lessons and prepared.choosing is not None:
         lessons, seed = prepared.lessons, options.calibration.seed
         with stages.stage("tune") as done:
             result = tune_network(
-                loaded, result, lessons, prepared.choosing, method.tune, seed, done
+                loaded, result, lessons, prepared.choosing, method.tune, seed, done, journal
             )
     if prepared.certifying is not None and prepared.certifying is not prepared.choosing:
+        certifying = prepared.certifying
         with stages.stage("certify"):
-            quality = divergence(loaded.streamed, prepared.certifying)
+            quality = journal.step("certify", lambda: divergence(loaded.streamed, certifying))
         result = replace(result, quality=quality)
     return result
 
 
+def _trial(prepared: Prepared, options: ConversionOptions) -> Journal:
+    """The steps of quantizing with these options; those with others are given up."""
+    trials = prepared.journal.within("trial")
+    own = sha256(json.dumps(options.to_json()).encode()).hexdigest()[:12]
+    trials.keep_only(own)
+    return trials.within(own)
+
+
+def _loss(prepared: Prepared, rate: float, attempt: Callable[[], Quantized]) -> Divergence:
+    """The loss that an attempt at a rate ends with."""
+
+    def judge() -> Divergence:
+        quality = attempt().quality
+        assert quality is not None
+        return quality
+
+    return prepared.journal.step(f"loss.{rate}", judge)
+
+
 def seek(
-    prepared: Prepared, options: ConversionOptions, stages: Stages, announce: Announce | None
+    prepared: Prepared, options: ConversionOptions, stages: Stages, announce: Announce
 ) -> Outcome:
     """Quantize at the smallest rate whose loss on the certifying sequences is as asked for."""
     max_kl, max_increase = options.target.max_kl, options.target.max_perplexity_increase
@@ -310,22 +324,25 @@ def seek(
         target = LossTarget("--max-perplexity-increase", max_increase)
     with stages.stage("predict"):
         curve = _predict(prepared, _plans(prepared, options), options)
-    made: list[Quantized] = []
+    made: dict[float, Quantized] = {}  # the last one
+
+    def quantize(rate: float) -> Quantized:
+        made.clear()
+        made[rate] = quantize_prepared(prepared, options.at_rate(rate), stages)
+        return made[rate]
 
     def attempt(rate: float) -> float:
-        made[:] = [quantize_prepared(prepared, options.at_rate(rate), stages)]
-        assert made[0].quality is not None
-        increase = perplexity_increase(made[0].quality, options)
-        achieved = made[0].quality.mean if max_kl is not None else increase
-        if announce:
-            announce(f"tried {rate:.4f} bits per weight: {target.text(achieved)}")
+        quality = _loss(prepared, rate, partial(quantize, rate))
+        increase = perplexity_increase(quality, options)
+        achieved = quality.mean if max_kl is not None else increase
+        announce(f"tried {rate:.4f} bits per weight: {target.text(achieved)}")
         return achieved
 
     best, trials = search_rate(target, curve, attempt)
-    if best is not trials[-1]:
-        made[:] = [quantize_prepared(prepared, options.at_rate(best.rate_bits_per_weight), stages)]
+    rate = best.rate_bits_per_weight
+    result = made[rate] if rate in made else quantize(rate)
     found = TargetResult(target.option, target.asked, best.achieved, len(trials))
-    return Outcome(made[0], found, curve.with_trials(trials))
+    return Outcome(result, found, curve.with_trials(trials))
 
 
 def finish(
@@ -395,13 +412,13 @@ def _details(
 
 
 def calibrate(
-    loaded: LoadedModel, calibration: Calibration, stages: Stages, done: Done
+    loaded: LoadedModel, calibration: Calibration, stages: Stages, done: Done, journal: Journal
 ) -> torch.Tensor:
     """The sequences; sampling them takes the network whole, or a copy."""
     tokenizer = load_tokenizer(loaded.source)
     if calibration.source == "copy":
         decoder = _open_copy(loaded, stages)
-        return sample_copy(decoder, loaded.hollow, tokenizer, calibration, done)
+        return sample_copy(decoder, loaded.hollow, tokenizer, calibration, done, journal)
     if calibration.source != "self":
         return make_sequences(loaded.hollow, tokenizer, calibration, done)
     with loaded.whole() as network:
@@ -425,29 +442,21 @@ def _open_copy(loaded: LoadedModel, stages: Stages) -> Decoder:
         ) from None
 
 
-def _samples(options: ConversionOptions, measurement: Measurement | None) -> bool:
-    """Whether the model is to write its own calibration text."""
-    is_measured = measurement is not None or not options.replaces_weights
-    return options.calibration.source == "self" and not is_measured
+def _lessons(
+    loaded: LoadedModel, training: torch.Tensor, options: ConversionOptions
+) -> list[Lesson]:
+    if not options.method.tune:
+        return []
+    with loaded.whole() as network:
+        return make_lessons(network, training)
 
 
-def _moments(loaded: LoadedModel, training: torch.Tensor) -> InputMoments:
-    return InputMoments(loaded.streamed.scratch, training.numel())
-
-
-def _measure(
-    loaded: LoadedModel,
-    training: torch.Tensor,
-    options: ConversionOptions,
-    stages: Stages,
-    moments: InputMoments | None = None,
-    rounds: int = 1,
-) -> dict[str, MatrixStatistics]:
+def _measured(
+    loaded: LoadedModel, training: torch.Tensor, options: ConversionOptions, done: Done
+) -> tuple[Streamed, list[Matrix], torch.Tensor, str, int, Done]:
+    """What is measured, and how."""
     metric, seed = options.calibration.metric, options.calibration.seed
-    with stages.stage("measure") as done:
-        return measure_statistics(
-            loaded.streamed, loaded.matrices, training, metric, seed, done, moments, rounds
-        )
+    return loaded.streamed, loaded.matrices, training, metric, seed, done
 
 
 def _plans(prepared: Prepared, options: ConversionOptions) -> list[MatrixPlan]:

@@ -138,8 +138,11 @@ def _amount(
     return calibration_amount(source, options.place.device, wanted.sequences, wanted.length)
 
 
-def refuse_what_cannot_fit(plan: Preflight, output: Path, place: Place) -> None:
-    """Raise ConversionError, with the figure needed, if memory or disk is too small for `plan`."""
+def refuse_what_cannot_fit(plan: Preflight, output: Path, place: Place, held: int = 0) -> None:
+    """Raise ConversionError, with the figure needed, if memory or disk is too small for `plan`.
+
+    held: bytes of temporary files that are there from an earlier try.
+    """
     if not fits_memory(plan, place):
         available = allowed_memory(place, place.device) or 0
         advice = "use --calibration FILE or none, or a machine with more memory"
@@ -151,7 +154,7 @@ def refuse_what_cannot_fit(plan: Preflight, output: Path, place: Place) -> None:
     if not folder.is_dir():
         raise ConversionError(f"{output}: its folder does not exist; create it first")
     scratch = Scratch(place.scratch).folder
-    room = min(place.disk or plan.scratch_bytes, free_disk(scratch))
+    room = min(place.disk or plan.scratch_bytes, free_disk(scratch) + held)
     if plan.scratch_bytes > room:
         raise ConversionError(
             f"{scratch}: needs about {size_text(plan.scratch_bytes)} for temporary files, "

@@ -16,6 +16,7 @@ import torch
 
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.job import calibrate
+from cvxq_converter.journal import Journal
 from cvxq_converter.measure.measurement import calibration_digest
 from cvxq_converter.measure.quality import split_sequences
 from cvxq_converter.options import ConversionOptions
@@ -75,7 +76,7 @@ def recalibrate(
             loaded = load_model(source, options)
             with stages.stage("calibrate") as done:
                 wanted = replace(wanted, sequences=count, length=length)
-                sequences = calibrate(loaded, wanted, stages, done)
+                sequences = calibrate(loaded, wanted, stages, done, Journal())
     stated = provenance.get("calibration_sha256")
     return Recalibration(
         is_source=source.digest == provenance.get("source_sha256"),

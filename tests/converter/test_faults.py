@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -106,7 +107,8 @@ def test_another_file_system(command: str, save_network: Save) -> None:
 @pytest.mark.parametrize("stage", ["calibrate", "measure", "write"])
 def test_a_model_that_vanishes(command: str, stage: str, save_network: Save, output: Path) -> None:
     """Its files are mapped: what is being read stays until it is no longer needed."""
-    model = save_network("llama")
+    model = output.parent.parent / "model"
+    shutil.copytree(save_network("llama"), model)
 
     def lose(current: str, done: int, total: int) -> None:
         if current == stage:

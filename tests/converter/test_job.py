@@ -19,7 +19,7 @@ import torch
 from cvxq.summary import summarize
 from cvxq_converter.errors import ConversionError, RateError
 from cvxq_converter.job import convert
-from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.statistics import Measuring
 from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.iteration import quantize_network
@@ -380,8 +380,8 @@ def test_what_was_felt_before_a_matrix_was_pruned_still_holds(
     measured: list[dict[str, MatrixStatistics]] = []
     used: list[dict[str, MatrixStatistics]] = []
 
-    def measure_less(*arguments: Any) -> dict[str, MatrixStatistics]:
-        found = measure_statistics(*arguments)
+    def measure_less(measuring: Measuring) -> dict[str, MatrixStatistics]:
+        found = statistics_of(measuring)
         if measured:
             zeros = {
                 field: np.zeros_like(getattr(found[name], field))
@@ -395,7 +395,8 @@ def test_what_was_felt_before_a_matrix_was_pruned_still_holds(
         used.append(dict(statistics))
         return quantize_network(loaded, statistics, *rest, **named)
 
-    monkeypatch.setattr("cvxq_converter.job.measure_statistics", measure_less)
+    statistics_of = Measuring.statistics
+    monkeypatch.setattr(Measuring, "statistics", measure_less)
     monkeypatch.setattr("cvxq_converter.job.quantize_network", note)
     run(save_network("llama"), tmp_path / "a.cvxq", iterations=2, gain=0.5)
     assert all(used[0][n] is measured[0][n] for n in measured[0])

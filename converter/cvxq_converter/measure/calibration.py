@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cvxq_format.text import decode_text, start_tokens
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.journal import Journal
 from cvxq_converter.measure.seeds import generator_of
 from cvxq_converter.options import Calibration
 from cvxq_converter.stages import Done
@@ -216,6 +218,7 @@ def sample_copy(
     tokenizer: Any | None,
     calibration: Calibration,
     progress: Done | None = None,
+    journal: Journal | None = None,
 ) -> Tensor:
     """Return tokens (S, L) int64 that a copy of the network draws, one sequence after the other.
 
@@ -225,25 +228,31 @@ def sample_copy(
     length = min(length, context_length(network.config.get_text_config().to_dict()) or length)
     specials = _special_tokens(network, tokenizer)
     vocabulary = network.get_input_embeddings().weight.shape[0]
-    sequences = torch.empty(count, length, dtype=torch.int64)
-    for s in range(count):
+    journal, sequences = journal or Journal(), []
+
+    def sample(s: int) -> Tensor:
         generator = generator_of(calibration.seed, s)
 
-        def start(generator: torch.Generator = generator) -> int:
+        def start() -> int:
             if specials.start is not None:
                 return specials.start
             return int(torch.randint(vocabulary, (), generator=generator))
 
+        sequence = torch.empty(length, dtype=torch.int64)
         decoder.rewind(0)
-        sequences[s, 0] = previous = start()
+        sequence[0] = previous = start()
         for position in range(1, length):
             logits = torch.as_tensor(decoder.feed([previous])).float()
             ends = previous in specials.ends and previous != specials.start
             drawn = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-            sequences[s, position] = previous = start() if ends else drawn
+            sequence[position] = previous = start() if ends else drawn
+        return sequence
+
+    for s in range(count):
+        sequences.append(journal.step(f"sequence.{s}", partial(sample, s)))
         if progress is not None:
             progress((s + 1) * length, count * length)
-    return sequences
+    return torch.stack(sequences)
 
 
 @torch.inference_mode()

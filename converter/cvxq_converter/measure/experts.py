@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from cvxq_converter.measure.sums import Statistics
-from cvxq_converter.source.matrices import Matrix, names_by_pool
 
 PRIOR_TOKENS = 32  # that the pool's Hessian counts for in each expert's
 
 
-def pool_hessians(
-    matrices: Iterable[Matrix], hessians: Mapping[str, Tensor], statistics: Statistics
-) -> None:
-    """Add to each expert's Hessian (K, K), in place, what `PRIOR_TOKENS` of its pool's have.
+def pooled_hessian(
+    names: Iterable[str], hessian: Callable[[str], Tensor | None], statistics: Statistics
+) -> Tensor | None:
+    """What `PRIOR_TOKENS` of a pool's tokens add to the Hessian (K, K) of each of its experts.
 
-    Pools are made of those of the `matrices` that have a Hessian.
+    names: of its matrices, of which some may not have been measured. hessian: of one by its name.
     """
-    for names in names_by_pool(matrices, hessians):
-        routed = [statistics[name].routed_tokens for name in names]
-        tokens = sum(int(counts.sum()) for counts in routed if counts is not None)
-        if tokens:
-            pooled = hessians[names[0]].clone()
-            for name in names[1:]:
-                pooled += hessians[name]
-            pooled *= PRIOR_TOKENS / tokens
-            for name in names:
-                hessians[name].add_(pooled)
+    pooled, tokens = None, 0
+    for name in names:
+        own = hessian(name)
+        if own is None:
+            continue
+        pooled = own.clone() if pooled is None else pooled.add_(own)
+        routed = statistics[name].routed_tokens
+        tokens += 0 if routed is None else int(routed.sum())
+    return pooled.mul_(PRIOR_TOKENS / tokens) if pooled is not None and tokens else None

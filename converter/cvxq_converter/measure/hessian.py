@@ -8,27 +8,24 @@ The loss of an error δ in one row is to second order ½ δᵀ F δ, with F the 
 The first term is for a matrix that multiplies inputs x_t: w_t = Σ_n (∂/∂y_tn)² is how much the
 loss feels the outputs of token t. (GPTQ has w_t = 1; tokens that nobody attends to count as much
 as any.) The second is for a table whose rows are looked up: g_t is the gradient of what token t
-looked up. A tied embedding has both. Measuring gathers H on the way (`InputMoments`); where the
-weights w_t were measured before, one pass forward over the original network does.
+looked up. A tied embedding has both. Measuring gathers H on the way; where the weights w_t were
+measured before, one pass forward over the original network does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.experts import pool_hessians
-from cvxq_converter.measure.moments import InputMoments
+from cvxq_converter.journal import Journal
+from cvxq_converter.measure.experts import pooled_hessian
 from cvxq_converter.measure.sums import MatrixStatistics, Statistics
-from cvxq_converter.source.exactness import as_streamed
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.stages import Done
@@ -78,57 +75,62 @@ class InverseFactor:
         return cls(order, factor.float().contiguous(), unexplained)
 
 
+class Hessians(Protocol):
+    """Where the Hessians of matrices come from."""
+
+    def hessian(self, name: str) -> Tensor | None:
+        """H (K, K) of a matrix; None for one that nothing was measured of."""
+
+    def forget(self, name: str) -> None:
+        """Give up that of a matrix: its factor is there."""
+
+
 class Feedback:
     """The inverse factors of a network's Hessians, by matrix, made when first asked for.
 
-    sequences: (S, L) int64, those that `statistics` were measured on. moments: the Hessians, where
-    measuring gathered them; else one pass over the original weights does, which it leaves in the
-    network. A factor takes the place of its Hessian, in a scratch file, so that further
-    quantizations of the same model find it. Raises ConversionError for inputs so large that their
-    squares are not finite.
+    statistics: of the same sequences. hessians: of all matrices; each is asked for once, and its
+    factor is a step of the journal. Raises ConversionError for inputs so large that their squares
+    are not finite.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        sequences: Tensor,
         statistics: Statistics,
-        moments: InputMoments | None = None,
+        hessians: Hessians,
+        journal: Journal | None = None,
     ) -> None:
-        self._loaded = loaded
-        self._sequences = sequences
-        self._statistics = statistics
-        self._moments = moments
+        self._loaded, self._statistics, self._hessians = loaded, statistics, hessians
+        self._journal = journal or Journal()
         self._matrices = {matrix.name: matrix for matrix in loaded.matrices}
-        self._pooled: set[str] = set()
-        self._factors: dict[str, InverseFactor] = {}
+        self._pooled: dict[str, Tensor | None] = {}
         self._foresights: dict[str, NDArray[np.float64]] = {}
 
     def factor(self, name: str) -> InverseFactor | None:
         """The factor for one matrix; None for one that nothing was measured of."""
-        if self._moments is None:
-            self._loaded.restore()
-            streamed, statistics = self._loaded.streamed, self._statistics
-            self._moments = InputMoments(streamed.scratch, self._sequences.numel())
-            input_hessians(
-                streamed, self._loaded.matrices, self._sequences, statistics, self._moments
-            )
-        if name not in self._factors and name in self._moments.found:
-            self._pool(self._matrices[name].pool, self._moments)
-            self._factors[name] = self._make(self._matrices[name], self._moments.found[name])
-        if name not in self._factors:
+        stored = self._journal.step(name, lambda: self._make(self._matrices[name]))
+        self._hessians.forget(name)
+        if stored is None:
             return None
-        stored, device = self._factors[name], self._matrices[name].parameter.device
+        device = self._matrices[name].parameter.device
         return replace(stored, order=stored.order.to(device), factor=stored.factor.to(device))
 
-    def _pool(self, pool: str | None, moments: InputMoments) -> None:
-        """Let the Hessians of a pool's experts help each other, before one becomes a factor."""
-        if pool is not None and pool not in self._pooled:
-            members = [m for m in self._loaded.matrices if m.pool == pool]
-            pool_hessians(members, moments.found, self._statistics)
-            self._pooled.add(pool)
+    def _pool(self, pool: str) -> Tensor | None:
+        """What the Hessians of a pool's experts lend to each of them."""
+        if pool not in self._pooled:
+            names = [m.name for m in self._loaded.matrices if m.pool == pool]
+            pooled = pooled_hessian(names, self._hessians.hessian, self._statistics)
+            scratch = self._loaded.streamed.scratch
+            self._pooled[pool] = None if pooled is None else scratch.copy(pooled)
+        return self._pooled[pool]
 
-    def _make(self, matrix: Matrix, hessian: Tensor) -> InverseFactor:
+    def _make(self, matrix: Matrix) -> InverseFactor | None:
+        hessian = self._hessians.hessian(matrix.name)
+        if hessian is None:
+            return None
+        pooled = None if matrix.pool is None else self._pool(matrix.pool)
+        if pooled is not None:
+            hessian = hessian + pooled
         if not bool(torch.isfinite(hessian).all()):
             dtype = str(matrix.parameter.dtype).removeprefix("torch.")
             raise ConversionError(
@@ -136,7 +138,7 @@ class Feedback:
                 "convert with --dtype float32, or use other calibration text"
             )
         made = InverseFactor.of(hessian.to(matrix.parameter.device))
-        return replace(made, factor=hessian.copy_(made.factor))
+        return replace(made, factor=self._loaded.streamed.scratch.copy(made.factor))
 
     def foresee(
         self, statistics: Statistics, progress: Done | None = None
@@ -158,63 +160,3 @@ class Feedback:
             if progress is not None:
                 progress(done, len(statistics))
         return foreseen
-
-
-@torch.no_grad()
-def input_hessians(
-    network: Any,
-    matrices: list[Matrix],
-    sequences: Tensor,
-    statistics: Statistics,
-    moments: InputMoments,
-) -> None:
-    """Gather H of each matrix that has statistics by running the network, whole or by blocks."""
-    streamed = as_streamed(network)
-    last_stage = len(streamed.blocks)
-    multiplied = [m for m in matrices if _weights(m, statistics) is not None]
-    head = next((m for m in multiplied if streamed.is_head(m.input_module_name)), None)
-
-    @contextmanager
-    def watching(is_at: Callable[[int], bool]) -> Iterator[None]:
-        chosen = [m for m in multiplied if m is not head and m.input_module_name is not None]
-        hooks = [
-            streamed.network.get_submodule(m.input_module_name).register_forward_pre_hook(seen(m))
-            for m in chosen
-            if is_at(streamed.stage_of(m.input_module_name or ""))
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def seen(matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, inputs: add(matrix, inputs[0].flatten(0, -2))
-
-    def add(matrix: Matrix, rows: Tensor) -> None:
-        weights = _weights(matrix, statistics)
-        assert weights is not None
-        moments.add(matrix, rows, weights[streamed.sequence])
-
-    with streamed.opened():
-        with watching(lambda stage: 0 <= stage < last_stage):
-            states = streamed.forward(sequences, keep=False, after_block=moments.settle)
-        for s, ids in enumerate(sequences):
-            if streamed.blocks:
-                with watching(lambda stage: stage < 0):
-                    streamed.call(0, s, ids)
-            last = states[-1][s][None].to(streamed.device) if states else None
-            with watching(lambda stage: stage == last_stage):
-                x = streamed.head_input(s, ids, last)
-            if head is not None:
-                add(head, x[0])
-    moments.settle()
-    for matrix in matrices:
-        if matrix.name in statistics:
-            moments.add_lookups(matrix, statistics[matrix.name].lookup_moment)
-
-
-def _weights(matrix: Matrix, statistics: Statistics) -> NDArray[np.float32] | None:
-    """How much each token's outputs of a matrix count, (S, L)."""
-    stats = statistics.get(matrix.name)
-    return None if stats is None or matrix.input_module_name is None else stats.token_weights

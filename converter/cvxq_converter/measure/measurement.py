@@ -69,6 +69,14 @@ class Measurement:
     sequences: torch.Tensor
     statistics: dict[str, MatrixStatistics]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over everything that was measured."""
+        total = hashlib.sha256(calibration_digest(self.sequences).encode())
+        for name, array in _arrays(self.statistics).items():
+            total.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return total.hexdigest()
+
     def check(self, source: Source, options: ConversionOptions) -> None:
         """Raise ConversionError unless this was measured on `source`, with these options."""
         record = self.record

@@ -1,22 +1,29 @@
-"""Sums over gradients and inputs, kept in float64, small enough to keep for every matrix at once.
+"""Sums over gradients and inputs of one matrix, all but the second moments kept in float64.
 
 A gradient is squared a bounded piece at a time, so that no second copy of it is ever in memory.
+
+Floating-point sums depend on their order. Sequences are dealt to a fixed number of shards; each
+shard is summed on its own, and the shards in their order. So it makes no difference who sums a
+shard, and when.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.source.matrices import Matrix
+from cvxq_converter.source.scratch import Scratch
 
+SHARDS = 8
 _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # weights squared at once, in float64
 
 
@@ -45,6 +52,7 @@ class MatrixStatistics:
 
 
 Statistics = Mapping[str, MatrixStatistics]  # by matrix name
+Totals = Mapping[str, Tensor]  # of one matrix, as in `MatrixSums`
 
 
 def _row_chunks(gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -55,25 +63,56 @@ def _row_chunks(gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield piece, gradient[piece].to(torch.float64).square_()
 
 
-class AxisSums:
-    """Row and column sums of one matrix, over sequences."""
+def shards_of(sequences: int) -> list[range]:
+    """The numbers of the sequences in each shard, none of them empty."""
+    count = min(SHARDS, sequences)
+    bounds = [sequences * k // count for k in range(count + 1)] if count else [0]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
-    def __init__(self, matrix: Matrix) -> None:
+
+class MatrixSums:
+    """What is added up of one matrix (N, K), over some of S sequences of L tokens each.
+
+    totals, by name: rows (N,), columns (K,) and how many sequences felt each of them; of what it
+    multiplies, the sum and the squares (K,), the tokens by sequence (S,), and token_weights (S, L),
+    how much the loss feels its outputs there; lookups (K, K), Σ g gᵀ over the rows that were looked
+    up; hessian (K, K), Σ w x xᵀ / tokens, both in float32 and in scratch files. An expert's tokens
+    are those that came to it, in their order; after them its weights are 0.
+    """
+
+    def __init__(self, matrix: Matrix, S: int, L: int, scratch: Scratch, hessian: bool) -> None:
         N, K = matrix.weight.shape
+        self.name, self._tokens = matrix.name, S * L
         device = matrix.parameter.device
-        self.name = matrix.name
-        self.rows = torch.zeros(N, dtype=torch.float64, device=device)
-        self.columns = torch.zeros(K, dtype=torch.float64, device=device)
-        self.row_evidence = torch.zeros(N, dtype=torch.int64, device=device)
-        self.column_evidence = torch.zeros(K, dtype=torch.int64, device=device)
-        self.sequence_rows = torch.zeros_like(self.rows)
-        self.sequence_columns = torch.zeros_like(self.columns)
-        self.lookups: Tensor | None = None
 
-    def add_lookups(self, gradient: Tensor) -> None:
-        """Take the gradients (U, K) of the rows that one sequence looked up."""
-        moment = gradient.float().T @ gradient.float()
-        self.lookups = moment if self.lookups is None else self.lookups.add_(moment)
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.sequence_rows, self.sequence_columns = zeros(N), zeros(K)
+        self.totals = {
+            "rows": zeros(N),
+            "columns": zeros(K),
+            "row_evidence": zeros(N, dtype=torch.int64),
+            "column_evidence": zeros(K, dtype=torch.int64),
+        }
+        if matrix.input_module_name is not None:
+            self.totals |= {
+                "inputs": zeros(K),
+                "input_squares": zeros(K),
+                "tokens": torch.zeros(S, dtype=torch.int64),
+                "token_weights": torch.zeros(S, L),
+            }
+        space = scratch.zeros if device.type == "cpu" else partial(torch.zeros, device=device)
+        if hessian and matrix.input_module_name is not None:
+            self.totals["hessian"] = space((K, K), dtype=torch.float32)
+        if matrix.kind == "embedding":
+            self.totals["lookups"] = space((K, K), dtype=torch.float32)
+
+    def zeros(self, scratch: Scratch) -> dict[str, Tensor]:
+        """Totals of nothing so far, on the CPU."""
+        return {name: scratch.zeros(t.shape, t.dtype) for name, t in self.totals.items()}
+
+    # --- one sequence ---------------------------------------------------------------------------
 
     def add(self, gradient: Tensor, rows: Tensor | None = None) -> None:
         """Take a (N, K) gradient, or one whose row i belongs to row `rows[i]` of the matrix."""
@@ -82,91 +121,77 @@ class AxisSums:
             self.sequence_rows[where] += squares.sum(1)
             self.sequence_columns += squares.sum(0)
 
+    def add_lookups(self, gradient: Tensor) -> None:
+        """Take the gradients (U, K) of the rows that one sequence looked up."""
+        self.totals["lookups"] += gradient.float().T @ gradient.float()
+
+    def add_inputs(self, s: int, inputs: Tensor) -> None:
+        """Take what sequence s brings, (M, K)."""
+        rows = inputs.detach()
+        self.totals["inputs"] += rows.sum(0, dtype=torch.float64)
+        self.totals["input_squares"] += rows.float().square().sum(0, dtype=torch.float64)
+        self.totals["tokens"][s] += len(rows)
+
+    def add_felt(self, s: int, inputs: Tensor, gradient: Tensor) -> None:
+        """Take the gradient (M, N) of the outputs for the inputs (M, K) of sequence s."""
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(gradient, dim=-1, dtype=wide)
+        weights = self.totals["token_weights"][s]
+        weights[: len(norm)] = norm.square_().float()
+        self.add_moment(inputs, weights)
+
+    def add_moment(self, inputs: Tensor, weights: Tensor) -> None:
+        """Take inputs (M, K) with their weights (L,), of which those after M are of no token."""
+        if "hessian" in self.totals:
+            rows = inputs.float()
+            share = weights[: len(rows)].to(rows) / self._tokens
+            self.totals["hessian"] += (rows * share[:, None]).T @ rows
+
     def end_sequence(self, felt: Tensor | None) -> None:
         """Close a sequence; `felt` (N,) bool limits the rows that count as evidence."""
         if not torch.isfinite(self.sequence_columns.sum()):
             raise ConversionError(
                 f"{self.name}: its gradient is not finite; use --dtype bfloat16 or float32"
             )
-        seen = self.sequence_rows > 0
-        self.row_evidence += seen if felt is None else seen & felt
-        self.column_evidence += self.sequence_columns > 0
-        self.rows += self.sequence_rows
-        self.columns += self.sequence_columns
+        seen, totals = self.sequence_rows > 0, self.totals
+        totals["row_evidence"] += seen if felt is None else seen & felt
+        totals["column_evidence"] += self.sequence_columns > 0
+        totals["rows"] += self.sequence_rows
+        totals["columns"] += self.sequence_columns
         self.sequence_rows.zero_()
         self.sequence_columns.zero_()
 
-    def finish(
-        self, sequences: int, length: int, mean: InputMean | None, felt: TokenWeights | None
-    ) -> MatrixStatistics:
-        """Turn sums into per-token means."""
-        tokens = sequences * length
-        lookups = None if self.lookups is None else (self.lookups / tokens).cpu().numpy()
-        return MatrixStatistics(
-            row_sensitivity=(self.rows / tokens).cpu().numpy(),
-            column_sensitivity=(self.columns / tokens).cpu().numpy(),
-            row_evidence=self.row_evidence.cpu().numpy(),
-            column_evidence=self.column_evidence.cpu().numpy(),
-            input_mean=None if mean is None else mean.value(),
-            input_second_moment=None if mean is None else mean.second_moment(),
-            sequences=sequences,
-            token_weights=None if felt is None else felt.value(),
-            lookup_moment=lookups,
-            routed_tokens=None if mean is None else mean.routed_tokens(tokens),
-        )
+    def move_to(self, totals: Mapping[str, Tensor]) -> None:
+        """Add everything to `totals`, on the CPU, and begin anew."""
+        for name, part in self.totals.items():
+            totals[name].add_(part.cpu())
+            part.zero_()
 
 
-@dataclass
-class InputMean:
-    """Mean and mean square of a module's input over all its tokens."""
-
-    total: Tensor | None = None
-    squares: Tensor | None = None
-    counts: list[int] = field(default_factory=list)  # of tokens, by call
-
-    def add(self, _module: nn.Module | None, inputs: tuple[Any, ...]) -> None:
-        """Forward pre-hook: add the input (…, K)."""
-        rows = inputs[0].detach().flatten(0, -2)
-        sums = rows.sum(0, dtype=torch.float64)
-        squares = rows.float().square().sum(0, dtype=torch.float64)
-        self.total = sums if self.total is None else self.total + sums
-        self.squares = squares if self.squares is None else self.squares + squares
-        self.counts.append(rows.shape[0])
-
-    def value(self) -> NDArray[np.float32] | None:
-        """Return the mean (K,), or None if the module saw no token."""
-        return self._mean(self.total)
-
-    def second_moment(self) -> NDArray[np.float32] | None:
-        """Return the mean square (K,), or None if the module saw no token."""
-        return self._mean(self.squares)
-
-    def _mean(self, total: Tensor | None) -> NDArray[np.float32] | None:
-        tokens = sum(self.counts)
-        return (total / tokens).float().cpu().numpy() if total is not None and tokens else None
-
-    def routed_tokens(self, tokens: int) -> NDArray[np.int64] | None:
-        """Return the tokens of each call, or None if they are all `tokens` that there were."""
-        return None if sum(self.counts) == tokens else np.array(self.counts, np.int64)
+def hessian_of(totals: Totals, sequences: int, length: int) -> Tensor | None:
+    """H (K, K) float32 from sums over all sequences, see `hessian`; None for none of its terms."""
+    hessian, lookups = totals.get("hessian"), totals.get("lookups")
+    if lookups is not None:
+        felt = lookups / (sequences * length)
+        return felt if hessian is None else hessian + felt
+    return hessian
 
 
-class TokenWeights:
-    """How much the loss feels the outputs of a module, (S, L) float32, zero where it never ran.
-
-    An expert's are those of the tokens that came to it, in their order, and zero after them.
-    """
-
-    def __init__(self, sequences: int, length: int) -> None:
-        self.values = np.zeros((sequences, length), np.float32)
-        self.is_empty = True
-
-    def add(self, sequence: int, gradient: Tensor) -> None:
-        """Take the gradient (…, N) of a module's output for the tokens of one sequence."""
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(gradient.flatten(0, -2), dim=-1, dtype=wide)
-        self.values[sequence, : len(norm)] = norm.square_().float().cpu().numpy()
-        self.is_empty = False
-
-    def value(self) -> NDArray[np.float32] | None:
-        """Return (S, L), or None if the module never ran."""
-        return None if self.is_empty else self.values
+def finished(totals: Totals, sequences: int, length: int) -> MatrixStatistics:
+    """Turn sums over all sequences into means per token."""
+    tokens = sequences * length
+    values = {name: total.cpu() for name, total in totals.items() if name != "hessian"}
+    came = values.get("tokens", torch.zeros(0, dtype=torch.int64))
+    seen = int(came.sum())
+    return MatrixStatistics(
+        row_sensitivity=(values["rows"] / tokens).numpy(),
+        column_sensitivity=(values["columns"] / tokens).numpy(),
+        row_evidence=values["row_evidence"].numpy(),
+        column_evidence=values["column_evidence"].numpy(),
+        input_mean=(values["inputs"] / seen).float().numpy() if seen else None,
+        input_second_moment=(values["input_squares"] / seen).float().numpy() if seen else None,
+        sequences=sequences,
+        token_weights=values["token_weights"].numpy() if "tokens" in values else None,
+        lookup_moment=(values["lookups"] / tokens).numpy() if "lookups" in values else None,
+        routed_tokens=came.numpy() if "tokens" in values and seen != tokens else None,
+    )

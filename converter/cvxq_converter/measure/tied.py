@@ -7,33 +7,33 @@ blocks, for all sequences: what waits lies in scratch files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from cvxq_converter.measure.sums import AxisSums
+from cvxq_converter.measure.sums import MatrixSums
 from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.source.scratch import Scratch
+
+Aside = tuple[Tensor, Tensor, Tensor]  # (S, L, K) that waits; (S, N), (S, K) sums of other rows
 
 
 class TiedRows:
     """The rows that wait, for the sequence at hand or put aside.
 
-    tokens, in every method: (U,) sorted, those of the sequence at hand; n: its number in the round.
+    tokens, in every method: (U,) sorted, those of the sequence at hand; n: its place in `aside`.
     """
 
-    def __init__(self, matrix: Matrix, sums: Mapping[str, AxisSums], scratch: Scratch) -> None:
-        self._matrix, self._sums, self._scratch = matrix, sums[matrix.name], scratch
+    def __init__(self, sums: MatrixSums, aside: Aside) -> None:
+        self._sums, self.aside = sums, aside
         self._waiting: Tensor | None = None  # (U, K)
-        self._aside: tuple[Tensor, Tensor, Tensor]
 
-    def begin_round(self, sequences: int, length: int) -> None:
-        """Make room for what waits of each sequence, and for the sums of the other rows."""
-        N, K = self._matrix.weight.shape
-        zeros, doubles = self._scratch.zeros, torch.float64
-        waiting = zeros((sequences, length, K), self._matrix.parameter.dtype)
-        self._aside = waiting, zeros((sequences, N), doubles), zeros((sequences, K), doubles)
+    @staticmethod
+    def space(matrix: Matrix, sequences: int, length: int, scratch: Scratch) -> Aside:
+        """Room for what is put aside of some sequences."""
+        (N, K), zeros = matrix.weight.shape, scratch.zeros
+        waiting = zeros((sequences, length, K), matrix.parameter.dtype)
+        doubles = torch.float64
+        return waiting, zeros((sequences, N), doubles), zeros((sequences, K), doubles)
 
     def hold_back(self, gradient: Tensor, rows: slice, tokens: Tensor) -> None:
         """Take the rows of the tokens out of the head's gradient (rows, K), and leave zeros."""
@@ -48,7 +48,7 @@ class TiedRows:
         """Put a sequence aside: its rows that wait, and the sums of the others."""
         if self._waiting is None:
             return
-        waiting, rows, columns = self._aside
+        waiting, rows, columns = self.aside
         waiting[n, : len(tokens)] = self._waiting
         rows[n], columns[n] = self._sums.sequence_rows, self._sums.sequence_columns
         self._sums.sequence_rows.zero_()
@@ -57,8 +57,9 @@ class TiedRows:
 
     def take_up(self, n: int, tokens: Tensor) -> None:
         """Go on with a sequence that was put aside."""
-        waiting, rows, columns = self._aside
-        self._waiting = waiting[n, : len(tokens)].to(self._sums.rows.device, copy=True)
+        waiting, rows, columns = self.aside
+        device = self._sums.sequence_rows.device
+        self._waiting = waiting[n, : len(tokens)].to(device, copy=True)
         self._sums.sequence_rows.copy_(rows[n])
         self._sums.sequence_columns.copy_(columns[n])
 

@@ -9,6 +9,7 @@ import torch
 from cvxq_format import Codebook, CompandedTensor, dequantize
 
 from cvxq_converter.allocate.bias import output_shift
+from cvxq_converter.journal import Journal
 from cvxq_converter.measure.quality import Divergence, Reference, divergence
 from cvxq_converter.measure.sums import Statistics
 from cvxq_converter.options import Method
@@ -37,6 +38,7 @@ def correct(
     reference: Reference | None,
     method: Method,
     progress: Done,
+    journal: Journal,
 ) -> Corrected:
     """Choose the gain by KL, and leave the corrected quantized weights in the network.
 
@@ -51,8 +53,12 @@ def correct(
     def attempt(exponent: float) -> tuple[Corrected, Replacement]:
         codebook = with_gain(encoded.codebook, ratios, exponent)
         replacement = Replacement(loaded, tensors, codebook, statistics, gained, method)
-        replacement.install()
-        quality = divergence(loaded.streamed, reference)
+
+        def judge() -> tuple[Divergence, dict[str, torch.Tensor]]:
+            replacement.install()
+            return divergence(loaded.streamed, reference), replacement.biases
+
+        quality, replacement.biases = journal.step(f"gain.{exponent}", judge)
         return Corrected(codebook, exponent, replacement.added(), quality), replacement
 
     exponents = EXPONENTS if method.gain is None else (method.gain,)
@@ -85,32 +91,32 @@ class Replacement:
         self._loaded, self._tensors, self._codebook = loaded, tensors, codebook
         self._statistics, self._method = statistics, method
         self._gaining = {matrix.name for matrix in gained}
-        self._biases: dict[str, torch.Tensor] = {}  # corrected so far, by matrix name
+        self.biases: dict[str, torch.Tensor] = {}  # corrected so far, by matrix name
 
     def install(self) -> None:
         """Let the network have these weights and biases from now on."""
         self._loaded.restore_biases()
         for matrix in self._loaded.matrices:
-            if matrix.name in self._biases:
-                self._loaded.set_bias(matrix, self._biases[matrix.name])
+            if matrix.name in self.biases:
+                self._loaded.set_bias(matrix, self.biases[matrix.name])
         self._loaded.replace(self.weight)
 
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """The dequantized weight (N, K) of a matrix; sets its bias the first time."""
         dense = torch.from_numpy(dequantize(self._tensors[matrix.name], self._codebook))
         dense = dense.to(matrix.parameter.device)
-        if matrix.name not in self._biases and self._corrects(matrix):
-            self._biases[matrix.name] = self._corrected_bias(matrix, dense)
-            self._loaded.set_bias(matrix, self._biases[matrix.name])
+        if matrix.name not in self.biases and self._corrects(matrix):
+            self.biases[matrix.name] = self._corrected_bias(matrix, dense)
+            self._loaded.set_bias(matrix, self.biases[matrix.name])
         return dense
 
     def added(self) -> dict[str, torch.Tensor]:
         """The biases that layers without one gained, by tensor name; all weights were needed."""
         return {
-            matrix.bias_name: self._biases[matrix.name]
+            matrix.bias_name: self.biases[matrix.name]
             for matrix in self._loaded.matrices
             if matrix.name in self._gaining
-            and matrix.name in self._biases
+            and matrix.name in self.biases
             and matrix.bias_name is not None
         }
 

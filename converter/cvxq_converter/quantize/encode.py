@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from cvxq_format.codebook import DEPTHS
 from cvxq_converter.allocate.allocation import BitAllocation
 from cvxq_converter.allocate.plan import MatrixPlan
 from cvxq_converter.allocate.scale_width import choose_scale_bits
+from cvxq_converter.journal import Journal
 from cvxq_converter.measure.hessian import InverseFactor
 from cvxq_converter.options import Method
 from cvxq_converter.quantize.columns import (
@@ -56,6 +58,7 @@ def encode_matrices(
     method: Method,
     progress: Done,
     factor_of: FactorOf,
+    journal: Journal,
 ) -> Encoded:
     """Fit the levels to the allocated depths, then quantize the original weights.
 
@@ -65,13 +68,15 @@ def encode_matrices(
     total = (1 + is_fitted) * len(plans)
     levels = default_levels()
     if is_fitted:
-        fitted = _fit_tables(loaded, plans, allocation, lambda i: progress(i, total))
+        fitted = journal.step(
+            "levels",
+            lambda: _fit_tables(loaded, plans, allocation, lambda i: progress(i, total)),
+        )
         levels = tuple((fitted if d in allocation.stored_depths else levels)[d - 1] for d in DEPTHS)
     scale_bits = choose_scale_bits(plans)
     codebook = make_codebook(levels, scale_bits, allocation.stored_depths)
-    done = total - len(plans)
-    made: dict[int, tuple[CompandedTensor, np.ndarray, np.ndarray]] = {}
-    for batch in _side_by_side(plans, factor_of):
+
+    def encode(batch: Sequence[int]) -> list[tuple[CompandedTensor, np.ndarray, np.ndarray]]:
         tasks = [
             Task(
                 plans[i].row_scales.normalize(loaded.originals[plans[i].matrix.name]),
@@ -84,13 +89,20 @@ def encode_matrices(
             )
             for i in batch
         ]
+        encoded = []
         found = quantize_matrices(tasks, codebook, method.refine_scales)
         for i, matrix in zip(batch, found, strict=True):
             offsets, scratch = allocation.cluster_offsets[i], loaded.streamed.scratch
             packed = _pack(plans[i], matrix, offsets, scale_bits, scratch)
-            made[i] = packed, matrix.energy, matrix.projection
-            done += 1
-            progress(done, total)
+            encoded.append((packed, matrix.energy, matrix.projection))
+        return encoded
+
+    made: dict[int, tuple[CompandedTensor, np.ndarray, np.ndarray]] = {}
+    for batch in _side_by_side(plans, factor_of):
+        name = plans[batch[0]].matrix.name
+        found = journal.step(f"codes.{name}", partial(encode, batch))
+        made.update(zip(batch, found, strict=True))
+        progress(total - len(plans) + len(made), total)
     tensors, energies, projections = map(list, zip(*(made[i] for i in sorted(made)), strict=True))
     return Encoded(tensors, codebook, energies, projections)
 

@@ -9,6 +9,7 @@ import torch
 from cvxq_converter.allocate.bias import layers_to_gain_bias
 from cvxq_converter.allocate.plan import make_plans
 from cvxq_converter.allocate.sizes import allocate, make_ledger
+from cvxq_converter.journal import Journal
 from cvxq_converter.measure.hessian import Feedback
 from cvxq_converter.measure.quality import Reference
 from cvxq_converter.measure.sums import Statistics
@@ -30,6 +31,7 @@ def quantize_network(
     target: Target,
     method: Method,
     stages: Stages,
+    journal: Journal | None = None,
 ) -> Quantized:
     """Quantize the original weights, once measured; leaves the result in the network.
 
@@ -38,6 +40,7 @@ def quantize_network(
     the gain and the loss that is reported; None leaves the network as it was. documents: as
     in `make_ledger`. target: a rate or a size.
     """
+    journal = journal or Journal()
     gained = layers_to_gain_bias(loaded.matrices, statistics) if method.correct_biases else []
     feedback = feedback if method.feedback else None
     foreseen = statistics
@@ -50,9 +53,9 @@ def quantize_network(
         allocation = allocate(plans, target, ledger)
     with stages.stage("quantize") as done:
         factor_of = feedback.factor if feedback else lambda _: None
-        encoded = encode_matrices(loaded, plans, allocation, method, done, factor_of)
+        encoded = encode_matrices(loaded, plans, allocation, method, done, factor_of, journal)
     with stages.stage("correct") as done:
-        result = correct(loaded, encoded, statistics, gained, reference, method, done)
+        result = correct(loaded, encoded, statistics, gained, reference, method, done, journal)
     return Quantized(
         tensors={m.name: t for m, t in zip(loaded.matrices, encoded.tensors, strict=True)},
         codebook=result.codebook,

@@ -8,6 +8,7 @@ a column segment.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from cvxq_format.codebook import logarithmic_scales
 from cvxq_converter.allocate.allocation import THRESHOLDS, UNITS_PER_BIT
 from cvxq_converter.allocate.clustering import cluster_bounds
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.journal import Journal
 from cvxq_converter.options import Method, Target
 from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.source.loaded import LoadedModel
+from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.source.scratch import Scratch
 from cvxq_converter.stages import Stages
 
@@ -177,6 +180,7 @@ def quantize_network_rtn(
     method: Method,
     stages: Stages,
     stage: str = "quantize",
+    journal: Journal | None = None,
 ) -> Quantized:
     """Quantize every matrix of a network; ConversionError unless the depth is a whole number.
 
@@ -185,16 +189,15 @@ def quantize_network_rtn(
     if target.bits is None or target.bits not in range(1, 9):
         raise ConversionError("--method rtn takes whole --bits from 1 to 8, of the codes alone")
     codebook = rtn_codebook()
-    tensors = {}
+    journal, tensors, depth = journal or Journal(), {}, int(target.bits)
+
+    def encode(matrix: Matrix) -> CompandedTensor:
+        weight = loaded.originals[matrix.name].cpu()
+        orientation, scratch = matrix.source_orientation, loaded.streamed.scratch
+        return quantize_rtn(weight, depth, method.group_size, codebook, orientation, scratch)
+
     with stages.stage(stage) as done:
         for i, matrix in enumerate(loaded.matrices):
-            tensors[matrix.name] = quantize_rtn(
-                loaded.originals[matrix.name].cpu(),
-                int(target.bits),
-                method.group_size,
-                codebook,
-                matrix.source_orientation,
-                loaded.streamed.scratch,
-            )
+            tensors[matrix.name] = journal.step(f"codes.{matrix.name}", partial(encode, matrix))
             done(i + 1, len(loaded.matrices))
     return Quantized(tensors, codebook)

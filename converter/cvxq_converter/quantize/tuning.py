@@ -20,6 +20,7 @@ import torch
 from cvxq_format import Codebook, CompandedTensor, dequantize
 from torch import Tensor
 
+from cvxq_converter.journal import Journal
 from cvxq_converter.measure.quality import Reference, divergence
 from cvxq_converter.measure.teaching import Lesson
 from cvxq_converter.quantize.correction import to_16_bits
@@ -44,6 +45,7 @@ def tune_network(
     steps: int,
     seed: int,
     progress: Done,
+    journal: Journal | None = None,
 ) -> Quantized:
     """Tune the quantized network for some steps, and leave the best found in it.
 
@@ -51,8 +53,12 @@ def tune_network(
     this. lessons: the original on the sequences to learn from; held_back: on those that choose when
     to stop. Returns the result with new scale codes and gained biases, never worse on `held_back`.
     """
-    with loaded.whole():
-        tensors, vectors = _tuned(loaded, result, lessons, held_back, steps, seed, progress)
+
+    def tune() -> tuple[dict[str, CompandedTensor], dict[str, Tensor]]:
+        with loaded.whole():
+            return _tuned(loaded, result, lessons, held_back, steps, seed, progress)
+
+    tensors, vectors = (journal or Journal()).step("tuned", tune)
     added = _settle(loaded, tensors, result.codebook, vectors, result.added_biases)
     quality = divergence(loaded.streamed, held_back)
     return replace(result, tensors=tensors, added_biases=added, quality=quality)

@@ -29,6 +29,7 @@ LOGITS = 1 << 23  # entries of logits that are looked at together
 
 Values = Callable[[str, nn.Parameter], Tensor]  # by parameter name: what it holds
 States = list[Tensor]  # (S, L, hidden) each
+More = dict[tuple[int, int], tuple[Any, ...]]  # by block and sequence
 
 
 class _Reached(Exception):  # noqa: N818 (no error)
@@ -80,7 +81,8 @@ class Streamed:
     network: its matrices may be hollow. names: of its blocks, none for a network in one piece.
     values: gives what a parameter holds when it is needed; None for a network that holds everything
     itself. sequence: the number of the one at hand. forms: length of the tuple that a block
-    returns, None for a tensor. before: names of the modules that run before the first block.
+    returns, None for a tensor; more: what it returned beside its output, as long as it is opened.
+    before: names of the modules that run before the first block.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Streamed:
         self._real = [block.forward for block in self.blocks]
         self.forms: list[int | None] = [None] * len(names)
         self.before: set[str] = set()
-        self._more: dict[tuple[int, int], tuple[Any, ...]] = {}  # and what beside its output
+        self.more: More = {}
         self._stop: int | None = None
         self._last: Tensor | None = None
         self._reached: Call | None = None
@@ -160,7 +162,7 @@ class Streamed:
             for i, block in enumerate(self.blocks):
                 stack.enter_context(_forward_of(block, self._stub(i)))
             yield
-            self._more.clear()
+            self.more.clear()
 
     def _stub(self, i: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -173,7 +175,7 @@ class Streamed:
             form = self.forms[i]
             if form is None:
                 return out
-            return (out, *self._more.get((i, self.sequence), (None,) * (form - 1)))
+            return (out, *self.more.get((i, self.sequence), (None,) * (form - 1)))
 
         return forward
 
@@ -202,41 +204,40 @@ class Streamed:
             return out
         more = pytree.tree_map(lambda t: t.detach() if torch.is_tensor(t) else t, out[1:])
         if any(item is not None for item in more):
-            self._more[i, s] = more
+            self.more[i, s] = more
         return out[0]
 
     @torch.no_grad()
-    def forward(
-        self,
-        sequences: Tensor,
-        *,
-        keep: bool,
-        progress: Callable[[], None] = lambda: None,
-        after_block: Callable[[], None] = lambda: None,
-    ) -> States:
+    def enter(self, sequences: Tensor) -> Tensor:
+        """The inputs (S, L, h) of the first block for sequences (S, L), inside of `opened`."""
+        state: Tensor | None = None
+        for s, ids in enumerate(sequences):
+            hidden = self.call(0, s, ids).hidden[0]
+            if state is None:
+                state = self.scratch.zeros((len(sequences), *hidden.shape), hidden.dtype)
+            state[s] = hidden
+        assert state is not None
+        return state
+
+    @torch.no_grad()
+    def advance(self, i: int, s: int, ids: Tensor, state: Tensor, after: Tensor) -> None:
+        """Take sequence s through block i, which is filled: from its `state` to the one `after`."""
+        hidden = state[s][None].to(self.device)
+        after[s] = self.run_block(i, s, self.call(i, s, ids), hidden)[0]
+
+    def forward(self, sequences: Tensor, *, keep: bool) -> States:
         """Run sequences (S, L) through the blocks, inside of `opened`.
 
         Returns the inputs of all blocks and the output of the last one if they are to be kept, else
         the latter alone; an empty list for a network in one piece.
         """
-        state: Tensor | None = None
-        states: States = []
-        for s, ids in enumerate(sequences if self.blocks else ()):
-            hidden = self.call(0, s, ids).hidden[0]
-            if state is None:
-                state = self.scratch.zeros((len(sequences), *hidden.shape), hidden.dtype)
-                states = [state]
-            state[s] = hidden
+        states = [self.enter(sequences)] if self.blocks else []
         for i, name in enumerate(self.names):
-            assert state is not None
+            state = states[-1]
             after = self.scratch.zeros(state.shape, state.dtype) if keep else state
             with self.filled(f"{name}."):
                 for s, ids in enumerate(sequences):
-                    hidden = state[s][None].to(self.device)
-                    after[s] = self.run_block(i, s, self.call(i, s, ids), hidden)[0]
-                    progress()
-            after_block()
-            state = after
+                    self.advance(i, s, ids, state, after)
             states = [*states, after] if keep else [after]
         return states
 

@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
-from cvxq_converter.errors import ConversionError
+from cvxq_converter.errors import CutShortError
 
 SMALLEST = 1 << 20  # bytes that are worth a file
 _PLACE = Path("/var/tmp")  # on a disk even where /tmp is memory
@@ -37,7 +37,7 @@ class Scratch:
         return cast(BinaryIO, tempfile.TemporaryFile(dir=self.folder))
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of zeros on the CPU; ConversionError if the disk has no room for it."""
+        """A tensor of zeros on the CPU; CutShortError if the disk has no room for it."""
         size = math.prod(shape) * dtype.itemsize
         if size < SMALLEST:
             return torch.zeros(*shape, dtype=dtype)
@@ -46,7 +46,7 @@ class Scratch:
                 _reserve(file.fileno(), size)
                 mapping = mmap.mmap(file.fileno(), size)
         except OSError as error:
-            raise ConversionError(
+            raise CutShortError(
                 f"{self.folder}: no room for {size / 1e6:.0f} MB of temporary data "
                 f"({error.strerror}); use another folder (--scratch)"
             ) from None

@@ -73,7 +73,9 @@ _MEASURING = (
     click.option("--memory", type=Size(), help="At most, e.g. 8GB; default: what is free."),
     click.option("--disk", type=Size(), help="For temporary files, e.g. 50GB."),
     click.option("--scratch", type=click.Path(path_type=Path, exists=True, file_okay=False),
-                 metavar="FOLDER", help="Of temporary files."),
+                 metavar="FOLDER", help="Of temporary files; default: that of the output."),
+    click.option("--resume/--no-resume", default=True, show_default=True,
+                 help="Go on where the same command was interrupted."),
 )  # fmt: skip
 
 

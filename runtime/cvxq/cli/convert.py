@@ -51,6 +51,7 @@ def command(
     statistics: Path | None,
     threads: int | None,
     report: Path | None,
+    resume: bool,
     **choices: Any,
 ) -> None:
     """Compress MODEL, a folder, a hub id or a GGUF file, into one .cvxq file.
@@ -89,6 +90,7 @@ def command(
         announce,
         measurement,
         with_details=report is not None,
+        resume=resume,
     )
     if report is not None:
         from cvxq_converter.write.page import write_report

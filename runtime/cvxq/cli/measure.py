@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), metavar="FILE")
 @measuring_options
-def command(model: str, output: Path, threads: int | None, **choices: Any) -> None:
+def command(model: str, output: Path, threads: int | None, resume: bool, **choices: Any) -> None:
     """Measure MODEL, a folder, a hub id or a GGUF file, and keep what conversions need in a file.
 
     cvxq convert --statistics uses it and skips calibrating and measuring: it writes the same file
@@ -41,7 +41,7 @@ def command(model: str, output: Path, threads: int | None, **choices: Any) -> No
     from cvxq_converter.job import measure_model
 
     options = conversion_options({**explicit(choices), "bits": 8})  # the rate plays no part
-    record = measure_model(model, output, options, Progress(), announce)
+    record = measure_model(model, output, options, Progress(), announce, resume)
     print_table(str(output), ("measure", "value"), closing_rows(record, output.stat().st_size))
 
 

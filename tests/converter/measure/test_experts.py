@@ -11,15 +11,14 @@ import pytest
 import torch
 from cvxq_converter.job import convert, measure_model
 from cvxq_converter.measure import experts as pooling
-from cvxq_converter.measure.hessian import Feedback, InverseFactor, input_hessians
+from cvxq_converter.measure.forward import InputHessians
+from cvxq_converter.measure.hessian import Feedback, InverseFactor
 from cvxq_converter.measure.measurement import load_measurement
-from cvxq_converter.measure.moments import InputMoments
 from cvxq_converter.measure.seeds import generator_of
-from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.statistics import Measuring, measure_statistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import load_model
-from cvxq_converter.source.scratch import Scratch
 
 Build = Callable[..., Any]
 NAMES = {"Mixtral": ("w1", "w3", "w2"), "Qwen3Moe": ("gate_proj", "up_proj", "down_proj")}
@@ -67,12 +66,12 @@ def test_hessians_are_of_the_tokens_that_came_and_help_each_other(
     build_mixture("Mixtral").save_pretrained(tmp_path)
     loaded = load_model(open_source(str(tmp_path)), ConversionOptions.of(bits=4))
     sequences = torch.randint(3, 96, (2, 6))
-    on_the_way, after = (InputMoments(Scratch(), sequences.numel()) for _ in range(2))
     streamed, matrices = loaded.streamed, loaded.matrices
-    statistics = measure_statistics(streamed, matrices, sequences, moments=on_the_way)
-    input_hessians(streamed, matrices, sequences, statistics, after)
-    hessians = after.found
-    assert all(torch.equal(hessians[n], h) for n, h in on_the_way.found.items())
+    measuring = Measuring(streamed, matrices, sequences, hessians=True)
+    statistics = measuring.statistics()
+    after = InputHessians(loaded, sequences, statistics)
+    hessians = {m.name: measuring.hessian(m.name) for m in matrices}
+    assert all(torch.equal(after.hessian(name), h) for name, h in hessians.items())
     names = [f"model.layers.0.block_sparse_moe.experts.{e}.w1.weight" for e in range(4)]
     inputs: list[torch.Tensor] = []
     network = loaded.network
@@ -88,15 +87,13 @@ def test_hessians_are_of_the_tokens_that_came_and_help_each_other(
     felt = [torch.from_numpy(w[: len(x)]) for w, x in zip(weights, inputs, strict=True)]
     expected = sum((x * w[:, None]).T @ x for w, x in zip(felt, inputs, strict=True)) / 12
     torch.testing.assert_close(hessians[names[0]], expected)
-    before = [hessians[name].clone() for name in names]
-    pooling.pool_hessians(loaded.matrices, hessians, statistics)
     tokens = sum(int(statistics[name].routed_tokens.sum()) for name in names)  # type: ignore[union-attr]
     assert tokens == 2 * 12  # two of the four experts for each of twelve tokens
     share = pooling.PRIOR_TOKENS / tokens
-    torch.testing.assert_close(hessians[names[1]], before[1] + share * sum(before))
-    feedback = Feedback(loaded, sequences, statistics, on_the_way)
+    lent = share * sum(hessians[name] for name in names)
+    feedback = Feedback(loaded, statistics, measuring)
     for name in (names[1], names[0], names[1]):  # whatever became a factor before
-        found, expected = feedback.factor(name), InverseFactor.of(hessians[name])
+        found, expected = feedback.factor(name), InverseFactor.of(hessians[name] + lent)
         assert found is not None
         torch.testing.assert_close(found.factor, expected.factor)
 

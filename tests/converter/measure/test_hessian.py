@@ -11,16 +11,15 @@ import pytest
 import torch
 from cvxq_converter.allocate.clustering import cluster_rows, group_moments, row_weights
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.measure.hessian import DAMPING, Feedback, InverseFactor, input_hessians
-from cvxq_converter.measure.moments import InputMoments
-from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.forward import InputHessians
+from cvxq_converter.measure.hessian import DAMPING, Feedback, InverseFactor
+from cvxq_converter.measure.statistics import Measuring, measure_statistics
 from cvxq_converter.measure.sums import MatrixStatistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.columns import Task, quantize_matrix
 from cvxq_converter.quantize.companding import default_levels, make_codebook
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
-from cvxq_converter.source.scratch import Scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -153,9 +152,13 @@ def case(
 
 def gathered(case: Case, statistics: dict[str, MatrixStatistics]) -> dict[str, torch.Tensor]:
     """The Hessians by a pass of their own."""
-    moments = InputMoments(Scratch(), case.sequences.numel())
-    input_hessians(case.loaded.streamed, case.loaded.matrices, case.sequences, statistics, moments)
-    return moments.found
+    hessians = InputHessians(case.loaded, case.sequences, statistics)
+    found = {matrix.name: hessians.hessian(matrix.name) for matrix in case.loaded.matrices}
+    return {name: hessian for name, hessian in found.items() if hessian is not None}
+
+
+def feedback_of(case: Case, statistics: dict[str, MatrixStatistics]) -> Feedback:
+    return Feedback(case.loaded, statistics, InputHessians(case.loaded, case.sequences, statistics))
 
 
 def test_hessians_are_the_weighted_moments_of_what_the_modules_saw(case: Case) -> None:
@@ -194,16 +197,16 @@ def test_the_traces_agree_with_the_squared_gradients(case: Case) -> None:
 
 
 def test_measuring_gathers_the_same_on_the_way(case: Case) -> None:
-    loaded, moments = case.loaded, InputMoments(Scratch(), case.sequences.numel())
-    found = measure_statistics(loaded.streamed, loaded.matrices, case.sequences, moments=moments)
-    apart = gathered(case, found)
-    assert set(moments.found) == set(apart)
-    for name, moment in apart.items():
-        torch.testing.assert_close(moments.found[name], moment, rtol=1e-6, atol=1e-9)
+    loaded = case.loaded
+    measuring = Measuring(loaded.streamed, loaded.matrices, case.sequences, hessians=True)
+    apart = gathered(case, measuring.statistics())
+    assert set(apart) == {matrix.name for matrix in loaded.matrices}
+    for name, hessian in apart.items():
+        assert torch.equal(measuring.hessian(name), hessian)
 
 
 def test_columns_that_others_make_up_for_count_for_less(case: Case) -> None:
-    feedback = Feedback(case.loaded, case.sequences, case.statistics)
+    feedback = feedback_of(case, case.statistics)
     foreseen = feedback.foresee(case.statistics)
     for matrix in case.loaded.matrices:
         factor = feedback.factor(matrix.name)
@@ -231,7 +234,7 @@ def test_the_unexplained_share_is_the_residual_of_a_regression() -> None:
 def test_what_was_never_measured_has_no_factor(case: Case) -> None:
     name = case.loaded.matrices[0].name
     bare = replace(case.statistics[name], token_weights=None, lookup_moment=None)
-    feedback = Feedback(case.loaded, case.sequences, {name: bare})
+    feedback = feedback_of(case, {name: bare})
     assert feedback.factor(name) is None
 
 
@@ -242,6 +245,6 @@ def test_inputs_that_overflow_are_named(case: Case) -> None:
     weights = stats.token_weights.copy()
     weights[0, 0] = np.inf
     statistics = {**case.statistics, name: replace(stats, token_weights=weights)}
-    feedback = Feedback(case.loaded, case.sequences, statistics)
+    feedback = feedback_of(case, statistics)
     with pytest.raises(ConversionError, match=rf"{name}.*not finite.*float32"):
         feedback.factor(name)

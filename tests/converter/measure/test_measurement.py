@@ -100,7 +100,7 @@ def test_a_conversion_from_the_file_writes_the_same_bytes(
         target = {**target, "keep": (target["keep"],)}
     direct, reused = tmp_path / "direct.cvxq", tmp_path / "reused.cvxq"
     expected = convert(str(folder), direct, options(**target))
-    called = calls_of(monkeypatch, "make_sequences", "measure_statistics", "quantize_network")
+    called = calls_of(monkeypatch, "make_sequences", "Measuring", "quantize_network")
     found = convert(str(folder), reused, options(**target), measurement=measurement)
     assert set(called) == {"quantize_network"}
     assert reused.read_bytes() == direct.read_bytes()
@@ -234,9 +234,9 @@ def test_what_certifies_a_target_chooses_nothing(
 
         monkeypatch.setattr(module, "divergence", note)
     measured: list[torch.Tensor] = []
-    genuine_measure = job.measure_statistics
+    genuine_measure = job.Measuring
     monkeypatch.setattr(
-        job, "measure_statistics", lambda *a: (measured.append(a[2]), genuine_measure(*a))[1]
+        job, "Measuring", lambda *a, **n: (measured.append(a[2]), genuine_measure(*a, **n))[1]
     )
     convert(str(folder), tmp_path / "a.cvxq", options())
     rows = [tuple(row.tolist()) for row in measurement.sequences]

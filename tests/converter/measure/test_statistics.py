@@ -11,13 +11,11 @@ import torch
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.measure.head import output_gradient
 from cvxq_converter.measure.measurement import FIELDS
-from cvxq_converter.measure.moments import InputMoments
 from cvxq_converter.measure.seeds import generator_of
-from cvxq_converter.measure.statistics import measure_statistics
+from cvxq_converter.measure.statistics import Measuring, measure_statistics
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.source.checkpoint import Matrix, find_matrices, open_source
 from cvxq_converter.source.loaded import load_model
-from cvxq_converter.source.scratch import Scratch
 from torch.profiler import ProfilerActivity, profile
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -287,6 +285,11 @@ def test_measuring_by_blocks_needs_a_block_not_the_network(
     assert peak < whole / 4
 
 
+def hessians_of(measuring: Measuring, matrices: list[Any]) -> dict[str, torch.Tensor]:
+    found = {matrix.name: measuring.hessian(matrix.name) for matrix in matrices}
+    return {name: hessian for name, hessian in found.items() if hessian is not None}
+
+
 @pytest.mark.parametrize("architecture", ["llama-tied", "opt"])
 def test_rounds_give_the_same(architecture: str, build_network: Any) -> None:
     network = build_network(architecture)
@@ -295,20 +298,19 @@ def test_rounds_give_the_same(architecture: str, build_network: Any) -> None:
     steps: list[tuple[int, int]] = []
     found = []
     for rounds in (1, 2, 5):
-        moments = InputMoments(Scratch(), sequences.numel())
         progress = lambda done, total: steps.append((done, total))  # noqa: E731
-        statistics = measure_statistics(
-            network, matrices, sequences, "kl", 3, progress, moments, rounds
+        measuring = Measuring(
+            network, matrices, sequences, "kl", 3, progress, hessians=True, rounds=rounds
         )
-        found.append((statistics, moments.found))
+        found.append((measuring.statistics(), hessians_of(measuring, matrices)))
     assert steps == [(i, 30) for i in range(1, 31)] * 3
     (one, hessians), *others = found
-    for statistics, moments_found in others:
+    for statistics, others_hessians in others:
         for matrix in matrices:
             for field in FIELDS:
                 a, b = (getattr(s[matrix.name], field) for s in (one, statistics))
                 np.testing.assert_array_equal(a, b)
-            assert torch.equal(moments_found[matrix.name], hessians[matrix.name])
+            assert torch.equal(others_hessians[matrix.name], hessians[matrix.name])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2"])
@@ -320,11 +322,10 @@ def test_a_network_in_one_piece_is_measured_alike(
     def measured() -> tuple[int, dict[str, Any], dict[str, torch.Tensor]]:
         source = open_source(str(save_network(architecture)))
         loaded = load_model(source, ConversionOptions.of(bits=4.0))
-        moments = InputMoments(Scratch(), sequences.numel())
-        statistics = measure_statistics(
-            loaded.streamed, loaded.matrices, sequences, "kl", 2, moments=moments
-        )
-        return len(loaded.streamed.blocks), statistics, moments.found
+        matrices = loaded.matrices
+        measuring = Measuring(loaded.streamed, matrices, sequences, "kl", 2, hessians=True)
+        statistics = measuring.statistics()
+        return len(loaded.streamed.blocks), statistics, hessians_of(measuring, matrices)
 
     blocks, expected, hessians = measured()
     monkeypatch.setattr("cvxq_converter.source.exactness.find_blocks", lambda _: [])

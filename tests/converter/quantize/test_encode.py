@@ -14,6 +14,7 @@ from cvxq_converter.allocate.allocation import THRESHOLDS, BitAllocation
 from cvxq_converter.allocate.plan import MatrixPlan, Sensitivity, plan_matrix
 from cvxq_converter.allocate.sizes import allocate_for_rate, make_ledger, matrix_entry
 from cvxq_converter.job import convert
+from cvxq_converter.journal import Journal
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.companding import (
     HISTOGRAM_BINS,
@@ -73,8 +74,9 @@ def encode(
         [p.worths for p in plans], 4.0, loaded.quantized_weights, ledger.side_bytes(DEPTHS)
     )
     steps: list[tuple[int, int]] = []
+    note = lambda *step: steps.append(step)  # noqa: E731
     encoded = encode_matrices(
-        loaded, plans, allocation, options.method, lambda *s: steps.append(s), lambda _: None
+        loaded, plans, allocation, options.method, note, lambda _: None, Journal()
     )
     assert [done for done, _ in steps] == list(range(1, steps[-1][1] + 1))
     return plans, encoded.tensors, encoded

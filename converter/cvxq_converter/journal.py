@@ -1,0 +1,293 @@
+"""Finished steps of a long job, kept in files, so that the same job goes on where it ended.
+
+A step is a name and what computes its result. Its file is written under another name first, and the
+name that it gets then holds the checksum of its bytes: what is there and agrees is complete, and
+whatever else is there is computed again. So a job needs to know nothing of interruptions. It asks
+for its steps; those that are there cost nothing, and ask for no other.
+
+A file holds a pickled result, arrays and tensors beside it, where they are mapped from: they need
+no memory of their own. Only records of this package are taken from it, never other code.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from mmap import ACCESS_COPY, mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+import torch
+from torch import Tensor
+
+from cvxq_converter.errors import ConversionError, CutShortError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+SHORTEST = 0.05  # seconds of a step that is worth a file
+_JOB = "job.json"  # what the steps are of
+_UNFINISHED = ".part"
+_LINE = 64  # bytes to which arrays are aligned
+_PIECE = 1 << 20
+Result = TypeVar("Result")
+
+
+class Journal:
+    """The results of steps by name: from the job's own earlier asking, from a file, or computed.
+
+    folder: where the files are; None for a journal that forgets everything with its process.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._prefix = ""
+        self._results: dict[str, Any] = {}
+        self._waiting: list[str] = []  # for the step that they were put by
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.iterdir()) if folder else ():
+            if path.suffix == _UNFINISHED:
+                path.unlink()
+            elif path.name != _JOB:
+                self._files[path.stem] = path
+
+    def within(self, prefix: str) -> Journal:
+        """The same journal for steps that share a prefix, whose names go without it."""
+        part = Journal()
+        part.folder, part._prefix = self.folder, f"{self._prefix}{prefix}."
+        part._results, part._files, part._waiting = self._results, self._files, self._waiting
+        return part
+
+    def step(self, name: str, compute: Callable[[], Result], *, keep: bool = False) -> Result:
+        """The result of a step; whoever gets it leaves it as it is.
+
+        keep: though it took no time, since it might not come out the same again.
+        """
+        name = self._prefix + name
+        if name not in self._results and name in self._files:
+            self._read(name)
+        if name not in self._results:
+            started = time.monotonic()
+            self._results[name] = compute()
+            if keep or time.monotonic() - started >= SHORTEST:
+                while self._waiting:
+                    self._write(self._waiting.pop(0))
+                self._write(name)
+        found: Result = self._results[name]
+        return found
+
+    def put(self, name: str, result: object) -> None:
+        """Keep what was computed on the way to another step, if that is kept."""
+        self._results[self._prefix + name] = result
+        self._waiting.append(self._prefix + name)
+
+    def drop(self, *names: str) -> None:
+        """Give up what no later step needs."""
+        for name in names:
+            self._results.pop(self._prefix + name, None)
+            self._forget(self._prefix + name)
+        self._waiting[:] = [name for name in self._waiting if name in self._results]
+
+    def keep_only(self, prefix: str) -> None:
+        """Give up all steps, but for those within a prefix."""
+        for name in {*self._results, *self._files}:
+            if name.startswith(self._prefix) and not name.startswith(f"{self._prefix}{prefix}."):
+                self.drop(name.removeprefix(self._prefix))
+
+    def kept(self) -> list[str]:
+        """The names of all steps that lie in files."""
+        return [*self._files]
+
+    # --- files ----------------------------------------------------------------------------------
+
+    def _write(self, name: str) -> None:
+        if self.folder is None:
+            return
+        self._forget(name)
+        unfinished = self.folder / f"{name}{_UNFINISHED}"
+        try:
+            with unfinished.open("wb") as file:
+                checksum = _dump(self._results[name], file)
+                file.flush()
+                os.fsync(file.fileno())
+            self._files[name] = unfinished.rename(self.folder / f"{name}.{checksum:08x}")
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CutShortError(
+                f"{self.folder}: no room for what is done so far ({error.strerror}); "
+                "use another folder (--scratch)"
+            ) from None
+        self._read(name)  # from now on it lies in the file, not in memory
+
+    def _read(self, name: str) -> None:
+        path = self._files[name]
+        try:
+            self._results[name] = _load(path)
+        except Exception:  # whatever a damaged file makes of being read
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        path = self._files.pop(name, None)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_journal(
+    folder: Path, job: Mapping[str, Any], say: Callable[[str], None], anew: bool = False
+) -> Iterator[Journal]:
+    """The journal of a job, removed when the job is done or refused and kept when it is cut short.
+
+    job: JSON values, all that the results depend on. What `folder` holds of another job is removed,
+    and with `anew` what it holds of this one. say: takes a line about what was found or is left.
+    Raises ConversionError while another process has the folder.
+    """
+    lock = _locked(folder)
+    try:
+        if anew or (other := _difference(folder, job)):
+            if not anew:
+                say(f"{folder} is of another conversion ({other}); removed")
+            _clear(folder)
+        if not (folder / _JOB).exists():
+            (folder / _JOB).write_text(json.dumps(job, sort_keys=True))
+        journal = Journal(folder)
+        try:
+            yield journal
+        except BaseException as error:
+            # A refusal is final: the same command would come to it again.
+            is_final = isinstance(error, ConversionError) and not isinstance(error, CutShortError)
+            if is_final or len(journal.kept()) <= 1:  # what was decided at the start
+                shutil.rmtree(folder)
+            else:
+                say(f"{folder} keeps what is done so far; the same command goes on from there")
+            raise
+        shutil.rmtree(folder)
+    finally:
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """Make the folder unless it is there, and keep other processes out until this is closed."""
+    while True:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ConversionError(
+                f"{folder} is in use by another process; wait for it, or choose another --output"
+            ) from None
+        if os.fstat(lock).st_nlink:
+            return lock
+        os.close(lock)  # of a folder that its process has just removed
+
+
+def bytes_in(folder: Path) -> int:
+    """What a journal's files take, 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def _difference(folder: Path, job: Mapping[str, Any]) -> str | None:
+    """In what the job whose steps a folder holds differs; None if it does not, or holds none."""
+    path = folder / _JOB
+    if not path.is_file():
+        return None if not any(folder.iterdir()) else "of which it does not say which"
+    try:
+        found = json.loads(path.read_bytes())
+        before, now = _flat(found), _flat(json.loads(json.dumps(job)))
+    except (ValueError, AttributeError):
+        return "its description is damaged"
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if not names:
+        return None
+    name = names[0]
+    return f"{name} {before.get(name)}, not {now.get(name)}"
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+# --- results ↔ bytes ----------------------------------------------------------------------------
+
+
+class _Pickler(pickle.Pickler):
+    """Takes tensors, as bytes beside the pickle; arrays lie there anyway."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        dtype = str(value.dtype).removeprefix("torch.")
+        return _tensor, (flat, dtype, tuple(value.shape), value.device.type)
+
+
+def _tensor(flat: Any, dtype: str, shape: tuple[int, ...], device: str) -> Tensor:
+    return torch.from_numpy(flat).view(getattr(torch, dtype)).view(shape).to(device)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        is_ours = module.startswith(("cvxq_converter.", "cvxq_format.")) and is_dataclass(found)
+        arrays = ("dtype", "ndarray", "scalar", "_frombuffer", "_reconstruct")
+        is_array = module.partition(".")[0] == "numpy" and name in arrays
+        if is_ours or is_array or found is _tensor:
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _dump(result: object, file: BinaryIO) -> int:
+    """Write a result; returns the checksum of what was written."""
+    stream, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+    _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(result)
+    raw = [buffer.raw() for buffer in buffers]
+    sizes = [stream.tell(), *(len(part) for part in raw)]
+    head = struct.pack(f"<{len(sizes) + 1}Q", len(sizes), *sizes)
+    parts: list[Buffer] = [head, stream.getbuffer(), *raw]
+    checksum, place = 0, 0
+    for part in parts:
+        for piece in (bytes(-place % _LINE), part):
+            checksum = zlib.crc32(piece, checksum)
+            place += file.write(piece)
+    return checksum
+
+
+def _load(path: Path) -> Any:
+    """Read a result, its arrays mapped; whoever writes to one does so in memory of his own."""
+    with path.open("rb") as file:
+        content = memoryview(mmap(file.fileno(), 0, access=ACCESS_COPY))
+    checksum = 0
+    for start in range(0, len(content), _PIECE):
+        checksum = zlib.crc32(content[start : start + _PIECE], checksum)
+    if path.suffix != f".{checksum:08x}":
+        raise ValueError("damaged")
+    (count,) = struct.unpack_from("<Q", content)
+    place, parts = 8 * (count + 1), []
+    for size in struct.unpack_from(f"<{count}Q", content, 8):
+        place += -place % _LINE
+        parts.append(content[place : place + size])
+        place += size
+    return _Unpickler(io.BytesIO(parts[0]), buffers=parts[1:]).load()

@@ -1,0 +1,258 @@
+"""Gradients on their way into sums, one stage of the network at a time.
+
+A stage is a block, what comes after the blocks (whose number is that of the blocks), or what comes
+before them. Gradients live only from their last accumulation to the hook that reduces them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cvxq_converter.measure.head import HeadPass
+from cvxq_converter.measure.sums import MatrixSums, Totals
+from cvxq_converter.measure.tied import Aside, TiedRows
+from cvxq_converter.source.blocks import Streamed
+from cvxq_converter.source.matrices import Matrix
+
+FRONT = -1  # the stage before the first block
+
+
+class Gathering:
+    """What the matrices of a network feel, gathered for the stage and the sequence at hand.
+
+    stages: in the order of the way back, each with the matrices of which it finds something, a
+    tied one at either end. head: the matrix of the output layer, if it is one of the matrices.
+    s: the number of the sequence at hand. tied: rows that either use of a tied matrix adds to.
+    """
+
+    def __init__(
+        self, streamed: Streamed, matrices: list[Matrix], sequences: Tensor, hessians: bool
+    ) -> None:
+        self._streamed, self.matrices, self._hessians = streamed, matrices, hessians
+        self._sequences, self._blocks = sequences, len(streamed.blocks)
+        self._scratch = streamed.scratch
+        self.head = next((m for m in matrices if streamed.is_head(m.input_module_name)), None)
+        self._stages = {matrix.name: self._stage_of(matrix) for matrix in matrices}
+        order = [self._blocks, *reversed(range(FRONT if self._blocks else 0, self._blocks))]
+        self.stages: dict[int, list[Matrix]] = {stage: [] for stage in order}
+        for matrix in matrices:
+            self.stages[self._stages[matrix.name]].append(matrix)
+        if self.head is not None and self._stages[self.head.name] != self._blocks:
+            self.stages[self._blocks].append(self.head)
+        self.sums: dict[str, MatrixSums] = {}
+        self._totals: dict[str, dict[str, Tensor]] = {}
+        self.tied: TiedRows | None = None
+        self.s, self._tokens = 0, torch.empty(0)
+        self._is_ready = False
+
+    def begin(self, stage: int, so_far: Mapping[str, Totals]) -> dict[str, dict[str, Tensor]]:
+        """Begin a stage; returns its totals by matrix, which grow from those `so_far`."""
+        (S, L), scratch = self._sequences.shape, self._scratch
+        self.sums = {
+            m.name: MatrixSums(m, S, L, scratch, self._hessians and self._multiplies(m, stage))
+            for m in self.stages[stage]
+        }
+        self._totals = {
+            name: {key: scratch.copy(total) for key, total in so_far[name].items()}
+            if name in so_far
+            else sums.zeros(scratch)
+            for name, sums in self.sums.items()
+        }
+        self.tied = None
+        return self._totals
+
+    def put_aside(self, sequences: int) -> Aside | None:
+        """Let what a tied head feels wait for the embedding, in the room that is returned."""
+        if self.head is None or self.head.kind != "embedding":
+            return None
+        aside = TiedRows.space(self.head, sequences, self._sequences.shape[1], self._scratch)
+        self.tied = TiedRows(self.sums[self.head.name], aside)
+        return aside
+
+    def take_up(self, n: int, aside: Aside | None) -> None:
+        """Go on with what a tied head has put aside of the sequence at hand."""
+        if aside is not None:
+            assert self.head is not None
+            self.tied = TiedRows(self.sums[self.head.name], aside)
+            self.tied.take_up(n, self._tokens)
+
+    def each(self, shards: list[range]) -> Iterator[tuple[int, Tensor]]:
+        """Yield place and tokens (L,) of each sequence; add up after each shard."""
+        n = 0
+        for shard in shards:
+            for self.s in shard:
+                ids = self._sequences[self.s].to(self._streamed.device)
+                self._tokens = torch.unique(ids)
+                yield n, ids
+                n += 1
+            for name, sums in self.sums.items():
+                sums.move_to(self._totals[name])
+
+    def _stage_of(self, matrix: Matrix) -> int:
+        """Where the last gradient of a matrix comes."""
+        if not self._blocks:
+            return 0
+        if matrix.kind == "embedding":
+            return FRONT
+        return self._streamed.stage_of(matrix.module_name)
+
+    def _multiplies(self, matrix: Matrix, stage: int) -> bool:
+        """Whether the products of a matrix are at this stage; a tied one's are at the other."""
+        return matrix is not self.head or stage == self._blocks
+
+    def end_sequence(self, stage: int, n: int, targets: Tensor | None = None) -> None:
+        """Close the sequence at hand for all matrices of a stage."""
+        for matrix in self.stages[stage]:
+            if self._stages[matrix.name] == stage:
+                self.sums[matrix.name].end_sequence(self._felt_rows(matrix, targets))
+            elif self.tied is not None:
+                self.tied.park(n, self._tokens)
+
+    def _felt_rows(self, matrix: Matrix, targets: Tensor | None) -> Tensor | None:
+        """Say which rows of the output head had evidence; None for every other matrix."""
+        if targets is None or matrix is not self.head:
+            return None
+        felt = torch.zeros(len(matrix.weight), dtype=torch.bool, device=targets.device)
+        felt[targets] = True
+        if matrix.kind == "embedding":
+            felt[self._tokens] = True
+        return felt
+
+    def add_head(self, found: HeadPass) -> None:
+        """Take what one sequence left of the head; rows that the embedding feels, too, wait."""
+        if self.head is None:
+            return
+        sums = self.sums[self.head.name]
+        sums.add_inputs(self.s, found.inputs)
+        sums.add_felt(self.s, found.inputs, found.gradients)
+        for rows, gradient in found.weight_gradients():
+            if self.tied is not None:
+                self.tied.hold_back(gradient, rows, self._tokens)
+            within = torch.arange(rows.start, rows.stop, device=gradient.device)
+            sums.add(gradient, within)
+
+    @contextmanager
+    def watching(self, stage: int) -> Iterator[None]:
+        """Let the modules of a stage, the head excepted, add what goes in and comes back."""
+        with ExitStack() as hooks:
+            for matrix in self.stages[stage]:
+                name = matrix.input_module_name
+                if name is None or matrix is self.head:
+                    continue
+                module = self._streamed.network.get_submodule(name)
+                hooks.enter_context(module.register_forward_hook(self._observer(matrix.name)))
+            yield
+
+    def _observer(self, name: str) -> Callable[[Any, Any, Tensor], None]:
+        def observe(_: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                return
+            s, sums, x = self.s, self.sums[name], inputs[0].detach().flatten(0, -2)
+            sums.add_inputs(s, x)
+            output.register_hook(lambda gradient: sums.add_felt(s, x, gradient.flatten(0, -2)))
+
+        return observe
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Be ready to run stages, inside of another such context or not."""
+        if self._is_ready:
+            yield
+            return
+        self._is_ready = True
+        try:
+            with self._prepared(), self._streamed.opened():
+                yield
+        finally:
+            self._is_ready = False
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Let only the matrices take gradients, each reduced and freed by a hook; undo it after."""
+        network = self._streamed.network
+        wanted = {p: p.requires_grad for p in network.parameters()}
+        training = network.training
+        undo: list[Callable[[], None]] = []
+        try:
+            network.eval()
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            for matrix in self.matrices:
+                undo += self._watch(matrix)
+            with _deterministic(self._streamed.device):
+                yield
+        finally:
+            for step in reversed(undo):
+                step()
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+            network.train(training)
+
+    def _watch(self, matrix: Matrix) -> list[Callable[[], None]]:
+        """Attach the hooks of one matrix and return the steps that undo it."""
+        undo: list[Callable[[], None]] = []
+        if matrix is self.head and matrix.kind != "embedding":
+            return undo  # whose gradient `_run_head` makes
+        table = self._streamed.network.get_submodule(matrix.module_name)
+        matrix.parameter.requires_grad_(True)
+        if isinstance(table, nn.Embedding):
+            # A dense gradient of the table would be as large as the table, for a few rows of it.
+            undo.append(_set(table, "sparse", True))
+        hook = partial(self._consume, matrix)
+        undo.append(matrix.parameter.register_post_accumulate_grad_hook(hook).remove)
+        return undo
+
+    def _consume(self, matrix: Matrix, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        sums = self.sums[matrix.name]
+        if not gradient.is_sparse:
+            sums.add(gradient.T if matrix.kind == "conv1d" else gradient)
+            return
+        part = gradient.coalesce()
+        rows, values = part.indices()[0], part.values()
+        sums.add_lookups(values)
+        if matrix is self.head and self.tied is not None:
+            self.tied.add_lookups(rows, values, self._tokens)
+        else:
+            sums.add(values, rows)
+
+
+def _set(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute and return the step that restores it."""
+    old = getattr(module, name)
+    setattr(module, name, value)
+    return lambda: setattr(module, name, old)
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU, keep to operations that add in a fixed order; on a CPU they all do.
+
+    Memory-efficient attention has no such backward pass; flash attention (16 bits) and plain
+    attention (float32) have.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with (
+            warnings.catch_warnings(),
+            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
