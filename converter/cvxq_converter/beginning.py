@@ -16,7 +16,14 @@ from cvxq_converter.errors import ConversionError
 from cvxq_converter.journal import Journal, bytes_in, open_journal
 from cvxq_converter.measure.measurement import Measurement
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.preflight import Preflight, fits_memory, preflight, refuse_what_cannot_fit
+from cvxq_converter.preflight import (
+    Preflight,
+    allowed_memory,
+    fits_memory,
+    preflight,
+    refuse_what_cannot_fit,
+)
+from cvxq_converter.ranks import Ranks
 from cvxq_converter.source.allocator import give_freed_memory_back
 from cvxq_converter.source.checkpoint import Source, open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model
@@ -33,6 +40,7 @@ def begin(
     options: ConversionOptions,
     announce: Announce,
     resume: bool,
+    ranks: Ranks,
     measurement: Measurement | None = None,
     trials: int | None = None,
 ) -> Iterator[tuple[Source, Preflight, ConversionOptions, Journal]]:
@@ -54,6 +62,7 @@ def begin(
     folder = _journal_folder(output, options)
     if options.place.scratch is None:
         options = options.having(scratch=output.absolute().parent)
+    options = _share(options, ranks)
 
     def estimated(from_copy: bool) -> tuple[ConversionOptions, Preflight]:
         chosen = options.having(calibration="copy") if from_copy else options
@@ -68,12 +77,23 @@ def begin(
     announce(estimate.line())
     refuse_what_cannot_fit(estimate, output, options.place, bytes_in(folder))
     job = _job(source, options, measurement)
-    with open_journal(folder, job, announce, anew=not resume) as journal:
+    with open_journal(folder, job, announce, not resume, ranks) as journal:
         # What was decided by the memory and the disk that were free when the job began, holds.
         copied, rounds = journal.step("decided", lambda: (from_copy, estimate.rounds), keep=True)
         if copied != from_copy:
             chosen, estimate = estimated(copied)
         yield source, replace(estimate, rounds=rounds), chosen, journal
+
+
+def _share(options: ConversionOptions, ranks: Ranks) -> ConversionOptions:
+    """What one of several ranks on a machine has of it: a device, or a part of the memory."""
+    place = options.place
+    if ranks.here > 1 and place.device == "cuda":
+        device = f"cuda:{ranks.local % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+        return options.having(device=device)
+    free = allowed_memory(place, place.device) if ranks.here > 1 else None
+    return options if free is None else options.having(memory=free // ranks.here)
 
 
 def _journal_folder(output: Path, options: ConversionOptions) -> Path:

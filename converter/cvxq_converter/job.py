@@ -63,6 +63,7 @@ from cvxq_converter.quantize.iteration import quantize_network
 from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.quantize.rtn import quantize_network_rtn
 from cvxq_converter.quantize.tuning import tune_network
+from cvxq_converter.ranks import ALONE, Ranks
 from cvxq_converter.shapes import shape_of
 from cvxq_converter.source.allocator import give_freed_memory_back
 from cvxq_converter.source.blocks import Streamed
@@ -121,6 +122,7 @@ def convert(
     measurement: Measurement | None = None,
     with_details: bool = False,
     resume: bool = True,
+    ranks: Ranks = ALONE,
 ) -> ConversionReport:
     """Convert a model folder, hub id or GGUF file into the `.cvxq` file `output`.
 
@@ -128,15 +130,17 @@ def convert(
     the work starts, then with a line for every trial of a search. measurement: of this model, to
     use instead of calibrating and measuring. with_details: gather what the report's page shows.
     resume: go on from what an earlier call with the same arguments left when it was interrupted.
+    ranks: the processes that call this together, of which the first one tells and writes.
     Raises ConversionError for what cannot be converted, RateError for an impossible target.
     An existing `output` is only ever replaced by a complete new file.
     """
-    stages, say = Stages(progress), announce or (lambda _: None)
-    begun = begin(model, output, options, say, resume, measurement)
+    stages, say = _told(progress, announce, ranks)
+    begun = begin(model, output, options, say, resume, ranks, measurement)
     with begun as (source, estimate, options, journal):
         loaded = load(source, options, stages, say, journal)
         if options.method.name == "rtn":
-            prepared = Prepared(loaded, torch.empty(0, 0, dtype=torch.int64), {}, None, None)
+            nothing = torch.empty(0, 0, dtype=torch.int64)
+            prepared = Prepared(loaded, nothing, {}, None, None, journal=journal)
             target, method = options.target, options.method
             result = quantize_network_rtn(loaded, target, method, stages, journal=journal)
             outcome = Outcome(result)
@@ -156,16 +160,17 @@ def measure_model(
     progress: Progress | None = None,
     announce: Announce | None = None,
     resume: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Record:
     """Measure a model folder, hub id or GGUF file; keep what conversions need in `output`.
 
     options: their target plays no part. The file also holds the curve of rates, sizes and losses,
-    corrected by quantizing at `TRIAL_RATES`. resume: as for `convert`.
+    corrected by quantizing at `TRIAL_RATES`. resume, ranks: as for `convert`.
     """
     if not options.replaces_weights:
         raise ConversionError("measuring needs calibration sequences and --method cvxq")
-    stages, say = Stages(progress), announce or (lambda _: None)
-    begun = begin(model, output, options, say, resume, trials=len(TRIAL_RATES))
+    stages, say = _told(progress, announce, ranks)
+    begun = begin(model, output, options, say, resume, ranks, trials=len(TRIAL_RATES))
     with begun as (source, estimate, options, journal):
         loaded = load(source, options, stages, say, journal)
         prepared = prepare(loaded, options, estimate, None, stages, journal)
@@ -198,9 +203,19 @@ def _record(prepared: Prepared, options: ConversionOptions, output: Path, stages
         curve_options={n: options.to_json()[n] for n in ("group_size", "partitions", "keep")},
         curve=curve.with_trials(trials),
     )
-    with stages.stage("write"):
-        save_measurement(Measurement(record, prepared.sequences, prepared.statistics), output)
+    if prepared.journal.ranks.is_first:
+        with stages.stage("write"):
+            save_measurement(Measurement(record, prepared.sequences, prepared.statistics), output)
     return record
+
+
+def _told(
+    progress: Progress | None, announce: Announce | None, ranks: Ranks
+) -> tuple[Stages, Announce]:
+    """Who is told what: nobody, by any but the first rank."""
+    if not ranks.is_first or announce is None:
+        announce = lambda _: None  # noqa: E731
+    return Stages(progress if ranks.is_first else None), announce
 
 
 def prepare(
@@ -219,9 +234,7 @@ def prepare(
         with stages.stage("calibrate") as done:
             count, length = estimate.sequences or 1, estimate.length or 2
             wanted = replace(options.calibration, sequences=count, length=length)
-            sequences = journal.step(
-                "sequences", lambda: calibrate(loaded, wanted, stages, done, journal)
-            )
+            sequences = calibrate(loaded, wanted, stages, done, journal)
     if not len(sequences):
         return Prepared(loaded, sequences, {}, None, None, journal=journal)
     training, held_back = split_sequences(sequences)
@@ -309,7 +322,7 @@ def _loss(prepared: Prepared, rate: float, attempt: Callable[[], Quantized]) -> 
         assert quality is not None
         return quality
 
-    return prepared.journal.step(f"loss.{rate}", judge)
+    return prepared.journal.step(f"loss.{rate}", judge, together=True)
 
 
 def seek(
@@ -355,17 +368,24 @@ def finish(
 ) -> ConversionReport:
     """Prove the decoder's record, write the file and report."""
     loaded, result, sequences = prepared.loaded, outcome.result, prepared.sequences
-    with stages.stage("prove"):
-        proof = _prove(loaded, result, options)
-        decoder = DecoderReport(True) if proof.error is None else not_proved(proof.error)
-    with stages.stage("write"):
-        report = make_report(loaded, result, sequences, options, decoder, outcome.target)
-        write_result(output, loaded, result, sequences, options, report, proof.record)
+    ranks, record, decoder, size = prepared.journal.ranks, None, DecoderReport(True), 0
+    if ranks.is_first:
+        with stages.stage("prove"):
+            proof = _prove(loaded, result, options)
+            record = proof.record
+            decoder = decoder if proof.error is None else not_proved(proof.error)
+    decoder = ranks.gather(decoder)[0]
+    report = make_report(loaded, result, sequences, options, decoder, outcome.target)
+    if ranks.is_first:
+        with stages.stage("write"):
+            write_result(output, loaded, result, sequences, options, report, record)
+            size = output.stat().st_size
+    size = ranks.gather(size)[0]
     if with_details:
         with stages.stage("details"):
             details = _details(prepared, outcome, report, options)
         report = replace(report, details=details)
-    return report.with_file(output.stat().st_size, dict(stages.seconds))
+    return report.with_file(size, dict(stages.seconds))
 
 
 def _prove(loaded: LoadedModel, result: Quantized, options: ConversionOptions) -> Proof:
@@ -417,12 +437,16 @@ def calibrate(
     """The sequences; sampling them takes the network whole, or a copy."""
     tokenizer = load_tokenizer(loaded.source)
     if calibration.source == "copy":
-        decoder = _open_copy(loaded, stages)
+        decoder = partial(_open_copy, loaded, stages)
         return sample_copy(decoder, loaded.hollow, tokenizer, calibration, done, journal)
     if calibration.source != "self":
         return make_sequences(loaded.hollow, tokenizer, calibration, done)
-    with loaded.whole() as network:
-        sequences = make_sequences(network, tokenizer, calibration, done)
+
+    def sample() -> torch.Tensor:
+        with loaded.whole() as network:
+            return make_sequences(network, tokenizer, calibration, done)
+
+    sequences = journal.step("sequences", sample)
     give_freed_memory_back()
     return sequences
 

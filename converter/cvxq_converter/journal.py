@@ -21,7 +21,7 @@ import shutil
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from mmap import ACCESS_COPY, mmap
@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError, CutShortError
+from cvxq_converter.ranks import ALONE, Ranks
+from cvxq_converter.stages import Done
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 SHORTEST = 0.05  # seconds of a step that is worth a file
 _JOB = "job.json"  # what the steps are of
 _UNFINISHED = ".part"
+_DIGEST = 64  # characters, which say nothing to people
 _LINE = 64  # bytes to which arrays are aligned
 _PIECE = 1 << 20
 Result = TypeVar("Result")
@@ -48,44 +51,90 @@ class Journal:
     """The results of steps by name: from the job's own earlier asking, from a file, or computed.
 
     folder: where the files are; None for a journal that forgets everything with its process.
+    ranks: the processes that come to these steps together. Each step is there for all of them or
+    for none, and what one of them has computed is handed round, by its file.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, ranks: Ranks = ALONE) -> None:
+        self.folder, self.ranks = folder, ranks
         self._prefix = ""
         self._results: dict[str, Any] = {}
         self._waiting: list[str] = []  # for the step that they were put by
         self._files: dict[str, Path] = {}
         for path in sorted(folder.iterdir()) if folder else ():
-            if path.suffix == _UNFINISHED:
-                path.unlink()
-            elif path.name != _JOB:
+            if path.name != _JOB and path.suffix != _UNFINISHED:
                 self._files[path.stem] = path
 
     def within(self, prefix: str) -> Journal:
         """The same journal for steps that share a prefix, whose names go without it."""
-        part = Journal()
+        part = Journal(ranks=self.ranks)
         part.folder, part._prefix = self.folder, f"{self._prefix}{prefix}."
         part._results, part._files, part._waiting = self._results, self._files, self._waiting
         return part
 
-    def step(self, name: str, compute: Callable[[], Result], *, keep: bool = False) -> Result:
+    def own(self) -> Journal:
+        """The same journal for steps of this process alone."""
+        if self.ranks.world == 1:
+            return self
+        part = self.within(f"rank {self.ranks.rank} of {self.ranks.world}")
+        part.ranks = ALONE
+        return part
+
+    def step(
+        self,
+        name: str,
+        compute: Callable[[], Result],
+        *,
+        keep: bool = False,
+        together: bool = False,
+    ) -> Result:
         """The result of a step; whoever gets it leaves it as it is.
 
-        keep: though it took no time, since it might not come out the same again.
+        keep: though it took no time, since it might not come out the same again. together: all
+        ranks compute it, since they come to further steps on the way; else the first one does.
         """
         name = self._prefix + name
-        if name not in self._results and name in self._files:
-            self._read(name)
-        if name not in self._results:
-            started = time.monotonic()
-            self._results[name] = compute()
-            if keep or time.monotonic() - started >= SHORTEST:
-                while self._waiting:
-                    self._write(self._waiting.pop(0))
-                self._write(name)
+        if name not in self._results and self._missing([name]):
+            if self.ranks.is_first:
+                self._compute(name, compute, keep)
+            elif together:
+                compute()
+                self._write_waiting()
+            self._hand_round({name: 0})
         found: Result = self._results[name]
         return found
+
+    def each(
+        self,
+        names: Sequence[str],
+        compute: Sequence[Callable[[], Result]],
+        done: Done | None = None,
+    ) -> Iterator[Result]:
+        """Yield the results of steps that know nothing of each other, which the ranks divide.
+
+        compute: of each, for which no step is computed that is not there. done: is told how many
+        are, and of how many.
+        """
+        full = [self._prefix + name for name in names]
+        ways = dict(zip(full, compute, strict=True))
+        missing, world = self._missing(full), self.ranks.world
+        if world > 1:
+            for k in range(self.ranks.rank, len(missing), world):
+                self._compute(missing[k], ways[missing[k]], keep=False)
+                if done is not None:
+                    done(min(len(full), len(full) - len(missing) + k + world), len(full))
+            self._hand_round({name: k % world for k, name in enumerate(missing)})
+        for n, name in enumerate(full):
+            if name not in self._results:
+                self._compute(name, ways[name], keep=False)
+            yield self._results[name]
+            if done is not None and world == 1:
+                done(n + 1, len(full))
+
+    def lacking(self, names: Sequence[str]) -> list[str]:
+        """Those of the steps that are not there yet."""
+        found = self._missing([self._prefix + name for name in names])
+        return [name.removeprefix(self._prefix) for name in found]
 
     def put(self, name: str, result: object) -> None:
         """Keep what was computed on the way to another step, if that is kept."""
@@ -109,13 +158,58 @@ class Journal:
         """The names of all steps that lie in files."""
         return [*self._files]
 
+    def _missing(self, names: list[str]) -> list[str]:
+        """Those that are neither in memory nor in files, of this or of other ranks."""
+        names = [name for name in names if name not in self._results]
+        for name in names:
+            if name in self._files:
+                self._read(name)
+        found = self.ranks.gather([name in self._results for name in names])
+        who = {name: [has[n] for has in found] for n, name in enumerate(names)}
+        self._hand_round({name: has.index(True) for name, has in who.items() if any(has)})
+        return [name for name, has in who.items() if not any(has)]
+
+    def _compute(self, name: str, compute: Callable[[], Any], keep: bool) -> None:
+        started = time.monotonic()
+        self._results[name] = compute()
+        if keep or self.ranks.world > 1 or time.monotonic() - started >= SHORTEST:
+            self._write_waiting()
+            self._write(name)
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._write(self._waiting.pop(0))
+
+    def _hand_round(self, owners: Mapping[str, int]) -> None:
+        """Let all ranks have what one of them has, by the number of that one."""
+        ranks, folder = self.ranks, self.folder
+        if ranks.world == 1 or not owners:
+            return
+        assert folder is not None
+        mine = {n: self._files[n].name for n, owner in owners.items() if owner == ranks.rank}
+        told = ranks.gather(mine)
+        files = {name: folder / told[owner][name] for name, owner in owners.items()}
+        for name, path in files.items():  # in a folder that they share
+            self._take(name, path)
+        known = ranks.gather([name in self._results for name in files])
+        for n, (name, path) in enumerate(files.items()):
+            if not all(has[n] for has in known):
+                ranks.send_file(path, owners[name])
+                self._take(name, path)
+        ranks.gather(None)  # whoever goes on may drop what the others were still to read
+
+    def _take(self, name: str, path: Path) -> None:
+        if name not in self._results and path.exists():
+            self._files[name] = path
+            self._read(name)
+
     # --- files ----------------------------------------------------------------------------------
 
     def _write(self, name: str) -> None:
         if self.folder is None:
             return
         self._forget(name)
-        unfinished = self.folder / f"{name}{_UNFINISHED}"
+        unfinished = self.folder / f"{name}.{os.getpid()}{_UNFINISHED}"
         try:
             with unfinished.open("wb") as file:
                 checksum = _dump(self._results[name], file)
@@ -147,36 +241,58 @@ class Journal:
 
 @contextmanager
 def open_journal(
-    folder: Path, job: Mapping[str, Any], say: Callable[[str], None], anew: bool = False
+    folder: Path,
+    job: Mapping[str, Any],
+    say: Callable[[str], None],
+    anew: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Journal]:
     """The journal of a job, removed when the job is done or refused and kept when it is cut short.
 
     job: JSON values, all that the results depend on. What `folder` holds of another job is removed,
     and with `anew` what it holds of this one. say: takes a line about what was found or is left.
+    ranks: of which the first on a machine does so there.
     Raises ConversionError while another process has the folder.
     """
-    lock = _locked(folder)
+    lock = _locked(folder) if ranks.is_first else None
     try:
-        if anew or (other := _difference(folder, job)):
-            if not anew:
-                say(f"{folder} is of another conversion ({other}); removed")
-            _clear(folder)
-        if not (folder / _JOB).exists():
-            (folder / _JOB).write_text(json.dumps(job, sort_keys=True))
-        journal = Journal(folder)
+        # Where machines share a folder, the others find what the first rank has made of it.
+        for prepares in (ranks.is_first, ranks.local == 0 and not ranks.is_first):
+            if prepares:
+                _prepare(folder, job, say, anew)
+            ranks.gather(None)
+        journal = Journal(folder, ranks)
         try:
             yield journal
+            ranks.gather(None)
         except BaseException as error:
             # A refusal is final: the same command would come to it again.
             is_final = isinstance(error, ConversionError) and not isinstance(error, CutShortError)
+            if not ranks.is_first:
+                raise
             if is_final or len(journal.kept()) <= 1:  # what was decided at the start
                 shutil.rmtree(folder)
             else:
                 say(f"{folder} keeps what is done so far; the same command goes on from there")
             raise
-        shutil.rmtree(folder)
+        if ranks.local == 0:
+            shutil.rmtree(folder, ignore_errors=not ranks.is_first)
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
+
+
+def _prepare(folder: Path, job: Mapping[str, Any], say: Callable[[str], None], anew: bool) -> None:
+    """Leave nothing in a folder but finished steps of this job."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    other = _difference(folder, job)
+    if other and not anew:
+        say(f"{folder} is of another conversion ({other}); removed")
+    for path in folder.iterdir():
+        if other or anew or path.suffix == _UNFINISHED:
+            path.unlink()
+    if not (folder / _JOB).exists():
+        (folder / _JOB).write_text(json.dumps(job, sort_keys=True))
 
 
 def _locked(folder: Path) -> int:
@@ -201,11 +317,6 @@ def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-
-
 def _difference(folder: Path, job: Mapping[str, Any]) -> str | None:
     """In what the job whose steps a folder holds differs; None if it does not, or holds none."""
     path = folder / _JOB
@@ -216,11 +327,11 @@ def _difference(folder: Path, job: Mapping[str, Any]) -> str | None:
         before, now = _flat(found), _flat(json.loads(json.dumps(job)))
     except (ValueError, AttributeError):
         return "its description is damaged"
-    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if not names:
-        return None
-    name = names[0]
-    return f"{name} {before.get(name)}, not {now.get(name)}"
+    for name, value in now.items():
+        if before.get(name) != value:
+            is_digest = isinstance(value, str) and len(value) == _DIGEST
+            return f"another {name}" if is_digest else f"{name} {before.get(name)}, not {value}"
+    return None
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,11 +114,9 @@ def test_a_damaged_file_is_computed_again(damage: str, tmp_path: Path) -> None:
         path.write_bytes(b"")
     else:
         path.rename(path.with_name("b" + path.suffix))
-    (tmp_path / "c.part").write_bytes(data)  # what was being written
     journal = Journal(tmp_path)
     assert journal.step("a", lambda: torch.arange(7)).tolist() == [*range(7)]
     assert torch.equal(Journal(tmp_path).step("a", never), torch.arange(7))
-    assert not (tmp_path / "c.part").exists()
 
 
 class _Evil:
@@ -179,8 +177,10 @@ def test_a_finished_journal_is_removed_an_interrupted_one_kept(tmp_path: Path) -
     assert interrupted(folder) == [
         f"{folder} keeps what is done so far; the same command goes on from there"
     ]
+    (folder / "b.123.part").write_bytes(b"what was being written")
     with open_journal(folder, JOB, nobody) as journal:
         assert journal.step("a", never) == 2
+        assert {path.stem for path in folder.iterdir()} == {"job", "decided", "a"}
     assert not folder.exists()
 
 
@@ -258,26 +258,27 @@ class Interrupting:
 
 @pytest.mark.usefixtures("keeps_everything")
 @pytest.mark.parametrize(
-    ("architecture", "choices"),
+    ("architecture", "choices", "each"),
     [
-        ("llama-tied", {}),
-        ("opt", {"max_kl": 0.05}),
-        ("gpt2", {"iterations": 2}),
-        ("llama", {"tune": 4}),
-        ("llama", {"calibration": "copy"}),
-        ("llama", {"method": "rtn"}),
+        ("llama-tied", {}, 9),
+        ("opt", {"max_kl": 0.05}, 70),
+        ("gpt2", {"iterations": 2}, 40),
+        ("llama", {"tune": 4}, 20),
+        ("llama", {"calibration": "copy"}, 20),
+        ("llama", {"method": "rtn"}, 9),
     ],
 )
 def test_an_interrupted_conversion_ends_with_the_same_bytes(
     architecture: str,
     choices: dict[str, Any],
+    each: int,
     save_network: Save,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, chosen = str(save_network(architecture)), options(**choices)
     convert(folder, tmp_path / "expected.cvxq", chosen)
-    Interrupting(monkeypatch, 9)
+    Interrupting(monkeypatch, each)
     output, times = tmp_path / "found.cvxq", 0
     lines: list[str] = []
     while not output.exists():
@@ -286,7 +287,7 @@ def test_an_interrupted_conversion_ends_with_the_same_bytes(
         except KeyboardInterrupt:
             times += 1
             assert "the same command goes on" in lines[-1]
-    assert times >= (1 if "method" in choices else 3)
+    assert times
     assert sum("goes on from" in line for line in lines) >= times
     assert output.read_bytes() == (tmp_path / "expected.cvxq").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"expected.cvxq", "found.cvxq"}
@@ -348,7 +349,7 @@ def test_another_model_or_option_begins_anew(
     monkeypatch.setattr(module, "SHORTEST", 0.0)
     for folder, choices, resume, told in (
         ("llama", {"seed": 1}, True, "(seed 0, not 1); removed"),
-        ("gpt2", {}, True, "(model "),
+        ("gpt2", {}, True, "(another model); removed"),
         ("llama", {}, False, None),
     ):
         copy = shutil.copytree(kept, tmp_path / "copy")

@@ -213,7 +213,7 @@ def _sample(
 
 
 def sample_copy(
-    decoder: Any,
+    open_decoder: Callable[[], Any],
     network: Any,
     tokenizer: Any | None,
     calibration: Calibration,
@@ -222,16 +222,19 @@ def sample_copy(
 ) -> Tensor:
     """Return tokens (S, L) int64 that a copy of the network draws, one sequence after the other.
 
-    decoder: of the copy, as in `cvxq.lean`. network: tells the special tokens; it does not run.
+    open_decoder: gives that of the copy, as in `cvxq.lean`, and is called when a sequence is to be
+    drawn. network: tells the special tokens; it does not run.
     """
     count, length = calibration.sequences or 0, calibration.length or 0
     length = min(length, context_length(network.config.get_text_config().to_dict()) or length)
     specials = _special_tokens(network, tokenizer)
     vocabulary = network.get_input_embeddings().weight.shape[0]
-    journal, sequences = journal or Journal(), []
+    opened: list[Any] = []
 
     def sample(s: int) -> Tensor:
-        generator = generator_of(calibration.seed, s)
+        if not opened:
+            opened.append(open_decoder())
+        (decoder,), generator = opened, generator_of(calibration.seed, s)
 
         def start() -> int:
             if specials.start is not None:
@@ -248,11 +251,9 @@ def sample_copy(
             sequence[position] = previous = start() if ends else drawn
         return sequence
 
-    for s in range(count):
-        sequences.append(journal.step(f"sequence.{s}", partial(sample, s)))
-        if progress is not None:
-            progress((s + 1) * length, count * length)
-    return torch.stack(sequences)
+    names, ways = zip(*((f"sequence.{s}", partial(sample, s)) for s in range(count)), strict=True)
+    tell = None if progress is None else lambda n, of: progress(n * length, of * length)
+    return torch.stack([*(journal or Journal()).each(names, ways, tell)])
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cvxq_converter.journal import Journal
 from cvxq_converter.measure.statistics import FRONT, Between
-from cvxq_converter.measure.sums import MatrixSums, Statistics, shards_of
+from cvxq_converter.measure.sums import MatrixSums, Statistics, laps, shards_of
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
 
@@ -32,6 +32,7 @@ class InputHessians:
         self._loaded, self._streamed = loaded, loaded.streamed
         self._sequences, self._statistics = sequences, statistics
         self._journal = journal or Journal()
+        self._own = self._journal.own()
         self._blocks = len(self._streamed.blocks)  # also the number of the head's stage
         self._stages = {matrix.name: self._stage_of(matrix) for matrix in loaded.matrices}
         self._is_gathered = False
@@ -64,7 +65,7 @@ class InputHessians:
         with self._streamed.opened():
             for stage in self._order():
                 self._moments(stage)
-                self._journal.drop(f"forward.{stage - 1}")
+                self._own.drop(f"forward.{stage - 1}")
         self._is_gathered = True
 
     def _order(self) -> range:
@@ -80,19 +81,19 @@ class InputHessians:
 
         def compute() -> dict[str, Tensor]:
             after, moments = self._run(stage)
-            self._journal.put(f"forward.{stage}", after)
+            self._own.put(f"forward.{stage}", after)
             return moments
 
-        return self._journal.step(f"sums.{stage}", compute)
+        return self._journal.step(f"sums.{stage}", compute, together=True)
 
     def _between(self, stage: int) -> Between | None:
         """What a stage hands to the next one."""
         if stage not in self._order():
             return None
-        return self._journal.step(f"forward.{stage}", lambda: self._run(stage)[0])
+        return self._own.step(f"forward.{stage}", lambda: self._run(stage, adds=False)[0])
 
     @torch.no_grad()
-    def _run(self, stage: int) -> tuple[Between | None, dict[str, Tensor]]:
+    def _run(self, stage: int, adds: bool = True) -> tuple[Between | None, dict[str, Tensor]]:
         streamed, (S, L) = self._streamed, self._sequences.shape
         before, after = self._between(stage - 1), None
         if before is not None and stage < self._blocks:
@@ -103,7 +104,7 @@ class InputHessians:
         prefix = f"{streamed.names[stage]}." if 0 <= stage < self._blocks else None
         with streamed.opened(), streamed.filled(prefix), self._watching(mine, sums):
             streamed.more = {} if before is None else dict(before.more)
-            for shard in shards_of(S):
+            for shard, count in laps(shards_of(S), self._journal.ranks):
                 for s in shard:
                     ids = self._sequences[s].to(streamed.device)
                     if stage == self._blocks:
@@ -118,8 +119,8 @@ class InputHessians:
                         if after is None:
                             after = streamed.scratch.zeros((S, *hidden.shape), hidden.dtype)
                         after[s] = hidden
-                for name, part in sums.items():
-                    part.move_to(totals[name])
+                for name, part in sums.items() if adds else ():
+                    part.move_to(totals[name], self._journal.ranks, count)
             handed = None if after is None else Between(after, dict(streamed.more))
         return handed, {name: total["hessian"] for name, total in totals.items()}
 

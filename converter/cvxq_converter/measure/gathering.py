@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cvxq_converter.measure.head import HeadPass
-from cvxq_converter.measure.sums import MatrixSums, Totals
+from cvxq_converter.measure.sums import MatrixSums, Totals, laps
 from cvxq_converter.measure.tied import Aside, TiedRows
+from cvxq_converter.ranks import Ranks
 from cvxq_converter.source.blocks import Streamed
 from cvxq_converter.source.matrices import Matrix
 
@@ -53,8 +54,13 @@ class Gathering:
         self.s, self._tokens = 0, torch.empty(0)
         self._is_ready = False
 
-    def begin(self, stage: int, so_far: Mapping[str, Totals]) -> dict[str, dict[str, Tensor]]:
-        """Begin a stage; returns its totals by matrix, which grow from those `so_far`."""
+    def begin(
+        self, stage: int, so_far: Mapping[str, Totals] | None
+    ) -> dict[str, dict[str, Tensor]]:
+        """Begin a stage; returns its totals by matrix, which grow from those `so_far`.
+
+        None: nothing is to be added up.
+        """
         (S, L), scratch = self._sequences.shape, self._scratch
         self.sums = {
             m.name: MatrixSums(m, S, L, scratch, self._hessians and self._multiplies(m, stage))
@@ -62,9 +68,10 @@ class Gathering:
         }
         self._totals = {
             name: {key: scratch.copy(total) for key, total in so_far[name].items()}
-            if name in so_far
+            if so_far
             else sums.zeros(scratch)
             for name, sums in self.sums.items()
+            if so_far is not None
         }
         self.tied = None
         return self._totals
@@ -84,17 +91,17 @@ class Gathering:
             self.tied = TiedRows(self.sums[self.head.name], aside)
             self.tied.take_up(n, self._tokens)
 
-    def each(self, shards: list[range]) -> Iterator[tuple[int, Tensor]]:
-        """Yield place and tokens (L,) of each sequence; add up after each shard."""
+    def each(self, shards: list[range], ranks: Ranks) -> Iterator[tuple[int, Tensor]]:
+        """Yield place and tokens (L,) of each sequence of this rank; add up after each shard."""
         n = 0
-        for shard in shards:
+        for shard, count in laps(shards, ranks):
             for self.s in shard:
                 ids = self._sequences[self.s].to(self._streamed.device)
                 self._tokens = torch.unique(ids)
                 yield n, ids
                 n += 1
-            for name, sums in self.sums.items():
-                sums.move_to(self._totals[name])
+            for name, totals in self._totals.items():
+                self.sums[name].move_to(totals, ranks, count)
 
     def _stage_of(self, matrix: Matrix) -> int:
         """Where the last gradient of a matrix comes."""

@@ -15,11 +15,10 @@ measured before, one pass forward over the original network does.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
@@ -104,7 +103,6 @@ class Feedback:
         self._journal = journal or Journal()
         self._matrices = {matrix.name: matrix for matrix in loaded.matrices}
         self._pooled: dict[str, Tensor | None] = {}
-        self._foresights: dict[str, NDArray[np.float64]] = {}
 
     def factor(self, name: str) -> InverseFactor | None:
         """The factor for one matrix; None for one that nothing was measured of."""
@@ -147,16 +145,15 @@ class Feedback:
 
         By the root of what remains unexplained, and within each matrix only: docs/decisions/0005.
         """
-        foreseen = dict(statistics)
-        for done, (name, stats) in enumerate(statistics.items(), start=1):
-            if name not in self._foresights:
-                factor = self.factor(name)
-                if factor is not None:
-                    share = factor.unexplained.clamp(SMALLEST_SHARE, 1)
-                    self._foresights[name] = share.double().sqrt().cpu().numpy()
-            if name in self._foresights:
-                columns = stats.column_sensitivity * self._foresights[name]
+        names, foreseen = list(statistics), dict(statistics)
+        for name in self._journal.lacking(names):  # every rank has it before one makes its factor
+            self._hessians.hessian(name)
+        make = [partial(self._make, self._matrices[name]) for name in names]
+        factors = self._journal.each(names, make, progress)
+        for (name, stats), factor in zip(statistics.items(), factors, strict=True):
+            self._hessians.forget(name)
+            if factor is not None:
+                share = factor.unexplained.clamp(SMALLEST_SHARE, 1).double().sqrt()
+                columns = stats.column_sensitivity * share.cpu().numpy()
                 foreseen[name] = replace(stats, column_sensitivity=columns)
-            if progress is not None:
-                progress(done, len(statistics))
         return foreseen

@@ -42,6 +42,7 @@ from cvxq_converter.measure.sums import (
     Totals,
     finished,
     hessian_of,
+    laps,
     shards_of,
 )
 from cvxq_converter.measure.tied import Aside
@@ -80,6 +81,7 @@ class Felt:
     more: More = field(default_factory=dict)
 
 
+SoFar = Mapping[str, Totals] | None  # sums by matrix that grow; None where they do not matter
 Finding = tuple[Felt, Mapping[str, Totals]]  # what a stage hands on, and its sums by matrix
 
 
@@ -123,6 +125,7 @@ class Measuring:
         self.matrices, self.sequences = matrices, sequences
         self.metric, self.seed, self.hessians = metric, seed, hessians
         self.journal = journal or Journal()
+        self._own = self.journal.own()
         shards = shards_of(len(sequences))
         step = -(-len(shards) // rounds)
         self.rounds = [shards[first : first + step] for first in range(0, len(shards), step)]
@@ -134,7 +137,7 @@ class Measuring:
 
     def statistics(self) -> dict[str, MatrixStatistics]:
         """By matrix name."""
-        return self.journal.step("statistics", self._statistics)
+        return self.journal.step("statistics", self._statistics, together=True)
 
     def hessian(self, name: str) -> Tensor | None:
         """H (K, K) float32 of a matrix, see `measure.hessian`; None where there is none."""
@@ -160,8 +163,9 @@ class Measuring:
 
     def _drop_before(self, r: int, stage: int) -> None:
         """Give up what no stage after this one needs."""
-        drop = self.journal.drop
-        drop(f"{r}.forward.{stage}", f"{r - 1}.sums.{stage}")
+        drop = self._own.drop
+        self.journal.drop(f"{r - 1}.sums.{stage}")
+        drop(f"{r}.forward.{stage}")
         if stage + 1 < self._blocks:
             drop(f"{r}.back.{stage + 1}")
         if stage == [*self._gathering.stages][-1]:
@@ -169,21 +173,22 @@ class Measuring:
 
     def _between(self, r: int, i: int) -> Between:
         """The input of block i; of the head for the number of the blocks."""
-        return self.journal.step(f"{r}.forward.{i}", lambda: self._forward(r, i))
+        return self._own.step(f"{r}.forward.{i}", lambda: self._forward(r, i))
 
     def _felt(self, r: int, stage: int) -> Felt:
         """What comes back from a stage to the one before it."""
-        return self.journal.step(f"{r}.back.{stage}", lambda: self._back(r, stage)[0])
+        return self._own.step(f"{r}.back.{stage}", lambda: self._back(r, stage, None)[0])
 
     def _totals(self, r: int, stage: int) -> Mapping[str, Totals]:
         """The sums of a stage, by matrix, up to a round."""
 
         def compute() -> Mapping[str, Totals]:
-            felt, totals = self._back(r, stage)
-            self.journal.put(f"{r}.back.{stage}", felt)
+            so_far = self._totals(r - 1, stage) if r else {}
+            felt, totals = self._back(r, stage, so_far)
+            self._own.put(f"{r}.back.{stage}", felt)
             return totals
 
-        return self.journal.step(f"{r}.sums.{stage}", compute)
+        return self.journal.step(f"{r}.sums.{stage}", compute, together=True)
 
     def _all_totals(self, name: str) -> Totals:
         """The sums of a matrix at the end; a tied one has some from either of its uses."""
@@ -200,6 +205,8 @@ class Measuring:
         """From the input of the block before i, or from the tokens."""
         streamed, numbers = self.streamed, self._numbers(r)
         if i == 0:
+            if not numbers:
+                return Between(torch.empty(0), {})
             with self._gathering.ready():
                 return Between(streamed.enter(self.sequences[numbers]), {})
         before = self._between(r, i - 1)
@@ -212,31 +219,32 @@ class Measuring:
                 self._step(r, i - 1, n)
             return Between(after, dict(streamed.more))
 
-    def _back(self, r: int, stage: int) -> Finding:
-        """Run a stage back; returns what it hands on, and its sums up to this round."""
+    def _back(self, r: int, stage: int, so_far: SoFar) -> Finding:
+        """Run a stage back; returns what it hands on, and its sums, which go on from `so_far`.
+
+        With None there are none, and the other ranks need not take part.
+        """
         with self._gathering.ready(), torch.enable_grad():
             if stage == self._blocks:
-                return self._run_head(r)
-            return self._run_front(r) if stage == FRONT else self._run_block(r, stage)
+                return self._run_head(r, so_far)
+            if stage == FRONT:
+                return self._run_front(r, so_far)
+            return self._run_block(r, stage, so_far)
 
-    def _begin(self, r: int, stage: int) -> Mapping[str, Totals]:
-        """Begin a stage, when all that it needs is there; returns its sums, which grow."""
-        return self._gathering.begin(stage, self._totals(r - 1, stage) if r else {})
-
-    def _run_head(self, r: int) -> Finding:
+    def _run_head(self, r: int, so_far: SoFar) -> Finding:
         """From the logits back to the output of the last block."""
         streamed, gathering, stage = self.streamed, self._gathering, self._blocks
         between = None
         for i in range(self._blocks + 1) if self._blocks else ():
             between = self._between(r, i)
-        totals = self._begin(r, stage)
+        totals = gathering.begin(stage, so_far)
         L, V = self.sequences.shape[1], len(streamed.head.weight)
         space = streamed.scratch.zeros((L, V), streamed.head.weight.dtype)
         gradient = None if between is None else _zeros_like(between.hidden, streamed)
         streamed.more = {} if between is None else dict(between.more)
         aside = gathering.put_aside(len(self._numbers(r)))
         targets: list[Tensor | None] = []
-        for n, ids in gathering.each(self.rounds[r]):
+        for n, ids in gathering.each(self.rounds[r], self.journal.ranks):
             leaf = None
             if between is not None:
                 leaf = between.hidden[n][None].to(streamed.device).requires_grad_()
@@ -256,16 +264,16 @@ class Measuring:
             self._step(r, stage, n)
         return Felt(gradient, {}, tuple(targets), aside, dict(streamed.more)), totals
 
-    def _run_block(self, r: int, i: int) -> Finding:
+    def _run_block(self, r: int, i: int, so_far: SoFar) -> Finding:
         """From the output of block i back to its input."""
         streamed, gathering = self.streamed, self._gathering
         after, between = self._felt(r, i + 1), self._between(r, i)
-        totals = self._begin(r, i)
+        totals = gathering.begin(i, so_far)
         assert after.gradient is not None
         gradient = _zeros_like(between.hidden, streamed)
         cuts, streamed.more = dict(after.cuts), dict(between.more)
         with streamed.filled(f"{streamed.names[i]}."), gathering.watching(i):
-            for n, ids in gathering.each(self.rounds[r]):
+            for n, ids in gathering.each(self.rounds[r], self.journal.ranks):
                 call = streamed.call(i, n, ids)
                 hidden = between.hidden[n][None].to(streamed.device).requires_grad_()
                 out = streamed.run_block(i, n, call, hidden)
@@ -281,14 +289,14 @@ class Measuring:
                 self._step(r, 2 * self._blocks - i, n)
         return Felt(gradient, cuts), totals
 
-    def _run_front(self, r: int) -> Finding:
+    def _run_front(self, r: int, so_far: SoFar) -> Finding:
         """From the input of the first block back to the embedding."""
         streamed, gathering = self.streamed, self._gathering
         felt, head = self._felt(r, 0), self._felt(r, self._blocks)
-        totals = self._begin(r, FRONT)
+        totals = gathering.begin(FRONT, so_far)
         assert felt.gradient is not None
         streamed.more = dict(head.more)
-        for n, ids in gathering.each(self.rounds[r]):
+        for n, ids in gathering.each(self.rounds[r], self.journal.ranks):
             gathering.take_up(n, head.aside)
             with gathering.watching(FRONT):
                 call = streamed.call(0, n, ids)
@@ -305,15 +313,17 @@ class Measuring:
         return Felt(None, {}), totals
 
     def _numbers(self, r: int) -> list[int]:
-        """The sequences of a round."""
-        return [s for shard in self.rounds[r] for s in shard]
+        """The sequences of a round that are this rank's."""
+        return [s for shard, _ in laps(self.rounds[r], self.journal.ranks) for s in shard]
 
     def _step(self, r: int, place: int, n: int) -> None:
         """A sequence went through one of the places: blocks, head, blocks, front."""
         places = 2 * self._blocks + 1 + bool(self._blocks)
         if self._progress is not None:
-            first, count = self.rounds[r][0].start, len(self._numbers(r))
-            self._progress(first * places + place * count + n + 1, len(self.sequences) * places)
+            first, end = self.rounds[r][0].start, self.rounds[r][-1].stop
+            done = min(end - first, (n + 1) * self.journal.ranks.world)
+            so_far = first * places + place * (end - first) + done
+            self._progress(so_far, len(self.sequences) * places)
 
 
 def _zeros_like(hidden: Tensor, streamed: Streamed) -> Tensor:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.ranks import Ranks
 from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.source.scratch import Scratch
 
@@ -61,6 +62,13 @@ def _row_chunks(gradient: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, gradient.shape[0], rows):
         piece = slice(start, min(start + rows, gradient.shape[0]))
         yield piece, gradient[piece].to(torch.float64).square_()
+
+
+def laps(shards: list[range], ranks: Ranks) -> Iterator[tuple[range, int]]:
+    """Yield this rank's shard, or an empty one, and how many ranks have one, until all are done."""
+    for first in range(0, len(shards), ranks.world):
+        lap = shards[first : first + ranks.world]
+        yield lap[ranks.rank] if ranks.rank < len(lap) else range(0), len(lap)
 
 
 def shards_of(sequences: int) -> list[range]:
@@ -161,10 +169,10 @@ class MatrixSums:
         self.sequence_rows.zero_()
         self.sequence_columns.zero_()
 
-    def move_to(self, totals: Mapping[str, Tensor]) -> None:
-        """Add everything to `totals`, on the CPU, and begin anew."""
+    def move_to(self, totals: Mapping[str, Tensor], ranks: Ranks, count: int) -> None:
+        """Add what the first `count` ranks have of a shard each to the first one's `totals`."""
         for name, part in self.totals.items():
-            totals[name].add_(part.cpu())
+            ranks.add_in_order(totals[name], part.cpu(), count)
             part.zero_()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from cvxq_format import Codebook, CompandedTensor, dequantize
@@ -50,27 +51,27 @@ def correct(
         exponent = FALLBACK_EXPONENT if method.gain is None else method.gain
         return Corrected(with_gain(encoded.codebook, ratios, exponent), exponent, {}, None)
 
-    def attempt(exponent: float) -> tuple[Corrected, Replacement]:
+    def attempt(exponent: float) -> tuple[Divergence, dict[str, torch.Tensor]]:
+        replacement = of_gain(exponent)
+        replacement.install()
+        return divergence(loaded.streamed, reference), replacement.biases
+
+    def of_gain(exponent: float) -> Replacement:
         codebook = with_gain(encoded.codebook, ratios, exponent)
-        replacement = Replacement(loaded, tensors, codebook, statistics, gained, method)
-
-        def judge() -> tuple[Divergence, dict[str, torch.Tensor]]:
-            replacement.install()
-            return divergence(loaded.streamed, reference), replacement.biases
-
-        quality, replacement.biases = journal.step(f"gain.{exponent}", judge)
-        return Corrected(codebook, exponent, replacement.added(), quality), replacement
+        return Replacement(loaded, tensors, codebook, statistics, gained, method)
 
     exponents = EXPONENTS if method.gain is None else (method.gain,)
-    tried = []
-    for i, exponent in enumerate(exponents):
-        tried.append(attempt(exponent))
-        progress(i + 1, len(exponents))
-    best, replacement = min(
-        tried, key=lambda t: (t[0].quality.mean if t[0].quality else 0.0, t[0].gain_exponent)
+    tries = journal.each(
+        [f"gain.{exponent}" for exponent in exponents],
+        [partial(attempt, exponent) for exponent in exponents],
+        progress,
     )
+    found = zip(tries, exponents, strict=True)
+    (quality, biases), best = min(found, key=lambda item: (item[0][0].mean, item[1]))
+    replacement = of_gain(best)
+    replacement.biases = biases
     replacement.install()
-    return best
+    return Corrected(replacement.codebook, best, replacement.added(), quality)
 
 
 class Replacement:
@@ -88,7 +89,7 @@ class Replacement:
         gained: Collection[Matrix],
         method: Method,
     ) -> None:
-        self._loaded, self._tensors, self._codebook = loaded, tensors, codebook
+        self._loaded, self._tensors, self.codebook = loaded, tensors, codebook
         self._statistics, self._method = statistics, method
         self._gaining = {matrix.name for matrix in gained}
         self.biases: dict[str, torch.Tensor] = {}  # corrected so far, by matrix name
@@ -103,7 +104,7 @@ class Replacement:
 
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """The dequantized weight (N, K) of a matrix; sets its bias the first time."""
-        dense = torch.from_numpy(dequantize(self._tensors[matrix.name], self._codebook))
+        dense = torch.from_numpy(dequantize(self._tensors[matrix.name], self.codebook))
         dense = dense.to(matrix.parameter.device)
         if matrix.name not in self.biases and self._corrects(matrix):
             self.biases[matrix.name] = self._corrected_bias(matrix, dense)

@@ -35,6 +35,7 @@ from cvxq_converter.source.scratch import Scratch
 from cvxq_converter.stages import Done
 
 WEIGHTS_PER_LEVEL = 16  # that a depth needs for tables of its own
+_Made = tuple[CompandedTensor, np.ndarray, np.ndarray]  # with energy and projection
 FactorOf = Callable[[str], InverseFactor | None]
 
 
@@ -76,7 +77,7 @@ def encode_matrices(
     scale_bits = choose_scale_bits(plans)
     codebook = make_codebook(levels, scale_bits, allocation.stored_depths)
 
-    def encode(batch: Sequence[int]) -> list[tuple[CompandedTensor, np.ndarray, np.ndarray]]:
+    def encode(batch: Sequence[int]) -> list[_Made]:
         tasks = [
             Task(
                 plans[i].row_scales.normalize(loaded.originals[plans[i].matrix.name]),
@@ -89,7 +90,7 @@ def encode_matrices(
             )
             for i in batch
         ]
-        encoded = []
+        encoded: list[_Made] = []
         found = quantize_matrices(tasks, codebook, method.refine_scales)
         for i, matrix in zip(batch, found, strict=True):
             offsets, scratch = allocation.cluster_offsets[i], loaded.streamed.scratch
@@ -97,12 +98,15 @@ def encode_matrices(
             encoded.append((packed, matrix.energy, matrix.projection))
         return encoded
 
-    made: dict[int, tuple[CompandedTensor, np.ndarray, np.ndarray]] = {}
-    for batch in _side_by_side(plans, factor_of):
-        name = plans[batch[0]].matrix.name
-        found = journal.step(f"codes.{name}", partial(encode, batch))
-        made.update(zip(batch, found, strict=True))
-        progress(total - len(plans) + len(made), total)
+    batches = _side_by_side(plans, factor_of)
+    found = journal.each(
+        [f"codes.{plans[batch[0]].matrix.name}" for batch in batches],
+        [partial(encode, batch) for batch in batches],
+        lambda done, count: progress(total - len(plans) + len(plans) * done // count, total),
+    )
+    made: dict[int, _Made] = {}
+    for batch, encoded in zip(batches, found, strict=True):
+        made.update(zip(batch, encoded, strict=True))
     tensors, energies, projections = map(list, zip(*(made[i] for i in sorted(made)), strict=True))
     return Encoded(tensors, codebook, energies, projections)
 

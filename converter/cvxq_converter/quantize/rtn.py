@@ -189,7 +189,7 @@ def quantize_network_rtn(
     if target.bits is None or target.bits not in range(1, 9):
         raise ConversionError("--method rtn takes whole --bits from 1 to 8, of the codes alone")
     codebook = rtn_codebook()
-    journal, tensors, depth = journal or Journal(), {}, int(target.bits)
+    journal, depth = journal or Journal(), int(target.bits)
 
     def encode(matrix: Matrix) -> CompandedTensor:
         weight = loaded.originals[matrix.name].cpu()
@@ -197,7 +197,7 @@ def quantize_network_rtn(
         return quantize_rtn(weight, depth, method.group_size, codebook, orientation, scratch)
 
     with stages.stage(stage) as done:
-        for i, matrix in enumerate(loaded.matrices):
-            tensors[matrix.name] = journal.step(f"codes.{matrix.name}", partial(encode, matrix))
-            done(i + 1, len(loaded.matrices))
+        ways = [partial(encode, matrix) for matrix in loaded.matrices]
+        steps = journal.each([f"codes.{m.name}" for m in loaded.matrices], ways, done)
+        tensors = {m.name: made for m, made in zip(loaded.matrices, steps, strict=True)}
     return Quantized(tensors, codebook)

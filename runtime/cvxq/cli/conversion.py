@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from cvxq_kernels.cpu.processors import available_processors
 
 from cvxq.cli.failures import FileProblem, expect_shrinking_files
+from cvxq.cli.launch import ranks_here
 from cvxq.extras import need
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -74,6 +76,8 @@ _MEASURING = (
     click.option("--disk", type=Size(), help="For temporary files, e.g. 50GB."),
     click.option("--scratch", type=click.Path(path_type=Path, exists=True, file_okay=False),
                  metavar="FOLDER", help="Of temporary files; default: that of the output."),
+    click.option("--ranks", type=click.IntRange(min=1),
+                 help="Processes on this machine that share the work."),
     click.option("--resume/--no-resume", default=True, show_default=True,
                  help="Go on where the same command was interrupted."),
 )  # fmt: skip
@@ -102,9 +106,10 @@ def conversion_options(choices: dict[str, Any]) -> Any:
     return ConversionOptions.of(**choices)
 
 
-def prepare(threads: int | None) -> None:
+def prepare(threads: int | None, ranks: int | None = None) -> None:
     """Set the threads, quieten transformers, and let `kill` unwind like Ctrl-C.
 
+    ranks: processes that share the processors where no number of threads is given.
     Raises MissingExtraError without the packages that converting needs.
     """
     need("convert", str(click.get_current_context().info_name))
@@ -114,7 +119,8 @@ def prepare(threads: int | None) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    set_torch_threads(threads)
+    here = ranks_here(ranks)
+    set_torch_threads(threads or (max(1, available_processors() // here) if here > 1 else None))
     signal.signal(signal.SIGTERM, _stop)
     expect_shrinking_files()
 

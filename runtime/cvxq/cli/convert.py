@@ -19,6 +19,7 @@ from cvxq.cli.conversion import (
     refuse_folder,
 )
 from cvxq.cli.failures import FileProblem, existing_file
+from cvxq.cli.launch import together
 from cvxq.cli.output import Progress, bytes_text, print_table
 from cvxq.summary import summarize
 
@@ -52,6 +53,7 @@ def command(
     threads: int | None,
     report: Path | None,
     resume: bool,
+    ranks: int | None,
     **choices: Any,
 ) -> None:
     """Compress MODEL, a folder, a hub id or a GGUF file, into one .cvxq file.
@@ -75,23 +77,27 @@ def command(
         raise FileProblem(f"{report} is a file, expected the name of a folder for the report")
     if statistics is not None:
         existing_file(statistics, "a file that cvxq measure wrote")
-    prepare(threads)
+    prepare(threads, ranks)
     measurement = None
     if statistics is not None:
         from cvxq_converter.measure.measurement import load_measurement
 
         measurement = load_measurement(statistics)
         given = {**measurement.record.options, **given}
-    result: ConversionReport = _converter()(
-        model,
-        output,
-        conversion_options(given),
-        Progress(),
-        announce,
-        measurement,
-        with_details=report is not None,
-        resume=resume,
-    )
+    with together(ranks) as who:
+        result: ConversionReport = _converter()(
+            model,
+            output,
+            conversion_options(given),
+            Progress(),
+            announce,
+            measurement,
+            with_details=report is not None,
+            resume=resume,
+            ranks=who,
+        )
+    if not who.is_first:
+        return
     if report is not None:
         from cvxq_converter.write.page import write_report
 

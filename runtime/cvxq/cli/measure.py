@@ -15,6 +15,7 @@ from cvxq.cli.conversion import (
     prepare,
     refuse_folder,
 )
+from cvxq.cli.launch import together
 from cvxq.cli.output import Progress, bytes_text, print_table
 
 if TYPE_CHECKING:
@@ -25,7 +26,14 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), metavar="FILE")
 @measuring_options
-def command(model: str, output: Path, threads: int | None, resume: bool, **choices: Any) -> None:
+def command(
+    model: str,
+    output: Path,
+    threads: int | None,
+    resume: bool,
+    ranks: int | None,
+    **choices: Any,
+) -> None:
     """Measure MODEL, a folder, a hub id or a GGUF file, and keep what conversions need in a file.
 
     cvxq convert --statistics uses it and skips calibrating and measuring: it writes the same file
@@ -37,11 +45,14 @@ def command(model: str, output: Path, threads: int | None, resume: bool, **choic
       cvxq convert path/to/model --statistics model.stats.safetensors --bits 3 -o model.cvxq
     """
     refuse_folder(output)
-    prepare(threads)
+    prepare(threads, ranks)
     from cvxq_converter.job import measure_model
 
     options = conversion_options({**explicit(choices), "bits": 8})  # the rate plays no part
-    record = measure_model(model, output, options, Progress(), announce, resume)
+    with together(ranks) as who:
+        record = measure_model(model, output, options, Progress(), announce, resume, who)
+    if not who.is_first:
+        return
     print_table(str(output), ("measure", "value"), closing_rows(record, output.stat().st_size))
 
 
