@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cvxq_format import Codebook, CompandedTensor, dequantize
+from cvxq_format.codebook import logarithmic_scales
 from cvxq_kernels import cpu
 from cvxq_kernels.cpu.matrix import matmul_many, release_pages
 
@@ -61,10 +62,12 @@ def poisoned(m: int, n: int) -> np.ndarray:
     return np.full((m, n), np.nan, np.float32)
 
 
-def check(isa: str, tensor: CompandedTensor, x: np.ndarray, reference: Any) -> None:
+def check(
+    isa: str, tensor: CompandedTensor, x: np.ndarray, reference: Any, book: Codebook = CODEBOOK
+) -> None:
     bias = np.linspace(-1, 1, tensor.shape[0]).astype(np.float32)
-    truth = reference(tensor, CODEBOOK)
-    weight = cpu.Matrix.from_tensor(tensor, CODEBOOK, bias=bias)
+    truth = reference(tensor, book)
+    weight = cpu.Matrix.from_tensor(tensor, book, bias=bias)
     expected = truth.product(x, bias)
     for exact, bound in ((True, truth.exact_bound(x, bias)), (False, truth.fast_bound(x, bias))):
         out = poisoned(len(x), tensor.shape[0])
@@ -199,6 +202,45 @@ def test_one_huge_input(isa: str, random_companded: Maker, reference: Any) -> No
     x = inputs(1, 300)
     x[0, 7] = 3000
     check(isa, tensor, x, reference)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        *(logarithmic_scales(bits) for bits in (1, 3, 8)),
+        logarithmic_scales(6, steps_per_octave=5),
+        logarithmic_scales(6) + np.float32(0.01),
+    ],
+    ids=["2", "8", "256", "five an octave", "none is zero"],
+)
+def test_scales_of_any_table(
+    isa: str, table: np.ndarray, random_companded: Maker, reference: Any
+) -> None:
+    """Scales that double every eight codes, as usual, and others."""
+    tensor = random_companded((64, 300), seed=4, group_size=64)
+    codes = np.random.default_rng(1).integers(0, table.size, tensor.scale_codes.shape)
+    tensor = replace(tensor, scale_codes=codes.astype(np.uint8))
+    check(isa, tensor, inputs(1, 300), reference, replace(CODEBOOK, scale_table=table))
+
+
+@pytest.mark.parametrize("depth", range(1, 9))
+def test_largest_inputs(isa: str, depth: int, random_companded: Maker) -> None:
+    """Sums of magnitudes may be beyond float32 where every input and every result is within."""
+    levels = tuple(level * np.float32(1e-4) for level in CODEBOOK.levels)
+    book = replace(CODEBOOK, levels=levels, scale_table=np.float32([0, 1]))
+    tensor = random_companded((64, 128), seed=4, group_size=64, means=False, row_scaled=False)
+    depths = np.full_like(tensor.depths, depth)
+    tensor = replace(
+        tensor,
+        scale_unit=np.float32(1),
+        depths=depths,
+        scale_codes=np.ones_like(tensor.scale_codes),
+        packed_codes=np.full(64 * 128 * depth // 8, 0xFF, np.uint8),
+    )
+    x = np.full((1, 128), 3e38, np.float32)
+    got = cpu.Matrix.from_tensor(tensor, book).matmul(x)
+    truth = x.astype(np.float64) @ dequantize(tensor, book).T.astype(np.float64)
+    np.testing.assert_allclose(got, truth, rtol=0.02)
 
 
 def test_all_pruned(isa: str, random_companded: Maker, reference: Any) -> None:
