@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,15 @@ def provenance(
 def surroundings(place: Place) -> dict[str, Any]:
     """Versions, kind of device and threads, which the bytes of a result depend on, too."""
     return {
-        "versions": {name: version(name) for name in ("cvxq", "torch", "transformers")},
+        "versions": {name: _version(name) for name in ("cvxq", "torch", "transformers")},
         "device": torch.device(place.device).type,
         "threads": torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str:
+    """Return the version of a package; sources that are run as they lie are not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
