@@ -9,6 +9,7 @@ is shown elsewhere, in Triton's interpreter.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -36,7 +37,8 @@ class FakeDevice(TorchFunctionMode):
         super().__init__()
         self.calls: list[str] = []
         self.is_capturing = False
-        self.current, self.count = 0, count
+        self.count = count
+        self._of_thread = threading.local()
         self._compute: Callable[[], None] = lambda: None
         capture = cuda.capture
 
@@ -65,6 +67,11 @@ class FakeDevice(TorchFunctionMode):
         }.items():
             patch.setattr(torch.cuda, name, fake)
 
+    @property
+    def current(self) -> int:
+        """The device of the thread that asks, 0 until it is set."""
+        return getattr(self._of_thread, "current", 0)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func` with the CPU in place of a CUDA device."""
         name = getattr(func, "__name__", "")
@@ -86,7 +93,7 @@ class FakeDevice(TorchFunctionMode):
         index = device if isinstance(device, int) else device.index
         if index is None:
             raise ValueError(f"Expected a torch.device with a specified index, but got:{device}")
-        self.current = index
+        self._of_thread.current = index
 
     @contextmanager
     def _graph(self, graph: _Graph, capture_error_mode: str = "global") -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,37 @@ def test_kernels_are_launched_on_the_device_that_was_asked_for(
         if not with_record:
             assert model.network is not None
         assert fake_device.current == 1
+
+
+@pytest.mark.parametrize("call", ["feed", "rows", "draw", "next"])
+def test_every_thread_launches_on_the_models_device(
+    call: str, make_file: MakeFile, fake_device: Any
+) -> None:
+    """Also one that never named it, and goes on with what another thread began."""
+    fake_device.count = 2
+    with cvxq.load(make_file("llama").path, device="cuda:1") as model:
+        decoder = model.decoder
+        assert isinstance(decoder, TorchDecoder)
+        decoder.feed(IDS[:4])
+        tokens = decoder.draw(SamplingSettings(temperature=0), IDS[:4])
+        next(tokens)
+        seen: list[int] = []
+
+        def other() -> None:
+            with fake_device:
+                seen.append(fake_device.current)
+                if call == "next":
+                    next(tokens)
+                elif call == "draw":
+                    next(decoder.draw(SamplingSettings(temperature=0), IDS[:4]))
+                else:
+                    getattr(decoder, call)(IDS[4:6])
+                seen.append(fake_device.current)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert seen == [0, 1]
 
 
 def test_sampling_is_captured_once_for_its_rules(make_file: MakeFile, fake_device: Any) -> None:
