@@ -17,6 +17,7 @@ from cvxq_format.model_config import attention_options
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
 
 from cvxq.claims import allowance
 from cvxq.config import Settings, blame, parse, read_config, reason
@@ -56,6 +57,17 @@ def build_network(
             f"{type(network).__name__} has a buffer that no file supplies: {empty[0]!r}"
         )
     return network.eval()
+
+
+def is_causal_model(network: PreTrainedModel) -> bool:
+    """Tell whether `network` is of the kind that `build_network` builds."""
+    return isinstance(network, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(network.config), ()))
+
+
+def empty_copy(network: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a network of the same class and the very same config, its parameters on meta."""
+    with torch.device("cpu"), local_torch_dtype(dtype), _parameters_on_meta():
+        return type(network)(network.config).eval()
 
 
 def _build(config: Any, dtype: torch.dtype, parameters: int) -> PreTrainedModel:

@@ -5,6 +5,7 @@
     │   ├── ContextError       2  more tokens than the model's context holds
     │   └── ChatError          2  turns that do not fit the context or the chat template
     ├── MissingPartError       3  the file has no tokenizer (or other part) that is needed
+    ├── HubError               3  the hub does not give the file, or does not take it
     ├── InconsistentFileError  4  sound checksums, but the parts contradict each other, or a
     │                             configuration holds a value that cannot be
     └── UnsupportedModelError  5  an architecture or option that this installation cannot run
@@ -47,6 +48,12 @@ def no_positions(context: int, positions: int) -> str:
 
 class MissingPartError(CvxqError):
     """The file lacks a part that this use of it needs."""
+
+    exit_code = 3
+
+
+class HubError(CvxqError):
+    """The hub does not give a file, or does not take it."""
 
     exit_code = 3
 

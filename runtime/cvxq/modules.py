@@ -69,7 +69,7 @@ def _linear(x: torch.Tensor, module: _PackedModule, bias: torch.Tensor | None) -
     packed = module.packed
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     if module.native is not None and not needs_gradient and x.dtype == torch.float32:
-        rows = module.native.matmul(x.detach().reshape(-1, x.shape[-1]).numpy())
+        rows = module.native.matmul(x.detach().reshape(-1, x.shape[-1]).numpy(), module.exact)
         y = torch.from_numpy(rows).view(*x.shape[:-1], -1)
         return y if bias is None else y.add_(bias)
     if isinstance(packed, PackedWeight) or needs_gradient or x.dtype == torch.float64:
@@ -116,12 +116,16 @@ class LazyWeight(torch.Tensor):
 
 
 class _PackedModule(nn.Module):
-    """What the packed modules share: the weight, and following `.to(device or dtype)`."""
+    """What the packed modules share: the weight, and following `.to(device or dtype)`.
+
+    exact: multiply in float32 throughout, on a CPU.
+    """
 
     packed: AnyWeight
     source: PackedWeight
     native: cpu.Matrix | None
     flipped = False
+    exact = False
 
     def hold(self, packed: AnyWeight, dtype: torch.dtype, native: cpu.Matrix | None = None) -> None:
         """Compute in `dtype` with `packed` in place of the parameter `weight`.
@@ -188,6 +192,11 @@ _KINDS: tuple[tuple[type[nn.Module], type[_PackedModule]], ...] = (
     (Conv1D, PackedConv1D),
     (nn.Embedding, PackedEmbedding),
 )
+
+
+def packed_modules(network: nn.Module) -> list[_PackedModule]:
+    """Return the modules of `network` whose weights are packed."""
+    return [module for module in network.modules() if isinstance(module, _PackedModule)]
 
 
 def can_pack(module: nn.Module) -> bool:

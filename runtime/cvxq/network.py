@@ -127,6 +127,15 @@ def fill_network(
     for buffer_name, buffer in network.named_buffers():
         _set(network, buffer_name, buffer.to(device))
     network.requires_grad_(False)
+    _keep_ties(network)
+
+
+def _keep_ties(network: PreTrainedModel) -> None:
+    """Let `tie_weights` find nothing to do: what is tied shares its weight already."""
+    network.all_tied_weights_keys = {}
+    for module in network.modules():
+        if isinstance(module, PreTrainedModel):
+            module._tied_weights_keys = None
 
 
 def _spelled(network: PreTrainedModel, names: list[str]) -> dict[str, str]:

@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "perplexity": ("cvxq.cli.perplexity", "Measure perplexity, and KL to the original."),
     "inspect": ("cvxq.cli.inspect", "Show where every byte went, depths and provenance."),
     "verify": ("cvxq.cli.verify", "Check every checksum and invariant of a file."),
+    "export": ("cvxq.cli.export", "Write the folder that transformers loads."),
+    "push": ("cvxq.cli.push", "Put a file onto the Hugging Face hub, with a card."),
     "bench": ("cvxq.cli.bench", "Measure loading, prefill, decoding and memory."),
 }
 
@@ -52,13 +54,21 @@ class CommandGroup(click.Group):
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         return command
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the few options in a line, then the commands: a screen has 24 lines."""
+        formatter.write_paragraph()
+        formatter.write_text(
+            "Options: -h, --help; --version; --traceback to see where an error arose"
+        )
+        self.format_commands(ctx, formatter)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of subcommands without importing any of them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, sentence) for name, (_, sentence) in COMMANDS.items()])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the exit codes right below the commands: a screen has 24 lines."""
+        """Write the exit codes right below the commands."""
         with formatter.indentation():
             formatter.write_text(str(self.epilog))
 
@@ -137,6 +147,7 @@ def prepare_process() -> None:
     # that makes small products a hundred times slower; sleeping costs a few microseconds. Read
     # once, when torch loads; what the user has set stays.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells each try; we tell how it ended
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):

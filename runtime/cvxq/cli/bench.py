@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvxq.cli.failures import existing_file
-from cvxq.cli.options import context_option, load_model, running_options
+from cvxq.cli.options import context_option, load_model, model_file, running_options
 from cvxq.cli.output import Progress, bytes_text, emit_json
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ DEFAULT_PROMPT_TOKENS, DEFAULT_TOKENS = 128, 64
 
 
 @click.command("bench", short_help="Measure loading, prefill, decoding and memory.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(min=1),
@@ -35,7 +33,7 @@ DEFAULT_PROMPT_TOKENS, DEFAULT_TOKENS = 128, 64
 @context_option
 @running_options
 def command(
-    file: Path,
+    file: str,
     prompt_tokens: int | None,
     tokens: int | None,
     repeats: int,
@@ -54,11 +52,12 @@ def command(
     Example:
       cvxq bench model.cvxq --threads 4
     """
-    size = existing_file(file, "a .cvxq file").stat().st_size
+    path = model_file(file)
+    size = path.stat().st_size
     import cvxq.loading  # noqa: F401 - importing is not loading
 
     begin = time.perf_counter()
-    with load_model(file, weights, device, threads, context) as model:
+    with load_model(path, weights, device, threads, context) as model:
         load_seconds = time.perf_counter() - begin
         prompt_tokens, tokens = fit(model.context_length, prompt_tokens, tokens)
         record = measure(model, prompt_tokens, tokens, repeats)

@@ -7,18 +7,18 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cvxq.chat import Conversation, Prompt
-from cvxq.cli.failures import FileProblem, describe, existing_file
+from cvxq.cli.failures import FileProblem, describe
 from cvxq.cli.options import (
     context_option,
     full_text,
     load_model,
+    model_file,
     running_options,
     sampling_options,
     sampling_settings,
@@ -42,7 +42,7 @@ _TAIL = 16  # tokens at the end of a prompt, in which a mark of thinking may sta
 
 
 @click.command("chat", short_help="Talk with the model, turn by turn.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.option("--system", metavar="TEXT", help="Instructions in front of the conversation.")
 @click.option("--max-tokens", type=int, default=512, show_default=True, help="Per answer.")
 @click.option(
@@ -53,7 +53,7 @@ _TAIL = 16  # tokens at the end of a prompt, in which a mark of thinking may sta
 @shift_option
 @running_options
 def command(
-    file: Path,
+    file: str,
     system: str | None,
     max_tokens: int,
     hide_thinking: bool,
@@ -76,9 +76,9 @@ def command(
     Example:
       cvxq chat model.cvxq --system "You answer in one sentence."
     """
-    existing_file(file, "a .cvxq file")
+    path = model_file(file)
     settings = sampling_settings(sampling, max_tokens)
-    with load_model(file, weights, device, threads, context) as model:
+    with load_model(path, weights, device, threads, context) as model:
         chat = Chat(model, settings, system, hide_thinking=hide_thinking, shift=shift)
         chat.run()
     click.get_current_context().exit(chat.exit_code)

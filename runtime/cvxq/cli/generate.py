@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvxq.cli.failures import decoded, existing_file, read_text
+from cvxq.cli.failures import decoded, read_text
 from cvxq.cli.options import (
     context_option,
     full_text,
     load_model,
+    model_file,
     running_options,
     sampling_options,
     sampling_settings,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @click.command("generate", short_help="Continue a prompt, streaming the text to stdout.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.argument("prompt", required=False)
 @click.option(
     "--file", "-f", "prompt_file", type=click.Path(path_type=Path), help="Read the prompt here."
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 @shift_option
 @running_options
 def command(
-    file: Path,
+    file: str,
     prompt: str | None,
     prompt_file: Path | None,
     max_tokens: int,
@@ -56,10 +57,10 @@ def command(
     Example:
       cvxq generate model.cvxq "Once upon a time" --max-tokens 100 --seed 1
     """
-    existing_file(file, "a .cvxq file")
+    path = model_file(file)
     text = read_prompt(prompt, prompt_file)
     settings = sampling_settings(sampling, max_tokens)
-    with load_model(file, weights, device, threads, context) as model:
+    with load_model(path, weights, device, threads, context) as model:
         clock = Clock()
         session = model.session(shift=shift)
         result = model.generate(text, settings, on_text=clock.write, session=session)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 from cvxq_format.memory import available_memory
 
-from cvxq.cli.failures import existing_file, printable
+from cvxq.cli.failures import printable
+from cvxq.cli.options import model_file
 from cvxq.cli.output import bytes_text, emit_json, print_table
 from cvxq.summary import KINDS, FileSummary, summarize
 
@@ -17,9 +17,9 @@ BAR_WIDTH = 30
 
 
 @click.command("inspect", short_help="Show where every byte went, depths and provenance.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(file: Path, as_json: bool) -> None:
+def command(file: str, as_json: bool) -> None:
     """Show where every byte of FILE went, its bit depths, provenance and quality report.
 
     "All-in" counts everything that the quantized matrices need in the file: codes, depths,
@@ -29,13 +29,14 @@ def command(file: Path, as_json: bool) -> None:
     Example:
       cvxq inspect model.cvxq
     """
-    summary = summarize(existing_file(file, "a .cvxq file"))
+    path = model_file(file)
+    summary = summarize(path)
     free = available_memory()
     if as_json:
         emit_json({**summary.record(), **memory_record(summary, free)})
         return
     click.echo(f"{file}: {bytes_text(summary.file_bytes)} bytes, {rates_text(summary)}")
-    click.echo(printable(f"{file.name} {summary.path_text}"))
+    click.echo(printable(f"{path.name} {summary.path_text}"))
     click.echo(f"{context_text(summary, free)}\n")
     _print_bytes(summary)
     if summary.matrices:

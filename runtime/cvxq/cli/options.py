@@ -82,15 +82,33 @@ def sampling_settings(options: dict[str, Any], max_tokens: int | None) -> Sampli
     return SamplingSettings(max_tokens=max_tokens, **options)
 
 
+def model_file(text: str) -> Path:
+    """Return the `.cvxq` file that a command's FILE names: a path, or one of the hub, downloaded.
+
+    Raises FileProblem for a path that is no file, HubError where the hub does not give the file.
+    """
+    from cvxq.hub import fetch, hub_file
+
+    wanted = hub_file(text)
+    return existing_file(Path(text), "a .cvxq file") if wanted is None else fetch(wanted)
+
+
+def model_name(text: str) -> str:
+    """Return what to call the model that FILE names: the file without .cvxq, or the repository."""
+    from cvxq.hub import hub_file
+
+    wanted = hub_file(text)
+    return Path(text).stem if wanted is None else wanted.name
+
+
 def load_model(
     file: Path, weights: str, device: str, threads: int | None, context: int | None = None
 ) -> Model:
-    """Load a `.cvxq` file; a path that is no file fails before anything loads.
+    """Load a `.cvxq` file.
 
     Says in one line each on stderr when transformers has to run the model, and why, and when the
     context is longer than the model was made for.
     """
-    existing_file(file, "a .cvxq file")
     quiet_transformers()
     from cvxq.loading import load
 

@@ -12,7 +12,7 @@ from cvxq.cli.failures import FileProblem, read_text
 from cvxq.cli.inspect import rates_text
 from cvxq.cli.options import running_options
 from cvxq.cli.output import Progress, emit_json, print_table
-from cvxq.cli.subject import is_cvxq_file, load_subject
+from cvxq.cli.subject import cvxq_file, load_subject
 from cvxq.summary import FileSummary, summarize
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def command(
     from cvxq.tokenizer import check_tokens
 
     subject = load_subject(model, weights, device, threads)
-    summary = summarize(Path(model)) if is_cvxq_file(Path(model)) else None
+    file = cvxq_file(model)
+    summary = None if file is None else summarize(file)
     context = context or min(subject.context_length or LONGEST_CONTEXT, LONGEST_CONTEXT)
     _check_context(context, subject.context_length)
     tokenizer = subject.read_tokenizer()

@@ -10,13 +10,19 @@ from pathlib import Path
 import click
 
 from cvxq.cli.failures import FileProblem, existing_file
-from cvxq.cli.options import context_option, load_model, running_options
+from cvxq.cli.options import (
+    context_option,
+    load_model,
+    model_file,
+    model_name,
+    running_options,
+)
 from cvxq.extras import need
 from cvxq.serve import LOOPBACK
 
 
 @click.command("serve", short_help="Answer the OpenAI API, and show a page to chat with.")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True)
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -63,7 +69,7 @@ from cvxq.serve import LOOPBACK
 @context_option
 @running_options  # fmt: skip
 def command(
-    files: tuple[Path, ...],
+    files: tuple[str, ...],
     host: str,
     port: int,
     keys: tuple[str, ...],
@@ -79,30 +85,30 @@ def command(
 ) -> None:
     """Answer the OpenAI API with the models in FILES, and show a page to chat with.
 
-    A model is called by its file's name without .cvxq. Requests are answered one after the other,
-    clients by turns; the page is at the address that is printed. Ctrl-C ends the server.
+    A model is called by its file's name without .cvxq, or its repository's. Requests are answered
+    one after the other, clients by turns; the page is at the address that is printed. Ctrl-C ends
+    the server.
 
     \b
     Example:
       cvxq serve model.cvxq --port 8000
     """
     need("serve", "serve")
-    for file in files:
-        existing_file(file, "a .cvxq file")
     secrets = _keys(keys)
     if host not in LOOPBACK and not secrets and not no_key:
         raise click.UsageError(
             f"--host {host} lets other machines in; give --api-key KEY, or --no-key to let "
             "everybody in"
         )
-    names = [file.stem for file in files]
+    names = [model_name(file) for file in files]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise click.UsageError(f"two files are called {twice}; rename one")
+        raise click.UsageError(f"two models are called {twice}; rename the file of one")
+    paths = [model_file(file) for file in files]
     with _undisturbed():
         # Not beside the imports below: threads that share one interpreter would take longer.
         models = {
-            name: load_model(file, weights, device, threads, context)
-            for name, file in zip(names, files, strict=True)
+            name: load_model(path, weights, device, threads, context)
+            for name, path in zip(names, paths, strict=True)
         }
         from cvxq.serve.run import run
 

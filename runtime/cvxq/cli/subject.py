@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cvxq.cli.conversion import announce
-from cvxq.cli.options import load_model, quiet_transformers
+from cvxq.cli.options import load_model, model_file, quiet_transformers
 from cvxq.extras import need
 
 if TYPE_CHECKING:
@@ -34,7 +34,20 @@ class Subject:
     read_tokenizer: Callable[[], Tokenizer]
 
 
-def is_cvxq_file(path: Path) -> bool:
+def cvxq_file(source: str) -> Path | None:
+    """Return the `.cvxq` file that `source` names, of the hub downloaded; None for a checkpoint.
+
+    Raises FileProblem for a missing `.cvxq` file, HubError where the hub does not give it.
+    """
+    from cvxq.hub import find, hub_file
+
+    wanted = hub_file(source)
+    if wanted is not None:
+        return find(wanted)
+    return model_file(source) if _is_cvxq_file(Path(source)) else None
+
+
+def _is_cvxq_file(path: Path) -> bool:
     """Whether `path` is a `.cvxq` file by its name, be it there or not, or by how it begins."""
     from cvxq_format.limits import MAGIC
 
@@ -49,15 +62,16 @@ def is_cvxq_file(path: Path) -> bool:
 def load_subject(
     source: str, weights: str = "dense", device: str = "cpu", threads: int | None = None
 ) -> Subject:
-    """Load a `.cvxq` file, or a checkpoint: a folder, a GGUF file, else a hub id.
+    """Load a `.cvxq` file, here or on the hub, or a checkpoint: a folder, a GGUF file, a hub id.
 
     weights: of a `.cvxq` file, see `cvxq.load`; threads: of the CPU. Says on stderr what is not as
-    one may think. Raises FileProblem for a missing `.cvxq` file and what `cvxq.load` raises;
-    ConversionError for a checkpoint that conversion refuses, too.
+    one may think. Raises what `cvxq_file` and `cvxq.load` raise; ConversionError for a checkpoint
+    that conversion refuses, too.
     """
-    if not is_cvxq_file(Path(source)):
+    file = cvxq_file(source)
+    if file is None:
         return _load_checkpoint(source, device, threads)
-    model = load_model(Path(source), weights, device, threads)
+    model = load_model(file, weights, device, threads)
     network = model.decoder or model.network
     return Subject(network, model.vocabulary, model.context_length, lambda: model.tokenizer)
 

@@ -11,7 +11,8 @@ import click
 import cvxq_format
 
 from cvxq.cli.deep import Check, check_claims, check_options, check_record
-from cvxq.cli.failures import CORRUPT, existing_file
+from cvxq.cli.failures import CORRUPT
+from cvxq.cli.options import model_file
 from cvxq.cli.output import bytes_text, emit_json
 
 
@@ -22,14 +23,14 @@ class VerificationFailed(click.ClickException):
 
 
 @click.command("verify", short_help="Check every checksum and invariant of a file.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.option("--deep", is_flag=True, help="Compare the decoder's record with transformers, too.")
 @click.option("--against", metavar="MODEL", help="With --deep: measure what FILE says of itself.")
 @click.option("--text", type=click.Path(path_type=Path), help="The text FILE was calibrated on.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of --deep.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    file: Path,
+    file: str,
     deep: bool,
     against: str | None,
     text: Path | None,
@@ -49,13 +50,14 @@ def command(
       cvxq verify model.cvxq --deep --against path/to/model
     """
     check_options(deep, against, text)
-    size = existing_file(file, "a .cvxq file").stat().st_size
+    path = model_file(file)
+    size = path.stat().st_size
     begin = time.perf_counter()
-    with cvxq_format.Reader(file):  # a file that is something else, or of a later version, is no
-        problems = cvxq_format.verify(file)  # corrupt file: those errors have their own codes
+    with cvxq_format.Reader(path):  # a file that is something else, or of a later version, is no
+        problems = cvxq_format.verify(path)  # corrupt file: those errors have their own codes
     seconds = time.perf_counter() - begin
     gigabytes_per_second = size / seconds / 1e9
-    checks = list(_deep_checks(file, deep, against, text, threads)) if not problems else []
+    checks = list(_deep_checks(path, deep, against, text, threads)) if not problems else []
     if as_json:
         emit_json(
             {

@@ -33,7 +33,7 @@ def not_cached(cause: Exception) -> Exception:
         (answer(errors.GatedRepoError, 403), "accept its license on its page"),
         (answer(errors.RepositoryNotFoundError, 401), "it is private; check the spelling"),
         (answer(errors.RepositoryNotFoundError, 404), "the hub has no such model"),
-        (answer(errors.RevisionNotFoundError, 404), "check --revision"),
+        (answer(errors.RevisionNotFoundError, 404), "no such revision; check its spelling"),
         (answer(errors.HfHubHTTPError, 401), r"refuses access \(HTTP 401\); log in with `hf auth"),
         (not_cached(answer(errors.HfHubHTTPError, 403)), "with a token that may read this model"),
         (not_cached(answer(errors.HfHubHTTPError, 503)), "HTTP 503; try again later"),

@@ -119,7 +119,7 @@ def _break_inspect(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Non
         raise error
 
     monkeypatch.setattr("cvxq.cli.inspect.summarize", fail)
-    monkeypatch.setattr("cvxq.cli.inspect.existing_file", lambda path, expected: path)
+    monkeypatch.setattr("cvxq.cli.inspect.model_file", Path)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from click.testing import Result
@@ -119,7 +121,13 @@ def test_a_hub_id_is_read_from_the_local_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = original_folder[1]
-    monkeypatch.setattr("cvxq_converter.source.folder.download", lambda model, revision: folder)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "models--someone--model"
+    shutil.copytree(folder, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     found, _ = measure("someone/model")
     assert found["model"] == "someone/model"
     assert found["nll"] == measure(folder)[0]["nll"]

@@ -1,0 +1,118 @@
+"""A `.cvxq` file as the folder that transformers and vLLM load, see `cvxq.transformers`.
+
+    model.cvxq                  the file itself, linked where the disk can
+    config.json                 as the file carries it, naming model.cvxq
+    unquantized.safetensors     the tensors that are not packed, by their names in the file
+    tokenizer.json and others   as the file carries them
+
+No file of it is called model.safetensors: programs that do not know of cvxq would take that for
+the whole checkpoint, and make up the weights that it lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from cvxq_format import RawTensor, Reader
+from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
+from cvxq_format.entries import CompandedEntry
+from cvxq_kernels.cpu import crc32
+
+from cvxq.errors import ArgumentError
+from cvxq.hub import MODEL_FILE
+from cvxq.parts import json_part, needed_part
+
+METHOD = "cvxq"  # the quant_method of config.json
+UNQUANTIZED_FILE = "unquantized.safetensors"
+
+_OWN_PARTS = ("provenance.json", "report.json", DECODER_FILE)  # which only cvxq reads
+_CODE = (".py", ".pyc")
+_DTYPES = {
+    "bool": "bool",
+    "u8": "uint8",
+    "i8": "int8",
+    "i16": "int16",
+    "i32": "int32",
+    "i64": "int64",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "f32": "float32",
+    "f64": "float64",
+}
+
+
+def export(file: Path, folder: Path) -> None:
+    """Write the folder of a `.cvxq` file, complete or not at all.
+
+    Raises ArgumentError where there is something already, and what `export_rest` raises.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ArgumentError(f"{folder} exists and is not an empty folder; name another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        made.chmod(0o777 & ~_umask())
+        export_rest(file, made)
+        _link(file.resolve(), made / MODEL_FILE)
+        made.replace(folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def export_rest(file: Path, folder: Path) -> None:
+    """Write into `folder` all that belongs beside the `.cvxq` file.
+
+    Raises MissingPartError for a file without config.json, and what `Reader` raises.
+    """
+    with Reader(file, crc32=crc32) as reader:
+        needed_part(reader, "config.json")
+        for name in reader.files:
+            if name in _OWN_PARTS or name.endswith(_CODE):
+                continue
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(reader.file(name))
+        config = json_part(reader, "config.json")
+        config["quantization_config"] = {"quant_method": METHOD, "file": MODEL_FILE}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_unquantized(reader, folder / UNQUANTIZED_FILE)
+
+
+def _write_unquantized(reader: Reader, target: Path) -> None:
+    from safetensors import TensorSpec, serialize_file
+
+    held, specs = [], {}  # what the specifications point at has to stay
+    for name in reader.names:
+        if isinstance(reader.entry(name), CompandedEntry):
+            continue
+        value = reader.read(name)
+        assert isinstance(value, RawTensor)
+        data = np.ascontiguousarray(value.data)
+        held.append(data)
+        specs[name] = TensorSpec(
+            dtype=_DTYPES[value.dtype],
+            shape=list(value.shape),
+            data_ptr=data.ctypes.data,
+            data_len=data.nbytes,
+        )
+    serialize_file(specs, str(target), {"format": "pt"})
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give the file a second name, or copy it where the disk, or another one, cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
