@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -162,3 +162,58 @@ class CompandedTensor:
         if self.row_scale_codes is None:
             return None
         return row_scale_factors(self.row_scale_codes[outputs])
+
+    def cut(self, along: Literal["rows", "columns"], rank: int, size: int) -> CompandedTensor:
+        """Return part `rank` of `size` equal ones of W: of its rows (outputs) or columns (inputs).
+
+        The parts, dequantized and joined, are the whole bit for bit.  Stored rows are cut between
+        partitions, stored columns anywhere.
+        Raises ValueError for a part that cannot be: `size` has to divide what is cut.
+        """
+        of_stored_rows = (along == "rows") != self.transposed
+        whole = self.partitions if of_stored_rows else self.columns
+        if not 0 <= rank < size or whole % size:
+            kind = "partitions" if of_stored_rows else "stored columns"
+            raise ValueError(
+                f"part {rank} of {size} of the {along} of a matrix {list(self.shape)}: it has "
+                f"{whole} {kind}, which the number of parts has to divide"
+            )
+        shape = list(self.shape)
+        axis = -2 if along == "rows" else -1
+        shape[axis] //= size
+        rows = _part(self.rows, rank, size if of_stored_rows else 1)
+        clusters = _part(self.clusters, rank, size if of_stored_rows else 1)
+        columns = _part(self.columns, rank, 1 if of_stored_rows else size)
+        groups = (slice(None), clusters, columns)
+        is_kept = np.zeros(self.depths.shape, np.bool_)
+        is_kept[groups] = True
+        octets = (self.cluster_rows() + 7) // 8
+        group_bytes = self.depths * octets[:, None]
+        row_scales = self.row_scale_codes
+        return replace(
+            self,
+            shape=tuple(shape),
+            partitions=self.partitions // size if of_stored_rows else self.partitions,
+            depths=np.ascontiguousarray(self.depths[groups]),
+            scale_codes=np.ascontiguousarray(self.scale_codes[groups]),
+            mean_codes=_taken(self.mean_codes, groups),
+            packed_codes=self.packed_codes[np.repeat(is_kept.reshape(-1), group_bytes.reshape(-1))],
+            permutation=None
+            if self.permutation is None
+            else self.permutation[:, rows] - rows.start,
+            column_terms=_taken(self.column_terms, (slice(None), columns)),
+            cluster_terms=_taken(self.cluster_terms, (slice(None), clusters)),
+            row_scale_codes=_taken(row_scales, (slice(None), rows))
+            if of_stored_rows
+            else row_scales,
+        )
+
+
+def _part(count: int, rank: int, size: int) -> slice:
+    """Return where part `rank` of `size` equal ones of `count` things lies."""
+    each = count // size
+    return slice(rank * each, (rank + 1) * each) if size > 1 else slice(0, count)
+
+
+def _taken(values: npt.NDArray[Any] | None, groups: tuple[slice, ...]) -> npt.NDArray[Any] | None:
+    return None if values is None else np.ascontiguousarray(values[groups])
