@@ -165,7 +165,7 @@ def refuse_what_cannot_fit(plan: Preflight, output: Path, place: Place, held: in
     if plan.disk_bytes > free:
         raise ConversionError(
             f"{output}: needs about {size_text(plan.disk_bytes)} of disk, "
-            f"{size_text(free)} are free"
+            f"{size_text(free)} are free; free some, or write elsewhere"
         )
 
 

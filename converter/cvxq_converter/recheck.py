@@ -90,7 +90,9 @@ def _options(provenance: Mapping[str, Any], text: Path | None) -> ConversionOpti
     """The options that the provenance names, those without influence left out."""
     named = provenance.get("options")
     if not isinstance(named, Mapping):
-        raise ConversionError("the file has no provenance, so it claims nothing of its model")
+        raise ConversionError(
+            "the file has no provenance, so it claims nothing of its model; only convert gives one"
+        )
     choices = {**named, "dtype": getattr(torch, str(named.get("dtype")), None)}
     try:
         choices["keep"] = tuple(named.get("keep", ()))

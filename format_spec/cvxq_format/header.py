@@ -62,7 +62,10 @@ class Header:
         optional = fields.texts("optional")
         for feature in (*required, *optional):
             if not _FEATURE.fullmatch(feature):
-                raise CorruptError(f"header: feature name {feature[:80]!r} is malformed")
+                raise CorruptError(
+                    f"header: feature name {feature[:80]!r} is malformed, allowed a to z, "
+                    "0 to 9 and '-'; the file is corrupt"
+                )
         for feature in required:
             if feature not in FEATURES:
                 raise UnsupportedError(
@@ -103,10 +106,15 @@ class Header:
         for alias, target in self.aliases:
             check_tensor_name(alias)
             if target not in tensors:
-                raise CorruptError(f"header: alias {alias!r} of {target!r}, which is no tensor")
+                raise CorruptError(
+                    f"header: alias {alias!r} of {target!r}, which is no tensor; "
+                    "the file is corrupt"
+                )
         for name in self.added_biases:
             if name not in tensors or tensors[name].codec != "raw":
-                raise CorruptError(f"header: added bias {name!r} is not a raw tensor")
+                raise CorruptError(
+                    f"header: added bias {name!r} is not a raw tensor; the file is corrupt"
+                )
         for entry in self.tensors:
             if isinstance(entry, CompandedEntry) and entry.codebook >= len(self.codebooks):
                 raise CorruptError(

@@ -56,7 +56,7 @@ class Preamble:
         """
         if data[:8] != MAGIC[: len(data)] or not data:
             found = "empty file" if not data else f"first bytes {data[:8].hex(' ')}"
-            raise NotCvxqError(f"{found}, a .cvxq file starts with {MAGIC.hex(' ')}")
+            raise NotCvxqError(f"{found}, a .cvxq file starts with {MAGIC.hex(' ')}; give one")
         if len(data) < PREAMBLE_SIZE:
             raise TruncatedError(
                 f"file of {len(data)} bytes ends inside its preamble; copy it again"

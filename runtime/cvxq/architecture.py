@@ -38,7 +38,8 @@ def build_network(
     version, model_type = transformers.__version__, settings["model_type"]
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
-            f"{file}: transformers {version} has no causal language model of type {model_type!r}"
+            f"{file}: transformers {version} has no causal language model of type {model_type!r}; "
+            "another version may"
         )
     try:
         network = _build(config, dtype, parameters)
@@ -54,7 +55,8 @@ def build_network(
     empty = [name for name, buffer in network.named_buffers() if buffer.is_meta]
     if empty:
         raise UnsupportedModelError(
-            f"{type(network).__name__} has a buffer that no file supplies: {empty[0]!r}"
+            f"{type(network).__name__} has a buffer that no file supplies, {empty[0]!r}; "
+            "only other models can be run"
         )
     return network.eval()
 

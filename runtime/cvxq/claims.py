@@ -124,4 +124,4 @@ def _without_memory(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 def _check(holds: bool, found: str) -> None:
     if not holds:
-        raise InconsistentFileError(f"{found}, which the file's tensors do not bear out")
+        raise InconsistentFileError(f"{found}, more than the file's tensors need")

@@ -36,7 +36,8 @@ def read_config(settings: Settings, file: str) -> Any:
         raise InconsistentFileError(f"{file}: model_type is {found}, allowed: a model type's name")
     if kind not in CONFIG_MAPPING:
         raise UnsupportedModelError(
-            f"{file}: transformers {transformers.__version__} has no model of type {kind!r}"
+            f"{file}: transformers {transformers.__version__} has no model of type {kind!r}; "
+            "another version may"
         )
     try:
         return parse(settings)

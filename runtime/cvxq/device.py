@@ -33,5 +33,5 @@ def resolve_device(device: str) -> str:
     _, _, number = device.partition(":")
     count = torch.cuda.device_count()
     if number and int(number) >= count:
-        raise ArgumentError(f"device is {device!r}, but there are {count}, from cuda:0")
+        raise ArgumentError(f"device is {device!r}, allowed: cuda:0 to cuda:{count - 1}")
     return str(cuda.resolve(device))

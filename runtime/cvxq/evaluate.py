@@ -180,7 +180,8 @@ def divergence(
         ours, theirs = _logits(network, window), _logits(original, window)
         if ours.shape != theirs.shape:
             raise ArgumentError(
-                f"the vocabularies differ: {ours.shape[-1]} tokens, the original {theirs.shape[-1]}"
+                f"the vocabularies differ: {ours.shape[-1]} tokens, the original "
+                f"{theirs.shape[-1]}; compare with the model that the file was made of"
             )
         for (q, goal), (p, _) in zip(_chunks(window, ours), _chunks(window, theirs), strict=True):
             same_top = p.argmax(-1) == q.argmax(-1)

@@ -176,7 +176,9 @@ class Model:
             for start in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
                 if start is not None:
                     return [int(start)]
-            raise ArgumentError("the prompt is empty, and the tokenizer has no token to begin with")
+            raise ArgumentError(
+                "the prompt is empty, and the tokenizer has no token to begin with; give it a text"
+            )
         return ids
 
     def text_end_ids(self, ids: Collection[int]) -> frozenset[int]:

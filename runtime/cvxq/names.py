@@ -50,7 +50,8 @@ def match_names(
                 strangers.append(tensor)
         elif place in found:
             raise InconsistentFileError(
-                f"tensors {found[place]!r} and {tensor!r} both belong to {place!r} of {network}"
+                f"tensors {found[place]!r} and {tensor!r} both belong to {place!r} of {network}; "
+                "only one of them can"
             )
         else:
             found[place] = tensor
@@ -63,7 +64,8 @@ def match_names(
         raise InconsistentFileError(f"{network} needs tensor {_few(missing)}, not in the file")
     if strangers:
         raise InconsistentFileError(
-            f"tensor {_few(strangers)} of the file has no place in {network}"
+            f"tensor {_few(strangers)} of the file has no place in {network}; "
+            "the config is of another model"
         )
     return found
 

@@ -34,7 +34,7 @@ def json_object(blob: bytes, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InconsistentFileError(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InconsistentFileError(f"{what} is not a JSON object")
+        raise InconsistentFileError(f"{what} is not a JSON object; convert the model again")
     return value
 
 

@@ -83,7 +83,9 @@ class Session(ABC):
     def feed(self, ids: Sequence[int]) -> Logits:
         """Read `ids` (at least one) after the text so far; return logits (V,) float32."""
         if self.room is not None and len(ids) > self.room:
-            raise ContextError(f"the model's context of {self.context_length} tokens is full")
+            raise ContextError(
+                f"the model's context of {self.context_length} tokens is full; begin a new text"
+            )
         return self._read(ids)
 
     def score(self, ids: Sequence[int]) -> Iterator[Logits]:

@@ -58,5 +58,6 @@ def _text(reader: Reader, name: str) -> str:
         return reader.file(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InconsistentFileError(
-            f"{reader.path}: {name} of the file: byte {error.start} is not UTF-8"
+            f"{reader.path}: {name} of the file: byte {error.start} is not UTF-8; "
+            "save it as UTF-8 in the source, and convert the model again"
         ) from None

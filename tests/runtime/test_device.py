@@ -41,5 +41,5 @@ def test_a_number_that_no_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert resolve_device("cuda") == "cuda:1"
     assert resolve_device("cuda:0") == "cuda:0"
-    with pytest.raises(ArgumentError, match="device is 'cuda:2', but there are 2, from cuda:0"):
+    with pytest.raises(ArgumentError, match="device is 'cuda:2', allowed: cuda:0 to cuda:1"):
         resolve_device("cuda:2")

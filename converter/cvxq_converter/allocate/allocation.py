@@ -203,9 +203,11 @@ def allocate_bit_depths(worths: Sequence[Worths], budget_bytes: int) -> BitAlloc
     bottom = max(int(u.max()) for u in units) - int(THRESHOLDS[0]) + 1  # all at depth 0
     plane_total = sum(int(p.sum()) * u.shape[1] for p, u in zip(planes, units, strict=True))
     if budget_bytes < 0:
-        raise RateError("the side information alone exceeds the rate that was asked for")
+        raise RateError(
+            "the side information alone exceeds the rate that was asked for; ask for more"
+        )
     if budget_bytes > MAX_DEPTH * plane_total:
-        raise RateError("the rate that was asked for exceeds 8 bits in every group")
+        raise RateError("the rate that was asked for exceeds 8 bits in every group; ask for less")
 
     def allocated(offset: int) -> list[np.ndarray]:
         return [

@@ -254,7 +254,8 @@ def allocate_for_size(
     budget = size_bytes - smallest
     if budget < 0:
         raise RateError(
-            f"--size {size_bytes}: even with every weight pruned the file takes {smallest} bytes"
+            f"--size {size_bytes}: even with every weight pruned the file takes {smallest} bytes; "
+            "give more"
         )
     for left in reversed(range(FITTING_ROUNDS)):
         allocation = allocate_bit_depths(worths, budget)

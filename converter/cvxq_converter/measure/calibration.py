@@ -93,7 +93,9 @@ def _json_lines(text: str, source: str) -> list[str]:
         try:
             item = json.loads(line)
         except ValueError:
-            raise ConversionError(f"{source}, line {number}: not JSON") from None
+            raise ConversionError(
+                f"{source}, line {number}: not JSON; expected an object on every line"
+            ) from None
         if not isinstance(item, dict) or not isinstance(item.get("text"), str):
             raise ConversionError(
                 f'{source}, line {number}: no text; expected {{"text": "…"}} on every line'
@@ -113,7 +115,8 @@ def _tokenize(network: Any, tokenizer: Any, documents: Iterable[str]) -> Tensor:
     size = network.get_input_embeddings().weight.shape[0]
     if len(tokens) and int(tokens.max()) >= size:
         raise ConversionError(
-            f"calibration: the tokenizer gives token {int(tokens.max())}, the model has {size}"
+            f"calibration: the tokenizer gives token {int(tokens.max())}, the model has {size}; "
+            "use --calibration self"
         )
     return tokens
 

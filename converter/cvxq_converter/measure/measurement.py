@@ -169,7 +169,9 @@ def load_measurement(path: Path) -> Measurement:
         for name, matrix in record.matrices.items()
     }
     if arrays:
-        raise ConversionError(f"{path.name}: {min(arrays)} is not part of a measurement")
+        raise ConversionError(
+            f"{path.name}: {min(arrays)} is not part of a measurement; measure again"
+        )
     return Measurement(record, sequences, statistics)
 
 

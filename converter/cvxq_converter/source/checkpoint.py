@@ -183,9 +183,14 @@ def load_network(source: Source, dtype: torch.dtype, device: str | torch.device 
                 f"{one_line(error)}"
             ) from error
     for key in sorted(info["missing_keys"]):
-        raise ConversionError(f"{source.name}: weight {key} is missing from the checkpoint")
+        raise ConversionError(
+            f"{source.name}: weight {key} is missing from the checkpoint; copy it again"
+        )
     for key in sorted(str(item) for item in info.get("mismatched_keys", ())):
-        raise ConversionError(f"{source.name}: weight {key} does not have the configured shape")
+        raise ConversionError(
+            f"{source.name}: weight {key} does not have the configured shape; "
+            "give its own config.json"
+        )
     unstack(network)
     for name, value in experts.items():
         network.get_parameter(name).data = value.to(dtype)

@@ -50,7 +50,9 @@ def find_folder(model: str, revision: str | None) -> tuple[Path, str]:
             raise ConversionError(f"{model}: a folder has no revisions; drop --revision")
         return path, path.resolve().name
     if not _HUB_ID.fullmatch(model):
-        raise ConversionError(f"{model}: no such folder, and not a hub id (owner/name)")
+        raise ConversionError(
+            f"{model}: no such folder, and not a hub id; give a folder or owner/name"
+        )
     return download(model, revision), model
 
 
@@ -175,10 +177,14 @@ def find_weight_files(folder: Path, name: str) -> tuple[Path, ...]:
             try:
                 shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConversionError(f"{name}: {index.name} is not a weight index") from error
+                raise ConversionError(
+                    f"{name}: {index.name} is not a weight index; copy it again"
+                ) from error
             for shard in shards:
                 if Path(shard).name != shard or not (folder / shard).is_file():
-                    raise ConversionError(f"{name}: {index.name} names {shard}, which is missing")
+                    raise ConversionError(
+                        f"{name}: {index.name} names {shard}, which is missing; copy it, too"
+                    )
                 refuse_pointer(folder / shard, name)
             return tuple(folder / shard for shard in shards)
     raise ConversionError(
@@ -228,7 +234,9 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
                 f"{path.name}: not a file of plain weights: {one_line(error)}"
             ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ConversionError(f"{path.name}: holds something else than a table of tensors")
+        raise ConversionError(
+            f"{path.name}: holds something else than a table of tensors; only these are read"
+        )
     return state
 
 

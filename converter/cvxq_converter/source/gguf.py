@@ -127,7 +127,10 @@ def _read_config(path: Path) -> Any:
                 f"{one_line(error)}"
             ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConversionError(f"{path.name}: {config.model_type} is not a causal language model")
+        raise ConversionError(
+            f"{path.name}: {config.model_type} is no causal language model; "
+            "only those can be converted"
+        )
     config.__dict__.pop("_model_name_or_path", None)
     return config
 

@@ -209,7 +209,7 @@ def load_model(source: Source, options: ConversionOptions) -> LoadedModel:
             )
     matrices = [m for m in found if not is_kept(m, options.method.keep)]
     if not matrices:
-        raise ConversionError(f"{source.name}: --keep leaves no matrix to quantize")
+        raise ConversionError(f"{source.name}: --keep leaves no matrix to quantize; keep fewer")
     biases = {
         m.name: network.get_submodule(m.input_module_name).bias.data.clone()
         for m in matrices

@@ -38,7 +38,10 @@ def text_config_of(config: Any, name: str) -> Any:
         del values["model_type"]
         text = transformers.Qwen2Config(**values)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConversionError(f"{name}: its text part, {text.model_type}, is no causal LM")
+        raise ConversionError(
+            f"{name}: its text part, {text.model_type}, is no causal LM; "
+            "only those can be converted"
+        )
     text.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__]
     for field in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "dtype"):
         if getattr(text, field, None) is None:

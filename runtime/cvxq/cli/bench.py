@@ -75,7 +75,7 @@ def fit(limit: int | None, prompt_tokens: int | None, tokens: int | None) -> tup
     if limit is not None and prompt_tokens + tokens > limit:
         raise click.UsageError(
             f"--prompt-tokens {prompt_tokens} and --tokens {tokens} together exceed the model's "
-            f"context of {limit}"
+            f"context of {limit}; give fewer"
         )
     return prompt_tokens, tokens
 

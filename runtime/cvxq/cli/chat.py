@@ -162,7 +162,9 @@ class Chat:
                 click.echo(err=True)
             return None
         except UnicodeDecodeError as error:
-            raise FileProblem(f"stdin: byte {error.start} of the line is not UTF-8") from None
+            raise FileProblem(
+                f"stdin: byte {error.start} of the line is not UTF-8, expected UTF-8"
+            ) from None
 
     def take_turn(self, text: str) -> None:
         """Answer one question, or say why it cannot be answered."""

@@ -85,7 +85,9 @@ def command(
             click.echo(f"{check.name}: {word}, {check.text}")
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise VerificationFailed(f"{file} is corrupt: {count}, the first in {problems[0].name}")
+        raise VerificationFailed(
+            f"{file} is corrupt: {count}, the first in {problems[0].name}; copy it again"
+        )
     wrong = [check for check in checks if check.holds is False]
     if wrong:
         names = ", ".join(check.name for check in wrong)

@@ -47,10 +47,12 @@ def offered_tools(body: ChatRequest) -> list[dict[str, Any]]:
         tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
         if not tools:
             raise ApiError(
-                400, f"tool_choice: {choice.function.name!r} is none of tools", param="tool_choice"
+                400,
+                f"tool_choice: {choice.function.name!r} is none of tools; give one",
+                param="tool_choice",
             )
     if choice == "required" and not tools:
-        raise ApiError(400, "tool_choice is required, but there are no tools", param="tool_choice")
+        raise ApiError(400, "tool_choice is required; give tools", param="tool_choice")
     return [] if choice == "none" else tools
 
 
@@ -73,7 +75,8 @@ def _template_call(call: CallMade) -> dict[str, Any]:
         arguments = json.loads(call.function.arguments or "{}")
     except ValueError:
         raise ApiError(
-            400, f"messages: the arguments of a call of {call.function.name} are no JSON"
+            400,
+            f"messages: the arguments of a call of {call.function.name} are no JSON object",
         ) from None
     return {
         "id": call.id,

@@ -85,7 +85,7 @@ class Server:
         try:
             await asyncio.wait((made, gone), return_when=asyncio.FIRST_COMPLETED)
             if not made.done():
-                raise ApiError(499, "the client left")
+                raise ApiError(499, "the client left; nobody reads this")
             return made.result()
         finally:
             self.engine.leave(job)

@@ -189,7 +189,9 @@ class TorchDecoder:
         """Let the cache have room for `count` tokens more."""
         wanted = self.length + count
         if wanted > self.capacity:
-            raise ContextError(f"the model's context of {self.capacity} tokens is full")
+            raise ContextError(
+                f"the model's context of {self.capacity} tokens is full; begin a new text"
+            )
         if wanted > self.cache.places:
             doubled = min(2 * self.cache.places, self.capacity)
             self._step_launch = None  # its graph holds the old addresses
