@@ -82,14 +82,14 @@ def run_cases(
     workers: list[_Worker] = []
     looked = time.monotonic()
     while batches or workers:
+        while batches and len(workers) < jobs:
+            workers.append(_Worker(batches.pop(), case, trial, limited))
+        ready = wait([worker.pipe for worker in workers], timeout=1)
         now = time.monotonic()
         if now - looked > _ASLEEP:  # all of this was stopped for a while
             for worker in workers:
                 worker.began += now - looked
         looked = now
-        while batches and len(workers) < jobs:
-            workers.append(_Worker(batches.pop(), case, trial, limited))
-        ready = wait([worker.pipe for worker in workers], timeout=1)
         for worker in list(workers):
             if worker.pipe in ready:
                 try:
