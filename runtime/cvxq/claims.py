@@ -21,8 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cvxq.errors import InconsistentFileError
 
-_REPEATED = re.compile(r"layer|block|expert|depth|labels|stack|stage|level")
-_WIDE = re.compile(r"(size|dim|heads?|embd|inner|width|rank|hidden|channels|d_\w+)$")
+_REPEATED = re.compile(
+    r"(^|_)(n|num)_(\w+_)?(layers?|blocks?|stages?|stacks?|labels)(_|$)|_(layers|depth)$"
+)
+_WIDE = re.compile(r"(size|dim|heads?|embd|inner|width|rank|hidden|channels|experts)$|^d_\w+$")
+_LENGTH = re.compile(r"window|chunk|block|cache|batch|context|seq|pos")  # of texts, not of tensors
 _FEWEST = 512  # layers, experts and the like, that any file may have
 _NARROWEST = 1 << 17  # of any other size; tables of it take no memory to speak of
 _TABLE_BYTES = 128 << 20  # of one table, as it is computed
@@ -37,12 +40,28 @@ def check_claims(settings: Mapping[str, Any], reader: Reader, file: str) -> None
     entries = [reader.entry(name) for name in reader.names]
     counted = max(_FEWEST, len(entries) + len(reader.aliases))
     widest = max([_NARROWEST, *(size for entry in entries for size in entry.shape)])
+    for name, value, most in too_large(settings, counted, widest):
+        raise InconsistentFileError(
+            f"{file}: {name} is {value!s:.40}; the file's tensors allow {most} at most"
+        )
+
+
+def too_large(
+    settings: Mapping[str, Any], counted: int = _FEWEST, widest: int = _NARROWEST
+) -> Iterator[tuple[str, float, int]]:
+    """Yield the sizes in a config.json that are too large: name, value, and the most allowed.
+
+    counted: of what is built one by one; widest: of a dimension.
+    """
     for name, value in _numbers(settings):
-        most = counted if _REPEATED.search(name) else widest if _WIDE.search(name) else None
-        if most is not None and value > most:
-            raise InconsistentFileError(
-                f"{file}: {name} is {value!s:.40}; the file's tensors allow {most} at most"
-            )
+        if _REPEATED.search(name):
+            most = counted
+        elif _WIDE.search(name) and not _LENGTH.search(name):
+            most = widest
+        else:
+            continue
+        if value > most:
+            yield name, value, most
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

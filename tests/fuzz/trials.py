@@ -92,8 +92,16 @@ def prepare_files() -> None:
     import cvxq.cli.verify  # noqa: F401
 
 
+def hurry_templates() -> None:
+    """Give templates a second: those that never end would take most of the time."""
+    from cvxq import rendering
+
+    rendering._RENDERER.seconds = 1.0
+
+
 def prepare_lean() -> None:
     """Load what `try_lean` needs, and keep everything else away."""
+    hurry_templates()
     sys.modules.update({"torch": None, "transformers": None})  # type: ignore[dict-item]
     import cvxq.lean.fast_codec
     import cvxq.lean.native_decoder
@@ -104,6 +112,7 @@ def prepare_lean() -> None:
 
 def prepare_transformers() -> None:
     """Load what `try_transformers` needs."""
+    hurry_templates()
     import cvxq.cache
     import cvxq.loading
     import cvxq.network  # noqa: F401

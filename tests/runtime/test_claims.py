@@ -67,3 +67,20 @@ def test_more_parameters_than_tensors() -> None:
 def test_usual_tables_are_built() -> None:
     network = build_network({**GPTJ, "n_positions": 2048}, "config.json", torch.float32, 100)
     assert all(not buffer.is_meta for _, buffer in network.named_buffers())
+
+
+def test_no_architecture_is_refused_by_its_own_defaults() -> None:
+    from cvxq.claims import too_large
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = {}
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+        try:
+            settings = kind().to_dict()
+        except Exception:  # a config that has no defaults
+            continue
+        text = settings.get("text_config") or settings
+        widest = max(1 << 17, text.get("vocab_size") or 0)
+        if refused := list(too_large(settings, widest=widest)):
+            found[kind.__name__] = refused
+    assert found == {}
