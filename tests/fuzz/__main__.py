@@ -53,15 +53,15 @@ def main() -> int:
         indices, _BATCHES[options.path], options.jobs, case, trial, not options.sanitized
     ):
         results.append(result)
+        if options.log:  # at once, so that a run that is stopped has told what it tried
+            with Path(options.log).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(as_record(result)) + "\n")
         if result.verdict.outcome == "found":
             print(f"case {result.number} ({result.kind}): {result.verdict.text}\n", flush=True)
             if options.keep:
                 keep = Path(options.keep)
                 keep.mkdir(parents=True, exist_ok=True)
                 (keep / f"{options.seed}-{result.number}.cvxq").write_bytes(case(result.number)[1])
-    if options.log:
-        with Path(options.log).open("a", encoding="utf-8") as log:
-            log.writelines(json.dumps(as_record(result)) + "\n" for result in results)
     return _report(options, results, time.monotonic() - begin)
 
 
