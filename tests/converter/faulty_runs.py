@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,23 +22,25 @@ from cvxq.cli.application import application
 
 def run(kind: str, number: float, arguments: list[str]) -> tuple[int, str]:
     """Fork, run the command there, and return its exit code and what it said."""
-    with tempfile.TemporaryFile("w+") as said:
-        child = os.fork()
-        if not child:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(said.fileno(), 2)
-            if kind == "limit":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
-            try:
-                application.main(arguments)
-            except SystemExit as error:
-                os._exit(int(error.code or 0))
-        if kind == "kill":
-            time.sleep(number)
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        said.seek(0)
-        return os.waitstatus_to_exitcode(status), said.read()
+    said, saying = os.pipe()  # no file: there may be no room in one
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(saying, 2)
+        if kind == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
+        try:
+            application.main(arguments)
+        except SystemExit as error:
+            os._exit(int(error.code or 0))
+    os.close(saying)
+    if kind == "kill":
+        time.sleep(number)
+        os.kill(child, signal.SIGKILL)
+    with os.fdopen(said, encoding="utf-8", errors="replace") as lines:
+        told = lines.read()
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), told
 
 
 def main() -> None:
