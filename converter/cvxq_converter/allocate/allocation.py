@@ -13,7 +13,9 @@ rounded to whole depths, codes padded to bytes. `D_n` measured instead of modell
 `THRESHOLDS` between the depths, nothing else; it allocates no better (docs/ablation.md).
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,6 +68,21 @@ class Worths:
         """(C,) int64 what a common offset takes from each cluster."""
         common = np.full(len(self.group_bytes), offset, dtype=np.int64)
         return common if self.largest_offsets is None else np.minimum(common, self.largest_offsets)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the worths of one matrix lie, in 1/256 bit, and how many columns it has."""
+
+    lowest: int
+    highest: int
+    mean: float
+    columns: int
+
+    @classmethod
+    def of(cls, units: np.ndarray) -> Span:
+        """Of the worths (C, K) of all groups."""
+        return cls(int(units.min()), int(units.max()), float(units.mean()), units.shape[1])
 
 
 @dataclass(frozen=True)
@@ -198,10 +215,11 @@ def allocate_bit_depths(worths: Sequence[Worths], budget_bytes: int) -> BitAlloc
     as the budget allows, which closes the gap that rounding leaves.
     Raises RateError when even depth 0 or depth 8 everywhere misses the budget.
     """
-    units = [w.units() for w in worths]
-    planes = [w.group_bytes for w in worths]
-    bottom = max(int(u.max()) for u in units) - int(THRESHOLDS[0]) + 1  # all at depth 0
-    plane_total = sum(int(p.sum()) * u.shape[1] for p, u in zip(planes, units, strict=True))
+    spans = [Span.of(w.units()) for w in worths]  # units of all groups at once are large
+    bottom = max(span.highest for span in spans) - int(THRESHOLDS[0]) + 1  # all at depth 0
+    plane_total = sum(
+        int(w.group_bytes.sum()) * span.columns for w, span in zip(worths, spans, strict=True)
+    )
     if budget_bytes < 0:
         raise RateError(
             "the side information alone exceeds the rate that was asked for; ask for more"
@@ -209,21 +227,21 @@ def allocate_bit_depths(worths: Sequence[Worths], budget_bytes: int) -> BitAlloc
     if budget_bytes > MAX_DEPTH * plane_total:
         raise RateError("the rate that was asked for exceeds 8 bits in every group; ask for less")
 
-    def allocated(offset: int) -> list[np.ndarray]:
-        return [
-            depths_of(u - w.offsets(offset)[:, None]) for u, w in zip(units, worths, strict=True)
-        ]
+    def allocated(offset: int) -> Iterator[np.ndarray]:
+        return (depths_of(w.units() - w.offsets(offset)[:, None]) for w in worths)
 
     def size(offset: int) -> int:
-        return sum(code_bytes(d, p) for d, p in zip(allocated(offset), planes, strict=True))
+        found = zip(allocated(offset), worths, strict=True)
+        return sum(code_bytes(depths, w.group_bytes) for depths, w in found)
 
     if size(bottom) > budget_bytes:  # not even what the trust region asks for fits
         worths = [replace(w, largest_offsets=None) for w in worths]
-    offset, steps = _ascend(size, units, plane_total, budget_bytes)
-    depths = allocated(offset)
+    offset, steps = _ascend(size, spans, plane_total, budget_bytes)
+    depths = list(allocated(offset))
     offsets = [w.offsets(offset) for w in worths]
     spent = size(offset)
-    for depth, unit, plane, own in zip(depths, units, planes, offsets, strict=True):
+    for depth, w, own in zip(depths, worths, offsets, strict=True):
+        unit, plane = w.units(), w.group_bytes
         for cluster in range(len(unit)):
             raised = depths_of(unit[cluster] - (own[cluster] - 1))
             step = int(raised.sum(dtype=np.int64) - depth[cluster].sum(dtype=np.int64))
@@ -236,7 +254,7 @@ def allocate_bit_depths(worths: Sequence[Worths], budget_bytes: int) -> BitAlloc
 
 def _ascend(
     size: Callable[[int], int],
-    units: Sequence[np.ndarray],
+    spans: Sequence[Span],
     plane_total: int,
     budget_bytes: int,
 ) -> tuple[int, int]:
@@ -246,10 +264,10 @@ def _ascend(
     v, so the ascent stays inside the bracket of offsets known to overspend and to fit, halving it
     when a step would leave or when the staircase is so flat that steps are too short.
     """
-    low = min(int(u.min()) for u in units) - int(THRESHOLDS[-1]) - 1  # one below: all at depth 8
-    high = max(int(u.max()) for u in units) - int(THRESHOLDS[0]) + 1  # all at depth 0
+    low = min(s.lowest for s in spans) - int(THRESHOLDS[-1]) - 1  # one below: all at depth 8
+    high = max(s.highest for s in spans) - int(THRESHOLDS[0]) + 1  # all at depth 0
     target = budget_bytes / plane_total  # mean depth
-    value = float(np.mean([u.mean() for u in units]) - target * UNITS_PER_BIT)
+    value = float(np.mean([s.mean for s in spans]) - target * UNITS_PER_BIT)
     steps = 0
     while high - low > 1:
         if steps >= ASCENT_STEPS or not low < round(value) < high:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.journal import Journal
-from cvxq_converter.measure.seeds import generator_of
+from cvxq_converter.measure.seeds import draw_one, generator_of
 from cvxq_converter.options import Calibration
 from cvxq_converter.stages import Done
 
@@ -250,7 +250,7 @@ def sample_copy(
         for position in range(1, length):
             logits = torch.as_tensor(decoder.feed([previous])).float()
             ends = previous in specials.ends and previous != specials.start
-            drawn = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+            drawn = int(draw_one(logits.softmax(-1)[None], generator))
             sequence[position] = previous = start() if ends else drawn
         return sequence
 
@@ -286,9 +286,9 @@ def _sample_batch(
         output = network(input_ids=previous[:, None], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         share = torch.softmax(output.logits[:, -1], dim=-1, dtype=torch.float32)
-        if not torch.isfinite(share).all():
+        if not torch.isfinite(share[:, 0]).all():  # of a row all are finite, or none
             raise ConversionError("logits are not finite; use --dtype bfloat16 or float32")
-        drawn = torch.multinomial(share, 1, generator=generator)[:, 0]
+        drawn = draw_one(share, generator)
         # An EOS that is also the start token has begun the next document already.
         restart = torch.isin(previous, ends) & (previous != specials.start)
         tokens[:, position] = torch.where(restart, starts(), drawn)

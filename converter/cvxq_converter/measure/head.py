@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.measure.seeds import draw_one
 from cvxq_converter.source.blocks import Streamed
 
 _PROBABILITIES = 1 << 18  # logits turned into float32 probabilities at once
@@ -89,9 +90,9 @@ def output_gradient(
     targets = []
     for start in range(0, len(rows), step):
         share = torch.softmax(rows[start : start + step], dim=-1, dtype=torch.float32)
-        if not torch.isfinite(share).all():
+        if not torch.isfinite(share[:, 0]).all():  # of a row all are finite, or none
             raise ConversionError("logits are not finite; use --dtype bfloat16 or float32")
-        target = torch.multinomial(share, 1, generator=generator)
+        target = draw_one(share, generator)[:, None]
         sign = torch.empty_like(target, dtype=torch.float32)
         sign.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
         share.neg_().scatter_add_(1, target, torch.ones_like(sign)).mul_(sign)
