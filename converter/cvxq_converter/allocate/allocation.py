@@ -235,7 +235,7 @@ def allocate_bit_depths(worths: Sequence[Worths], budget_bytes: int) -> BitAlloc
         return sum(code_bytes(depths, w.group_bytes) for depths, w in found)
 
     if size(bottom) > budget_bytes:  # not even what the trust region asks for fits
-        worths = [replace(w, largest_offsets=None) for w in worths]
+        worths = _relaxed(worths, bottom, budget_bytes)
     offset, steps = _ascend(size, spans, plane_total, budget_bytes)
     depths = list(allocated(offset))
     offsets = [w.offsets(offset) for w in worths]
@@ -250,6 +250,27 @@ def allocate_bit_depths(worths: Sequence[Worths], budget_bytes: int) -> BitAlloc
                 depth[cluster] = raised
                 own[cluster] -= 1
     return BitAllocation(depths, offsets, spent, offset / UNITS_PER_BIT, steps)
+
+
+def _relaxed(worths: Sequence[Worths], bottom: int, budget_bytes: int) -> list[Worths]:
+    """Let the dual variable take as much more from all clusters as the budget needs, and no more.
+
+    Clusters that have to keep the most bits then still do. bottom: an offset that leaves none.
+    """
+
+    def size(slack: int) -> int:
+        limits = (w.offsets(bottom) + slack for w in worths)
+        found = ((w, w.units() - limit[:, None]) for w, limit in zip(worths, limits, strict=True))
+        return sum(code_bytes(depths_of(units), w.group_bytes) for w, units in found)
+
+    low, high = 0, bottom - min(int(w.offsets(bottom).min()) for w in worths)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) > budget_bytes else (low, middle)
+    return [
+        w if w.largest_offsets is None else replace(w, largest_offsets=w.largest_offsets + high)
+        for w in worths
+    ]
 
 
 def _ascend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from cvxq_converter.allocate.allocation import (
     free_worths,
     group_bytes,
     separable_worths,
+    trusted_offsets,
 )
 from cvxq_converter.allocate.sizes import allocate_for_rate
 from cvxq_converter.errors import RateError
@@ -234,3 +236,23 @@ def test_the_ends_of_the_range_are_exact(mean_depth: int) -> None:
     worths = random_worths(7)
     found = allocate_bit_depths(worths, mean_depth * plane_total(worths))
     assert all((d == mean_depth).all() for d in found.depths)
+
+
+def test_a_bound_that_cannot_be_kept_is_relaxed_for_all_alike() -> None:
+    """Rows that nothing is felt through lose bits with the others, not before them."""
+    rows, columns = np.array([64, 64, 64]), 32
+    worth = np.zeros((3, columns)) + np.array([[8.0], [0.0], [-20.0]])
+    free = free_worths(worth, rows)
+    limits = trusted_offsets(free, np.ones((3, columns)), 1 / 20)
+    bounded = replace(free, largest_offsets=limits)
+    planes = int(free.group_bytes.sum()) * columns
+    kept = depths_of(free.units() - limits[:, None])
+    assert (kept == 3).all()  # what the bound asks for
+    for bits in (2, 1):
+        depths = allocate_bit_depths([bounded], bits * planes).depths[0]
+        assert (depths == bits).all()
+    enough = allocate_bit_depths([bounded], 4 * planes).depths[0]
+    assert (enough[2] == 3).all()
+    assert enough.mean() == 4
+    without = allocate_bit_depths([free], 2 * planes).depths[0]
+    assert (without[2] == 0).all()
