@@ -71,8 +71,10 @@ def fetch(wanted: HubFile) -> Path:
 def find(wanted: HubFile) -> Path | None:
     """Return what `fetch` does, or None for a repository without `.cvxq` files.
 
-    Raises HubError also where there are several, none of them model.cvxq.
+    Raises HubError also where there are several, none of them model.cvxq, and NotCvxqError or
+    UnsupportedError for a file that is something else.
     """
+    from cvxq_format import FormatError
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
@@ -83,7 +85,7 @@ def find(wanted: HubFile) -> Path | None:
                 raise
             name = _only(wanted, _names(wanted, error))
             return None if name is None else _download(wanted, name)
-    except HubError:
+    except (HubError, FormatError):
         raise
     except Exception as error:  # the hub client raises many types, all meaning "not to be had"
         raise HubError(f"{wanted}: {reason(error)}") from error
@@ -230,6 +232,8 @@ def reason(error: Exception) -> str:
         )
     if status is not None:
         return f"the hub answers with HTTP {status}; try again later"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        return _one_line(error)  # of this machine, such as a disk that is full
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE forbids to reach the hub; unset that"
     return f"the hub is out of reach and has left no copy here: {_one_line(error)}"

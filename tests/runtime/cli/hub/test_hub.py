@@ -154,6 +154,7 @@ def test_what_the_hub_does_not_have_is_one_line(
         ("someone/other", "the hub has no such model, or it is private"),
         ("hf://someone/many@v2", "no such revision"),
         ("hf://someone/many/c.cvxq", "no such file; check the spelling"),
+        ("hf://someone/none/config.json", "a .cvxq file starts with"),
         ("folder/missing.cvxq", "does not exist"),
     ):
         done = run("verify", name)
