@@ -84,7 +84,7 @@ def shell_words(line: str) -> list[str]:
     without_descriptors = re.sub(r"\s[0-9](?=[<>])", " ", line)  # the 2 of `2>log`
     lexer = shlex.shlex(without_descriptors, posix=True, punctuation_chars="|<>;&")
     lexer.commenters = "#"
-    lexer.wordchars += ":@"  # as in hf://user/repo@revision
+    lexer.whitespace_split = True
     for word in lexer:
         if set(word) <= set("|<>;&"):
             break

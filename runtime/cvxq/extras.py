@@ -16,6 +16,7 @@ from cvxq.errors import MissingExtraError
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "convert": ("torch", "transformers", "gguf", "sentencepiece"),
     "cuda": ("torch",),  # there are platforms without Triton, and expanded matrices do without
+    "eval": ("lm_eval",),
     "plot": ("matplotlib",),
     "serve": (
         "starlette",

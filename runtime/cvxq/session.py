@@ -88,6 +88,12 @@ class Session(ABC):
             )
         return self._read(ids)
 
+    def feed_each(self, ids: Sequence[int]) -> Logits:
+        """Read `ids` (at least one) as `feed` does; return logits (n, V) after each of them."""
+        if self.room is not None and len(ids) > self.room:
+            raise ContextError(f"the model's context of {self.context_length} tokens is full")
+        return self._read_each(ids)
+
     def score(self, ids: Sequence[int]) -> Iterator[Logits]:
         """Read the text `ids` anew; yield the logits (n, V) after each token, piece by piece."""
         self.rewind(0)

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("cvxq.cli.chat", "Talk with the model, turn by turn."),
     "serve": ("cvxq.cli.serve", "Answer the OpenAI API, and show a page to chat with."),
     "perplexity": ("cvxq.cli.perplexity", "Measure perplexity, and KL to the original."),
+    "evaluate": ("cvxq.cli.evaluate", "Score benchmarks by lm-evaluation-harness."),
     "inspect": ("cvxq.cli.inspect", "Show where every byte went, depths and provenance."),
     "verify": ("cvxq.cli.verify", "Check every checksum and invariant of a file."),
     "export": ("cvxq.cli.export", "Write the folder that transformers loads."),

@@ -1,0 +1,154 @@
+"""A model of ours as lm-evaluation-harness sees one; imported only where that is installed.
+
+Choices of one question share its text, which is read once; each choice is read in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from cvxq.errors import ArgumentError
+from cvxq.model import Model
+from cvxq.progress import Progress
+from cvxq.sample import SamplingSettings
+from cvxq.session import Logits
+
+_LONGEST = 2048  # tokens of a window, where the model states no context
+_ANSWER_TOKENS = 256  # of an answer, where a task does not say
+
+Scored = tuple[float, bool]  # log-likelihood in nats, and whether each token was the likeliest
+Request = tuple[Any, list[int], list[int]]  # the texts, and tokens: given, and to be scored
+
+
+class HarnessModel(TemplateLM):
+    """A loaded model, packed weights and all."""
+
+    def __init__(self, model: Model, progress: Progress | None = None) -> None:
+        """Let `progress` hear of requests that are done."""
+        super().__init__()
+        self.model = model
+        self.max_length = model.context_length or _LONGEST
+        self._session = model.session()
+        start = model.tokenizer.bos_token_id
+        self._start = "" if start is None else model.tokenizer.decode([start])
+        self._progress = progress or (lambda stage, done, total: None)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token between texts."""
+        end = self.model.tokenizer.eos_token_id
+        return min(self.model.end_ids) if end is None else end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that nothing else stands before."""
+        start = self.model.tokenizer.bos_token_id
+        return self.eot_token_id if start is None else start
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Return the tokens of a text, as the tokenizer does by default if not told otherwise.
+
+        A text that begins with the token that begins texts gets no second one.
+        """
+        if add_special_tokens is None and self._start and string.startswith(self._start):
+            add_special_tokens = False
+        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids: list[int] = self.model.tokenizer(string, verbose=False, **chosen)["input_ids"]
+        return ids
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[Scored]:
+        found: list[Scored] = [(0.0, True)] * len(requests)
+        order = sorted(range(len(requests)), key=lambda index: requests[index][1:])
+        for done, index in enumerate(order):
+            _, given, scored = requests[index]
+            found[index] = self._score(given, scored)
+            self._progress("score", done + 1, len(order))
+        return found
+
+    def _score(self, given: list[int], scored: list[int]) -> Scored:
+        """Read `given`, of which as much as fits, unless it has been read, and score the rest."""
+        room = self.max_length - len(scored) + 1  # the last token is not read
+        if room < 1:
+            raise ArgumentError(
+                f"{len(scored)} tokens are to be scored, in a context of {self.max_length}"
+            )
+        logits = self._session.resume(given[-room:])[None]
+        if len(scored) > 1:
+            logits = np.concatenate([logits, self._session.feed_each(scored[:-1])])
+        return _scored(logits, np.array(scored))
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-likelihood of each whole text, window by window."""
+        windows: list[Request] = []
+        ends = [0]
+        for request in requests:
+            rolling = get_rolling_token_windows(
+                self.tok_encode(request.args[0], add_special_tokens=False),
+                self.prefix_token_id,
+                self.max_length - 1,
+                1,
+            )
+            windows += [(None, *make_disjoint_window(window)) for window in rolling]
+            ends.append(len(windows))
+        scored = self._loglikelihood_tokens(windows)
+        return [sum(value for value, _ in scored[a:b]) for a, b in pairwise(ends)]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return the answer to each request, until one of its stop texts."""
+        answers = []
+        for done, request in enumerate(requests):
+            prompt, options = request.args
+            answers.append(self._answer(prompt, options))
+            self._progress("generate", done + 1, len(requests))
+        return answers
+
+    def _answer(self, prompt: str, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        most = int(options.get("max_gen_toks", options.get("max_tokens", _ANSWER_TOKENS)))
+        settings = SamplingSettings(
+            temperature=float(options.get("temperature", 0)) if options.get("do_sample") else 0,
+            top_p=float(options.get("top_p") or 1),
+            max_tokens=most,
+            stop=(until,) if isinstance(until, str) else tuple(until),
+        )
+        ids = self.model.encode(prompt)[-max(1, self.max_length - most) :]
+        return self.model.generate(ids, settings, session=self._session).text
+
+
+def _scored(logits: Logits, tokens: np.ndarray[Any, Any]) -> Scored:
+    """Score tokens (n,) by the logits (n, V) before each."""
+    values = logits.astype(np.float64)
+    values -= values.max(-1, keepdims=True)
+    values -= np.log(np.exp(values).sum(-1, keepdims=True))
+    chosen = values[np.arange(len(tokens)), tokens]
+    return float(chosen.sum()), bool((values.argmax(-1) == tokens).all())
+
+
+def evaluate(
+    model: HarnessModel, tasks: Sequence[Any], limit: int | None, shots: int | None
+) -> dict[str, Any]:
+    """Return what the harness finds on tasks, by their names or configurations.
+
+    limit: documents of each; shots: solved examples before each, the task's own if None.
+    Raises ArgumentError for a task that the harness cannot make.
+    """
+    import lm_eval
+
+    try:
+        results = lm_eval.simple_evaluate(
+            model=model, tasks=list(tasks), limit=limit, num_fewshot=shots, log_samples=True
+        )
+    except (KeyError, ValueError, OSError) as error:
+        raise ArgumentError(f"lm-evaluation-harness: {error}") from error
+    assert results is not None  # of the first process, which this is
+    return dict(results)
