@@ -52,7 +52,9 @@ def offered_tools(body: ChatRequest) -> list[dict[str, Any]]:
                 param="tool_choice",
             )
     if choice == "required" and not tools:
-        raise ApiError(400, "tool_choice is required; give tools", param="tool_choice")
+        raise ApiError(
+            400, "tool_choice is required, but there are no tools; give one", param="tool_choice"
+        )
     return [] if choice == "none" else tools
 
 
