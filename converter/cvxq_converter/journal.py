@@ -5,45 +5,31 @@ name that it gets then holds the checksum of its bytes: what is there and agrees
 whatever else is there is computed again. So a job needs to know nothing of interruptions. It asks
 for its steps; those that are there cost nothing, and ask for no other.
 
-A file holds a pickled result, arrays and tensors beside it, where they are mapped from: they need
-no memory of their own. Only records of this package are taken from it, never other code.
+Results are mapped from their files (`result_file`), so that they need no memory of their own.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import json
 import os
-import pickle
 import shutil
-import struct
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
-from mmap import ACCESS_COPY, mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
-
-import torch
-from torch import Tensor
+from typing import Any, TypeVar
 
 from cvxq_converter.errors import ConversionError, CutShortError
 from cvxq_converter.ranks import ALONE, Ranks
+from cvxq_converter.result_file import dump, load
 from cvxq_converter.stages import Done
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer as Buffer
 
 SHORTEST = 0.05  # seconds of a step that is worth a file
 _JOB = "job.json"  # what the steps are of
 _UNFINISHED = ".part"
 _DIGEST = 64  # characters, which say nothing to people
-_LINE = 64  # bytes to which arrays are aligned
-_PIECE = 1 << 20
 Result = TypeVar("Result")
 
 
@@ -212,7 +198,7 @@ class Journal:
         unfinished = self.folder / f"{name}.{os.getpid()}{_UNFINISHED}"
         try:
             with unfinished.open("wb") as file:
-                checksum = _dump(self._results[name], file)
+                checksum = dump(self._results[name], file)
                 file.flush()
                 os.fsync(file.fileno())
             self._files[name] = unfinished.rename(self.folder / f"{name}.{checksum:08x}")
@@ -229,7 +215,7 @@ class Journal:
     def _read(self, name: str) -> None:
         path = self._files[name]
         try:
-            self._results[name] = _load(path)
+            self._results[name] = load(path)
         except Exception:  # whatever a damaged file makes of being read
             self._forget(name)
 
@@ -339,66 +325,3 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value) if isinstance(value, dict) else {name: value}
     return flat
-
-
-# --- results ↔ bytes ----------------------------------------------------------------------------
-
-
-class _Pickler(pickle.Pickler):
-    """Takes tensors, as bytes beside the pickle; arrays lie there anyway."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return NotImplemented
-        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        dtype = str(value.dtype).removeprefix("torch.")
-        return _tensor, (flat, dtype, tuple(value.shape), value.device.type)
-
-
-def _tensor(flat: Any, dtype: str, shape: tuple[int, ...], device: str) -> Tensor:
-    return torch.from_numpy(flat).view(getattr(torch, dtype)).view(shape).to(device)
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
-        is_ours = module.startswith(("cvxq_converter.", "cvxq_format.")) and is_dataclass(found)
-        arrays = ("dtype", "ndarray", "scalar", "_frombuffer", "_reconstruct")
-        is_array = module.partition(".")[0] == "numpy" and name in arrays
-        if is_ours or is_array or found is _tensor:
-            return found
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _dump(result: object, file: BinaryIO) -> int:
-    """Write a result; returns the checksum of what was written."""
-    stream, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
-    _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(result)
-    raw = [buffer.raw() for buffer in buffers]
-    sizes = [stream.tell(), *(len(part) for part in raw)]
-    head = struct.pack(f"<{len(sizes) + 1}Q", len(sizes), *sizes)
-    parts: list[Buffer] = [head, stream.getbuffer(), *raw]
-    checksum, place = 0, 0
-    for part in parts:
-        for piece in (bytes(-place % _LINE), part):
-            checksum = zlib.crc32(piece, checksum)
-            place += file.write(piece)
-    return checksum
-
-
-def _load(path: Path) -> Any:
-    """Read a result, its arrays mapped; whoever writes to one does so in memory of his own."""
-    with path.open("rb") as file:
-        content = memoryview(mmap(file.fileno(), 0, access=ACCESS_COPY))
-    checksum = 0
-    for start in range(0, len(content), _PIECE):
-        checksum = zlib.crc32(content[start : start + _PIECE], checksum)
-    if path.suffix != f".{checksum:08x}":
-        raise ValueError("damaged")
-    (count,) = struct.unpack_from("<Q", content)
-    place, parts = 8 * (count + 1), []
-    for size in struct.unpack_from(f"<{count}Q", content, 8):
-        place += -place % _LINE
-        parts.append(content[place : place + size])
-        place += size
-    return _Unpickler(io.BytesIO(parts[0]), buffers=parts[1:]).load()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cvxq_converter import beginning
+from cvxq_converter import beginning, result_file
 from cvxq_converter import journal as module
 from cvxq_converter.errors import ConversionError, CutShortError
 from cvxq_converter.job import convert, measure_model
@@ -127,10 +127,10 @@ class _Evil:
 @pytest.mark.usefixtures("keeps_everything")
 def test_nothing_but_arrays_and_records_is_taken_from_a_file(tmp_path: Path) -> None:
     with (tmp_path / "a").open("wb") as file:
-        checksum = module._dump(_Evil(), file)
+        checksum = result_file.dump(_Evil(), file)
     path = (tmp_path / "a").rename(tmp_path / f"a.{checksum:08x}")
     with pytest.raises(pickle.UnpicklingError, match="system"):
-        module._load(path)
+        result_file.load(path)
     assert Journal(tmp_path).step("a", lambda: "again") == "again"
 
 
