@@ -442,11 +442,15 @@ def calibrate(
     if calibration.source != "self":
         return make_sequences(loaded.hollow, tokenizer, calibration, done)
 
+    journal = journal or Journal()
+    batches = journal.own().within("batches")
+
     def sample() -> torch.Tensor:
         with loaded.whole() as network:
-            return make_sequences(network, tokenizer, calibration, done)
+            return make_sequences(network, tokenizer, calibration, done, batches)
 
     sequences = journal.step("sequences", sample)
+    batches.keep_only(None)
     give_freed_memory_back()
     return sequences
 

@@ -134,11 +134,12 @@ class Journal:
             self._forget(self._prefix + name)
         self._waiting[:] = [name for name in self._waiting if name in self._results]
 
-    def keep_only(self, prefix: str) -> None:
-        """Give up all steps, but for those within a prefix."""
+    def keep_only(self, prefix: str | None) -> None:
+        """Give up all steps, but for those within a prefix if one is given."""
         for name in {*self._results, *self._files}:
-            if name.startswith(self._prefix) and not name.startswith(f"{self._prefix}{prefix}."):
-                self.drop(name.removeprefix(self._prefix))
+            own = name.removeprefix(self._prefix) if name.startswith(self._prefix) else None
+            if own is not None and (prefix is None or not own.startswith(f"{prefix}.")):
+                self.drop(own)
 
     def kept(self) -> list[str]:
         """The names of all steps that lie in files."""

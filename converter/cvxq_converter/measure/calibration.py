@@ -36,6 +36,7 @@ def make_sequences(
     tokenizer: Any | None,
     calibration: Calibration,
     progress: Done | None = None,
+    journal: Journal | None = None,
 ) -> Tensor:
     """Return calibration tokens (S, L) int64; (0, L) for "none". See `sample_copy` for "copy".
 
@@ -54,7 +55,8 @@ def make_sequences(
     if source == "none":
         return torch.empty(0, length, dtype=torch.int64)
     if source == "self":
-        return _sample(network, tokenizer, count, length, calibration.seed, progress)
+        seed, steps = calibration.seed, journal or Journal()
+        return _sample(network, tokenizer, count, length, seed, progress, steps)
     if tokenizer is None:
         raise ConversionError(f"{source}: the model has no tokenizer; use --calibration self")
     tokens = _tokenize(network, tokenizer, read_documents(source))
@@ -198,6 +200,7 @@ def _sample(
     length: int,
     seed: int,
     progress: Done | None,
+    journal: Journal,
 ) -> Tensor:
     parameter = next(network.parameters())
     specials = _special_tokens(network, tokenizer)
@@ -211,7 +214,13 @@ def _sample(
             if progress is not None:
                 progress(first * length + count * position, sequences * length)
 
-        parts.append(_sample_batch(network, specials, count, length, generator, report).cpu())
+        def draw(count: int = count, report: Callable[[int], None] = report) -> tuple[Tensor, ...]:
+            tokens = _sample_batch(network, specials, count, length, generator, report)
+            return tokens.cpu(), generator.get_state()
+
+        tokens, state = journal.step(f"sampled.{first}", draw)
+        generator.set_state(state)
+        parts.append(tokens)
     return torch.cat(parts)
 
 

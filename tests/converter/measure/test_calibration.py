@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.journal import Journal
 from cvxq_converter.measure.calibration import make_sequences
 from cvxq_converter.options import Calibration
 from cvxq_format.model_config import context_length
@@ -27,6 +28,28 @@ class Bytes:
 
 def sample(network: Any, **options: Any) -> torch.Tensor:
     return make_sequences(network, None, Calibration(**options))
+
+
+def test_sampling_goes_on_after_the_batches_that_are_there(
+    build_network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cvxq_converter.measure.calibration.sampling_batch", lambda *_: 2)
+    monkeypatch.setattr("cvxq_converter.journal.SHORTEST", 0.0)
+    network, wanted = build_network("llama"), Calibration(sequences=5, length=6)
+    expected = make_sequences(network, None, wanted)
+
+    def stop(done: int, _: int) -> None:
+        if done > 2 * 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_sequences(network, None, wanted, stop, Journal(tmp_path))
+    assert Journal(tmp_path).kept() == ["sampled.0"]
+    begun: list[int] = []
+    note = lambda done, _: begun.append(done)  # noqa: E731
+    found = make_sequences(network, None, wanted, note, Journal(tmp_path))
+    assert torch.equal(found, expected)
+    assert min(begun) > 2 * 6
 
 
 def test_samples_have_the_shape_asked_for_capped_by_the_context(build_network: Any) -> None:
