@@ -147,7 +147,8 @@ def _found(steps: list[str], loaded: LoadedModel) -> str:
     forward, back = places.count("forward"), places.count("sums")
     measured = (blocks + back if back else forward) / (2 * blocks + 2)
     share = 1.0 if "measure.statistics" in steps else measured
-    quantized = sum(name.startswith("codes.") or ".codes." in name for name in steps)
+    sizes = re.findall(r"^(?:.*\.)?codes\.(\d+)\.", "\n".join(steps), re.MULTILINE)
+    quantized = sum(map(int, sizes))
     found = ["calibrated"] if "sequences" in steps else []
     found += [f"measured {share:.0%}"] if share else []
     return ", ".join([*found, f"{quantized} of {matrices} matrices quantized"])

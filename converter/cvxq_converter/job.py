@@ -442,7 +442,6 @@ def calibrate(
     if calibration.source != "self":
         return make_sequences(loaded.hollow, tokenizer, calibration, done)
 
-    journal = journal or Journal()
     batches = journal.own().within("batches")
 
     def sample() -> torch.Tensor:

@@ -9,12 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cvxq_converter.job import convert
 from cvxq_converter.measure.sums import laps, shards_of
+from cvxq_converter.options import ConversionOptions
 from cvxq_converter.ranks import ALONE, Ranks
 
 Save = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = ("--bits", "4", "--group-size", "16", "--sequences", "12", "--length", "16")
 
 
@@ -23,6 +28,12 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
         *(sys.executable, "-m", "cvxq.cli", "convert", str(folder), "-o", str(output)),
         *(*OPTIONS, "--threads", "1", *more),
     ]
+
+
+def options(**choices: Any) -> ConversionOptions:
+    """The same as those of the command."""
+    given = {"bits": 4.0, "group_size": 16, "sequences": 12, "length": 16}
+    return ConversionOptions.of(**{**given, **choices})
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -58,7 +69,8 @@ def test_laps_deal_every_shard_to_one_rank(world: int, count: int) -> None:
 
 def test_two_and_four_ranks_write_what_one_does(save_network: Save, tmp_path: Path) -> None:
     folder = save_network("llama-tied")
-    for ranks in ("1", "2", "4"):
+    convert(str(folder), tmp_path / "1.cvxq", options())
+    for ranks in ("2", "4"):
         done = run(command(folder, tmp_path / f"{ranks}.cvxq", "--ranks", ranks))
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
@@ -108,11 +120,11 @@ def test_a_rank_that_dies_ends_the_job_and_the_journal_serves_the_next_try(
     assert last == "cvxq: rank 1 was killed (SIGKILL)"
     assert "the same command goes on" in kept
     assert not output.exists()
-    again = run(arguments)
-    assert "goes on from" in again.stderr
-    anew = run([*arguments[:5], "-o", str(tmp_path / "b.cvxq"), *arguments[7:]])
-    assert anew.returncode == again.returncode == 0
-    assert (tmp_path / "b.cvxq").read_bytes() == output.read_bytes()
+    lines: list[str] = []
+    convert(str(folder), output, options(sequences=128), announce=lines.append)
+    assert "goes on from" in lines[-1]
+    convert(str(folder), tmp_path / "anew.cvxq", options(sequences=128))
+    assert output.read_bytes() == (tmp_path / "anew.cvxq").read_bytes()
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def encode_matrices(
 
     batches = _side_by_side(plans, factor_of)
     found = journal.each(
-        [f"codes.{plans[batch[0]].matrix.name}" for batch in batches],
+        [f"codes.{len(batch)}.{plans[batch[0]].matrix.name}" for batch in batches],
         [partial(encode, batch) for batch in batches],
         lambda done, count: progress(total - len(plans) + len(plans) * done // count, total),
     )

@@ -198,6 +198,6 @@ def quantize_network_rtn(
 
     with stages.stage(stage) as done:
         ways = [partial(encode, matrix) for matrix in loaded.matrices]
-        steps = journal.each([f"codes.{m.name}" for m in loaded.matrices], ways, done)
+        steps = journal.each([f"codes.1.{m.name}" for m in loaded.matrices], ways, done)
         tensors = {m.name: made for m, made in zip(loaded.matrices, steps, strict=True)}
     return Quantized(tensors, codebook)
