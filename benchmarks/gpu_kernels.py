@@ -108,8 +108,8 @@ def try_plans(cell: Cell, device: torch.device) -> None:
     packed = random_packed(small.outputs, small.inputs, depths, device)
     weight = GpuWeight.from_packed(packed, device)
     x = torch.zeros(cell.batch, small.inputs, dtype=torch.float16, device=device)
-    plans = candidates(bucket(cell.batch), 1, 8, weight.processors)
-    for plan in {replace(plan, splits=2) for plan in plans}:
+    plans = candidates(bucket(cell.batch), weight.processors)
+    for plan in plans:
         weight.matmul(x, plan=plan)
 
 
@@ -164,7 +164,7 @@ def row(cell: Cell, bandwidth: float, empty: float, peers: Peers) -> str:
     return (
         f"| {cell.inputs}×{cell.outputs} | {label} | {cell.batch} | {size:.1f} "
         f"| {1e6 * seconds:.1f} | {1e6 * (seconds - empty):.1f} | {rate / 1e9:.0f} | {share} "
-        f"| {ratios} | {plan.kind} {plan.splits}/{plan.unroll}/{plan.tile_batch} | {error:.1e} |"
+        f"| {ratios} | {plan.kind} {plan.programs}/{plan.unroll}/{plan.tile_batch} | {error:.1e} |"
     )
 
 

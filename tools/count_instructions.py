@@ -41,9 +41,9 @@ TILE_BATCH = 16
 
 # Types of the kernels' parameters: one name, one type, in all of them.
 POINTERS = {
-    "i32": "words tiles runs chunks order level_words half_words row_of arrived slot_tiles places "
-    "place_of_row first_tiles tile_of first_rows",
-    "i64": "acts8 acts32 scale_words ids group_starts planes",
+    "i32": "items words tiles runs chunks order level_words half_words row_of arrived slot_tiles "
+    "places place_of_row first_tiles tile_of first_rows",
+    "i64": "acts8 acts32 scale_words mean_words ids group_starts planes",
     "u8": "scale_codes codes",
     "i8": "mean_codes",
     "fp16": "halves x out bias",
@@ -86,11 +86,17 @@ class Variant:
     stages: int = 1
 
 
-def matvec_variant(depths: int, rows: int, batch: int = 1, wide: bool = False) -> Variant:
-    """The matvec for the depths whose bits are set; wide: with activations of 16 bits."""
+def matvec_variant(
+    depths: int, rows: int, batch: int = 1, wide: bool = False, overlap: bool = False
+) -> Variant:
+    """The matvec for the depths whose bits are set.
+
+    wide: with activations of 16 bits; overlap: launched before the kernel before ends.
+    """
     constants = {
         "M": batch, "ROWS": rows, "DEPTHS": depths, "SPLIT": True, "HAS_MEANS": False,
         "HAS_BIAS": False, "UNROLL": UNROLLS[batch == 1], "WIDE": wide, "PTX": True,
+        "OVERLAP": overlap,
     }  # fmt: skip
     return Variant(matvec_kernel, constants)
 
@@ -124,6 +130,11 @@ def full_variants(rows: int) -> dict[str, Variant]:
 
 def compile_for(variant: Variant, arch: int) -> Any:
     """Compile for compute capability `arch` (90 for 9.0), no device needed."""
+    return compile_target(variant, GPUTarget("cuda", arch, 32))
+
+
+def compile_target(variant: Variant, target: GPUTarget) -> Any:
+    """Compile for any GPU that the installed Triton knows, no device needed."""
     names = variant.kernel.arg_names
     signature = {
         name: "constexpr" if name in variant.constants else TYPES.get(name, "i32") for name in names
@@ -134,7 +145,7 @@ def compile_for(variant: Variant, arch: int) -> Any:
         variant.kernel, signature, variant.constants, {(names.index(n),): hint for n in aligned}
     )
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=target, options=options)
 
 
 def run_tool(name: str, cubin: bytes, *flags: str) -> str:
@@ -191,7 +202,7 @@ def measure(kernel: str, depth: int, arch: int, rows: int) -> Count:
     variant = (
         gemm_variant(1 << depth, rows)
         if kernel == "gemm"
-        else matvec_variant(1 << depth, rows, wide=kernel == "matvec16")
+        else matvec_variant(1 << depth, rows, wide=kernel == "matvec16", overlap=arch >= 90)
     )
     compiled = compile_for(variant, arch)
     cubin = compiled.asm["cubin"]

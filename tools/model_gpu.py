@@ -26,8 +26,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from cvxq_kernels.gpu.layout import CHUNK, LOW_DEPTH, MAX_DEPTH
-from cvxq_kernels.gpu.plan import PROGRAMS_PER_PROCESSOR, split_for
+import torch
+from cvxq_kernels.gpu.layout import CHUNK, CLUSTER, LOW_DEPTH, MAX_DEPTH, TILE_FIELDS
+from cvxq_kernels.gpu.plan import PROGRAMS_PER_PROCESSOR
+from cvxq_kernels.gpu.shares import ITEM_PARTS, MATVEC_COSTS, counts_of, share_out
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from gpu_weights import GROUP_SIZE, mixed_depths
@@ -49,10 +51,10 @@ ISSUED = 4  # instructions of a warp that a processor issues per clock
 
 # Instructions of a lane per chunk of depths 1 … 8 in tiles of 64 rows, prologue included.
 INSTRUCTIONS = {
-    80: (93.4, 92.4, 99.4, 130.4, 487.0, 483.0, 523.0, 391.0),
-    86: (93.3, 92.3, 99.3, 130.3, 486.8, 482.8, 522.8, 390.8),
-    89: (93.3, 92.3, 99.3, 130.3, 486.9, 482.9, 522.9, 390.9),
-    90: (93.4, 92.4, 99.4, 137.2, 486.6, 482.6, 522.6, 390.8),
+    80: (91.3, 94.4, 101.4, 134.8, 499.2, 495.6, 539.5, 415.6),
+    86: (91.3, 93.8, 100.3, 131.8, 504.8, 500.8, 544.8, 414.8),
+    89: (91.3, 93.3, 100.3, 132.2, 503.0, 499.0, 543.0, 411.0),
+    90: (91.1, 95.5, 102.0, 134.6, 498.6, 494.9, 536.9, 414.6),
 }
 
 
@@ -85,8 +87,9 @@ class Kernel:
     low_turn, high_turn: chunks per turn of the loops over depths 1–4 and 5–8. is_near: their words
     are in L2 before a turn asks. cold_before, warm_before, warm_after: accesses outside the loops
     that each wait for the one before; sums_per_access: partial sums read at once at the end.
-    is_overlapped: launched before the kernel before ends. small: kernels between the matrices of a
-    layer, attention not counted; small_overlapped: and whether those are launched so.
+    overlapped_from: first architecture on which kernels are launched before the one before ends;
+    that much less of the accesses before then shows. small: kernels between the matrices of a
+    layer, attention not counted.
     """
 
     low_turn: float
@@ -96,16 +99,26 @@ class Kernel:
     warm_before: int
     warm_after: int
     sums_per_access: int
-    is_overlapped: bool
+    overlapped_from: int
     small: int
-    small_overlapped: bool
+
+    def gap(self, device: Device) -> float:
+        """µs between two kernels."""
+        return OVERLAPPED_GAP_US if device.arch >= self.overlapped_from else GAP_US
+
+    def before(self, device: Device) -> float:
+        """µs from a matvec's start until its loops begin."""
+        if device.arch >= self.overlapped_from:  # item and requests were overlapped
+            return (self.cold_before - 1 + self.warm_before) * WARM_US
+        first_words = WORDS_US if self.is_near else 0.0
+        return first_words + self.cold_before * COLD_US + self.warm_before * WARM_US
 
 
-# Before: tile, runs, entries, columns; inputs, scratch. After: sums, counter. Between matrices:
-# rotation, joining, activation and two norms.
+# Before: item, entries; columns, inputs, scratch. After: sums, counter. Between matrices: rotation,
+# joining, activation and two norms.
 KERNEL = Kernel(
-    low_turn=2, high_turn=0.5, is_near=False, cold_before=4, warm_before=2, warm_after=2,
-    sums_per_access=4, is_overlapped=False, small=5, small_overlapped=False,
+    low_turn=2, high_turn=0.5, is_near=True, cold_before=2, warm_before=3, warm_after=2,
+    sums_per_access=32, overlapped_from=90, small=5,
 )  # fmt: skip
 
 
@@ -152,15 +165,12 @@ def chunks_of(outputs: int, inputs: int, bits: float) -> Chunks:
 
 def shares(chunks: Chunks, processors: int) -> tuple[Chunks, int]:
     """Chunks of every program, in the grid's order, and how many programs share a tile at most."""
-    tiles = len(chunks)
-    splits = split_for(tiles, int(chunks.sum()) // tiles, processors, PROGRAMS_PER_PROCESSOR)
-    ends = chunks[:, 1:].cumsum(1)
-    found = np.zeros((splits, tiles, MAX_DEPTH + 1), np.int64)
-    for split in range(splits):
-        first, last = ends[:, -1] * split // splits, ends[:, -1] * (split + 1) // splits
-        upto = [np.minimum(ends, place[:, None]) for place in (first, last)]
-        found[split, :, 1:] = np.diff(upto[1] - upto[0], axis=1, prepend=0)
-    return found.reshape(-1, MAX_DEPTH + 1), splits
+    tiles = torch.zeros(len(chunks), TILE_FIELDS, dtype=torch.int32)
+    tiles[:, CLUSTER] = torch.arange(len(chunks))
+    runs = torch.from_numpy(np.pad(chunks.cumsum(1), ((0, 0), (1, 0))))
+    programs = processors * PROGRAMS_PER_PROCESSOR
+    items = share_out(tiles, runs, MATVEC_COSTS, programs, with_pruned=False).items.numpy()
+    return counts_of(items), int(items[:, ITEM_PARTS].max())
 
 
 def model_matrix(name: str, outputs: int, inputs: int, bits: float, device: Device) -> Matrix:
@@ -178,7 +188,7 @@ def model_matrix(name: str, outputs: int, inputs: int, bits: float, device: Devi
         bound_us=matrix_bytes(chunks, inputs) / device.bandwidth,
         issue_us=float(instructions.sum()) / per_second,
         chain_us=makespan(chains, device.processors * device.resident),
-        outside_us=outside(parts),
+        outside_us=outside(parts, device),
     )
 
 
@@ -196,18 +206,10 @@ def makespan(chains: npt.NDArray[np.float64], places: int) -> float:
     return max(free)
 
 
-def outside(parts: int) -> float:
+def outside(parts: int, device: Device) -> float:
     """µs of a matrix outside its loops."""
     after = WARM_US * (KERNEL.warm_after + -(-parts // KERNEL.sums_per_access))
-    before = KERNEL.cold_before * COLD_US + KERNEL.warm_before * WARM_US
-    if KERNEL.is_near and not KERNEL.is_overlapped:
-        before += WORDS_US
-    return gap(KERNEL.is_overlapped) + before + after
-
-
-def gap(is_overlapped: bool) -> float:
-    """µs between two kernels."""
-    return OVERLAPPED_GAP_US if is_overlapped else GAP_US
+    return KERNEL.gap(device) + KERNEL.before(device) + after
 
 
 def model_token(bits: float, device: Device) -> Token:
@@ -219,8 +221,8 @@ def model_token(bits: float, device: Device) -> Token:
     matrices = [model_matrix(*sizes, bits, device) for sizes in layer]
     head = model_matrix("head", shape.vocabulary, hidden, bits, device)
     cache = 2 * 2 * TEXT * shape.kv_heads * (hidden // shape.heads) / device.bandwidth
-    small = KERNEL.small * (gap(KERNEL.small_overlapped) + SMALL_US)
-    attention = gap(KERNEL.small_overlapped) + ATTENTION_US + cache
+    small = KERNEL.small * (KERNEL.gap(device) + SMALL_US)
+    attention = KERNEL.gap(device) + ATTENTION_US + cache
     of_layer = sum(matrix.microseconds for matrix in matrices) + small + attention
     bound = sum(matrix.bound_us for matrix in matrices) + cache
     total = shape.layers * of_layer + head.microseconds

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cvxq_kernels.gpu.overlap import wait_for_the_kernel_before
+
 
 @triton.jit
 def _tanh(x):
@@ -26,9 +28,10 @@ def _tanh(x):
 def norm_kernel(
     x, delta, weight, bias, out, scale, width, eps,
     ADD: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row of `add_and_normalize`: x += scale · delta in place, out = norm(x)."""
+    wait_for_the_kernel_before(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * width
     place = tl.arange(0, BLOCK)
     inside = place < width
@@ -52,9 +55,10 @@ def norm_kernel(
 def rotate_kernel(
     qkv, cosine, sine, positions, q_weight, k_weight, queries, keys, values,
     heads, kv_heads, capacity, width, half, q_eps, k_eps,
-    TURN: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
+    TURN: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head of one token of `rotate_and_store`; heads are those of q, of k, of v."""
+    wait_for_the_kernel_before(OVERLAP)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = tl.arange(0, BLOCK)
     inside = place < width
@@ -96,8 +100,10 @@ def attend_kernel(
     capacity, width, group, window, scale, cap,
     SPLITS: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Softmax and weighted sum of one key head's share of the text, for the heads that use it."""
+    wait_for_the_kernel_before(OVERLAP)
     head, split = tl.program_id(0), tl.program_id(1)
     end = tl.load(position).to(tl.int32) + 1
     begin = 0
@@ -141,9 +147,10 @@ def attend_kernel(
 @triton.jit
 def join_kernel(
     largest, total, partial, out, width,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Join the partial softmaxes of one query head."""
+    wait_for_the_kernel_before(OVERLAP)
     head = tl.program_id(0)
     split, place = tl.arange(0, SPLITS), tl.arange(0, BLOCK)
     part = head * SPLITS + split
@@ -159,9 +166,10 @@ def join_kernel(
 @triton.jit
 def activate_kernel(
     x, out, width, row_width,
-    KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A block of one row of `activate`; KIND: 0 silu, 1 gelu, 2 gelu_tanh, 3 relu."""
+    wait_for_the_kernel_before(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width

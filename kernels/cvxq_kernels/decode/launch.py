@@ -11,6 +11,7 @@ import triton
 
 from cvxq_kernels.decode import kernel, reference
 from cvxq_kernels.decode.norm import HeadNorms, Norm
+from cvxq_kernels.gpu.overlap import early
 
 _KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _PROGRAMS = 256  # of attention: about two for each multiprocessor of a large GPU
@@ -44,7 +45,7 @@ def _norm(
         ADD=delta is not None, NORM=norm is not None,
         LAYER=norm is not None and norm.kind == "layer",
         WEIGHT=weight is not None, BIAS=bias is not None,
-        BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        BLOCK=block, num_warps=min(16, max(1, block // 512)), **early(x.device),
     )  # fmt: skip
     return out
 
@@ -73,7 +74,7 @@ def rotate_and_store(
         0 if cosine is None else cosine.shape[1],
         0.0 if q_norm is None else q_norm.eps, 0.0 if k_norm is None else k_norm.eps,
         TURN=cosine is not None, NORM=q_norm is not None,
-        BLOCK=triton.next_power_of_2(width), num_warps=1,
+        BLOCK=triton.next_power_of_2(width), num_warps=1, **early(qkv.device),
     )  # fmt: skip
     return queries
 
@@ -107,11 +108,12 @@ def attend_one(
         capacity, width, group, window or 0, scale, softcap or 1.0,
         SPLITS=splits, WINDOW=window is not None, CAP=softcap is not None,
         ROWS=max(_SMALLEST_TILE, triton.next_power_of_2(group)),
-        BLOCK=block, LENGTH=_TEXT_BLOCK, num_warps=4,
+        BLOCK=block, LENGTH=_TEXT_BLOCK, num_warps=4, **early(q.device),
     )  # fmt: skip
     kernel.join_kernel[(heads,)](
-        largest, total, partial, out, width, SPLITS=splits, BLOCK=block, num_warps=4
-    )
+        largest, total, partial, out, width, SPLITS=splits, BLOCK=block, num_warps=4,
+        **early(q.device),
+    )  # fmt: skip
     return out
 
 
@@ -122,6 +124,7 @@ def activate(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
     out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
     block = 1024
     kernel.activate_kernel[(tokens, triton.cdiv(width, block))](
-        x, out, width, row_width, KIND=_KINDS[activation], GATED=gated, BLOCK=block, num_warps=4
-    )
+        x, out, width, row_width, KIND=_KINDS[activation], GATED=gated, BLOCK=block, num_warps=4,
+        **early(x.device),
+    )  # fmt: skip
     return out

@@ -44,42 +44,58 @@ def _pack8(whole, BYTE: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def scale_inputs(
-    x, x_stride, order, scale_words, scales, chunks, acts8, acts32, steps, slots,
-    first, last, first_high, batch, M: tl.constexpr, WIDE: tl.constexpr, HIGH: tl.constexpr,
-    PTX: tl.constexpr,
+    x, x_stride, order, scale_words, mean_words, scales, mean_step, chunks, acts8, acts32, steps,
+    slots, count, first_high, batch, M: tl.constexpr, WIDE: tl.constexpr, HIGH: tl.constexpr,
+    HAS_MEANS: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Scale the inputs of chunks [first, last) into the scratch.
+    """Scale the inputs of `count` chunks into the scratch; return M sums (ROWS,), all rows alike.
 
     acts8: eight signed bytes per int64, M rows of slots · EIGHTHS; steps: M rows of slots. If WIDE,
     M more rows have the lower bytes of 16-bit activations. acts32, if HIGH: two float32 per int64,
-    M rows of slots · PAIRS, for chunks from first_high. scale_words: eight scale codes per int64.
+    M rows of slots · PAIRS, for chunks from first_high. scale_words, mean_words: eight codes per
+    int64.  The sums are what the means of these chunks add to every output, Σ_k x[m, k] · S · t.
     """
     lane = tl.arange(0, 32)
     shift = tl.full([32], _ROUND, tl.float32)
     # Byte 1 of an integer plus 128 is what byte 0, signed, leaves to be counted in 256s.
     upper_shift = shift + 128.0
     LIMIT: tl.constexpr = 127.0 * 256 if WIDE else 127.0
-    for start in range(first, last, _TURN):
+    sums = ()
+    for _ in tl.static_range(M):
+        sums += (tl.zeros([32], tl.float32),)
+    for start in range(0, count, _TURN):
         # Lanes beyond the end repeat the last chunk, and write what is written there anyway.
-        chunk = tl.minimum(start + (lane >> 2), last - 1)
+        chunk = tl.minimum(start + (lane >> 2), count - 1)
         entry = tl.load(chunks + chunk)
         part = lane & 3
         width = (entry & names.WIDTH_MASK) - 8 * part
         place = chunk * names.EIGHTHS + part
         both = tl.load(scale_words + place)
+        if HAS_MEANS:
+            means = tl.load(mean_words + place)
+            is_own = start + (lane >> 2) < count
         columns, factors = (), ()
         for i in tl.static_range(8):
             columns += (tl.load(order + (entry >> names.START_SHIFT) + 8 * part + i),)
             code = ((both >> (8 * i)) & 255).to(tl.int32)
             factors += (tl.load(scales + code, mask=i < width, other=0),)
+        added = ()
         for m in tl.static_range(M):
             row = x + tl.minimum(m, batch - 1) * x_stride
             values = ()
             largest = tl.zeros([32], tl.float32)
+            of_means = tl.zeros([32], tl.float32)
             for i in tl.static_range(8):
                 value = tl.load(row + columns[i]).to(tl.float32) * factors[i]
                 values += (value,)
                 largest = tl.maximum(largest, tl.abs(value))
+                if HAS_MEANS:
+                    code = (means << (56 - 8 * i)) >> 56  # signed
+                    of_means = tl.fma(value, code.to(tl.int32).to(tl.float32), of_means)
+            if HAS_MEANS:
+                added += (sums[m] + tl.where(is_own, of_means, 0),)
+            else:
+                added += (sums[m],)
             largest = tl.max(tl.reshape(largest, (_TURN, 4)), axis=1)
             largest = tl.broadcast_to(largest[:, None], (_TURN, 4)).reshape(32)
             factor = tl.where(largest > 1e-36, LIMIT / tl.maximum(largest, 1e-36), 0.0)
@@ -104,3 +120,11 @@ def scale_inputs(
                         values[2 * i + 1].to(tl.int32, bitcast=True),
                     )
                     tl.store(pairs + i, pair, mask=chunk >= first_high)
+        sums = added
+    totals = ()
+    for m in tl.static_range(M):
+        total = tl.zeros([ROWS], tl.float32)
+        if HAS_MEANS:
+            total += tl.sum(sums[m], axis=0) * tl.load(mean_step)
+        totals += (total,)
+    return totals

@@ -18,8 +18,8 @@ import triton.language as tl
 
 import cvxq_kernels.gpu.names as names
 from cvxq_kernels.gpu.codes import chunk_codes, in_order, load_nibbles
+from cvxq_kernels.gpu.item import chunks_of_depth, hidden_zeros, read_item
 from cvxq_kernels.gpu.plan import NOT_SPECIALIZED
-from cvxq_kernels.gpu.share import hidden_zeros, share_of_tile
 from cvxq_kernels.gpu.snippets import permute
 
 
@@ -111,65 +111,63 @@ def _operand(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def gemm_kernel(
-    words, tiles, runs, chunks, order, scale_codes, scales, half_words, halves, units, top, row_of,
-    factors, x, largest, batch, padded_batch, means, clusters, bias, out, out_stride,
-    partial, arrived, splits, MT: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr,
+    items, words, chunks, order, scale_codes, scales, half_words, halves, units, top, row_of,
+    factors, x, largest, batch, padded_batch, means, clusters, tile_count, bias, out, out_stride,
+    partial, arrived, MT: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr,
     SPLIT: tl.constexpr, HAS_MEANS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """out[m, row_of[i]] for m < batch; grid (tiles, splits, padded_batch // MT).
+    """out[m, row_of[i]] for m < batch; grid (items, padded_batch // MT).
 
-    x: (K, padded_batch) float16 and largest: (padded_batch,) float32, from `transpose_kernel`; the
-    rest as in `matvec`.
+    x: (K, padded_batch) float16 and largest: (padded_batch,) float32, from `transpose_kernel`;
+    partial: (items, padded_batch, ROWS) float32; arrived: padded_batch // MT · tile_count int32, 0
+    before and after; means: (batch, clusters) float32; the rest as in `matvec`.
     """
-    tile, split = tl.program_id(0), tl.program_id(1)
-    cluster, base, chunk_base, order, scales, ends, first, last = share_of_tile(
-        tiles, runs, order, scales, splits, ROWS
-    )
+    tile, cluster, part, parts, sums, chunk, _, word, columns, matrix = read_item(items)
+    words += word.to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     target = tl.load(row_of + tile * ROWS + row)
     zero = hidden_zeros(target)
+    order += columns
+    scales += matrix * names.SCALES
     lane = tl.arange(0, names.CHUNK)
-    m = tl.program_id(2) * MT + tl.arange(0, MT)
+    m = tl.program_id(1) * MT + tl.arange(0, MT)
     peak = tl.load(top + cluster)
     peak = tl.where(peak > 1e-36, peak, 1.0)
     total = tl.zeros([MT, ROWS], tl.float32)
+    chunk += chunks_of_depth(items, 0)
     for depth in tl.static_range(1, names.MAX_DEPTH + 1):
-        low = tl.load(ends + depth)
-        high = tl.load(ends + depth + 1)
+        count = chunks_of_depth(items, depth)
         if (DEPTHS >> depth) & 1:
-            run = words + base - low * (depth * ROWS)
             largest_unit = tl.load(units + names.HALF_UNITS + names.MAX_DEPTH)
             unit = tl.load(units + names.HALF_UNITS + depth) / largest_unit / peak
-            for chunk in range(tl.maximum(first, low), tl.minimum(last, high)):
-                entry = tl.load(chunks + chunk_base + chunk)
+            for number in range(count):
+                entry = tl.load(chunks + chunk + number)
                 inside = lane < (entry & names.WIDTH_MASK)
                 column = tl.load(order + (entry >> names.START_SHIFT) + lane, mask=inside, other=0)
-                side = scale_codes + (chunk_base + chunk) * names.CHUNK
+                side = scale_codes + (chunk + number) * names.CHUNK
                 code = tl.load(side + lane).to(tl.int32)
                 scale = (tl.load(scales + code, mask=inside, other=0) * unit).to(tl.float16)
                 acts = tl.load(x + column[:, None] * padded_batch + m[None, :]) * scale[:, None]
-                pointers = run + chunk * (depth * ROWS) + row
+                pointers = words + number * (depth * ROWS) + row
                 table = half_words + names.HALF_WORDS * depth + zero
                 levels = _operand(pointers, halves, table, ROWS, depth, PTX)
                 total = tl.dot(tl.trans(acts), tl.trans(levels), total)
-        base += (high - low).to(tl.int64) * (depth * ROWS)
+        words += count * (depth * ROWS)
+        chunk += count
     magnitude = tl.load(largest + m)
     largest_unit = tl.load(units + names.HALF_UNITS + names.MAX_DEPTH)
     total *= (magnitude * (largest_unit * peak))[:, None]
-    padded = tl.num_programs(0) * ROWS
-    place = m[:, None] * padded + (tile * ROWS + row)[None, :]
     if SPLIT:
-        tl.store(partial + split * (padded_batch * padded) + place, total)
+        own = partial + (sums * padded_batch + m)[:, None] * ROWS + row[None, :]
+        tl.store(own + part * (padded_batch * ROWS), total)
         tl.debug_barrier()
-        counter = arrived + tl.program_id(2) * tl.num_programs(0) + tile
-        if tl.atomic_add(counter, 1) != splits - 1:
+        counter = arrived + tl.program_id(1) * tile_count + tile
+        if tl.atomic_add(counter, 1) != parts - 1:
             return
         tl.store(counter, 0)
-        total = tl.load(partial + place, cache_modifier=".cg")
-        for other in range(1, splits):
-            total += tl.load(
-                partial + other * (padded_batch * padded) + place, cache_modifier=".cg"
-            )
+        total = tl.load(own, cache_modifier=".cg")
+        for other in range(1, parts):
+            total += tl.load(own + other * (padded_batch * ROWS), cache_modifier=".cg")
     if HAS_MEANS:
         total += tl.load(means + m * clusters + cluster, mask=m < batch, other=0)[:, None]
     total *= tl.load(factors + tile * ROWS + row)[None, :]

@@ -14,8 +14,10 @@ from cvxq_kernels.gpu.layout import ALL_DEPTHS, CHUNK, EIGHTHS, LOW_DEPTHS, MAX_
 from cvxq_kernels.gpu.matrix import BLOCK_WEIGHTS, DeviceMatrix
 from cvxq_kernels.gpu.matvec import matvec_kernel
 from cvxq_kernels.gpu.means import WIDTH, means_kernel
+from cvxq_kernels.gpu.overlap import early
 from cvxq_kernels.gpu.plan import Plan
 from cvxq_kernels.gpu.repack import places_on
+from cvxq_kernels.gpu.shares import Shares
 from cvxq_kernels.gpu.workspace import Workspace
 
 TRANSPOSE_BLOCK = 1024
@@ -56,12 +58,15 @@ def depth_set(depths: int) -> int:
 
 def matvec(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) -> None:
     """Multiply with integer activations, M ≤ 8."""
-    x, wide, tiles = product.x, plan.kind == "matvec16", len(matrix.tiles)
+    x, wide, shares = product.x, plan.kind == "matvec16", matrix.shares("matvec", plan.programs)
     rows = triton.next_power_of_2(len(x))
     depths, cells = depth_set(matrix.depths), rows * matrix.slots
-    matvec_kernel[(tiles, plan.splits)](
-        **_product(matrix, work, product, plan, rows * tiles, tiles),
+    means = matrix.scale_codes if matrix.mean_codes is None else matrix.mean_codes
+    matvec_kernel[(len(shares.items),)](
+        **_product(matrix, work, product, shares, rows, 1),
         scale_words=matrix.scale_codes.view(torch.int64),
+        mean_words=means.view(torch.int64),
+        mean_steps=matrix.mean_steps,
         level_words=matrix.wide_words if wide else matrix.byte_words,
         exact=matrix.exact,
         x=x,
@@ -75,12 +80,13 @@ def matvec(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) 
         UNROLL=plan.unroll,
         WIDE=wide,
         num_warps=1,
+        **early(matrix.device),
     )
 
 
 def gemm(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) -> None:
     """Multiply with float16 operands, M ≤ 256."""
-    x, tiles = product.x, len(matrix.tiles)
+    x, shares = product.x, matrix.shares("gemm", plan.programs)
     batch = max(triton.next_power_of_2(len(x)), plan.tile_batch)
     transposed = work.take("transposed", matrix.inputs * batch, torch.float16)
     largest = work.take("largest", batch, torch.float32)
@@ -95,8 +101,8 @@ def gemm(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) ->
         BLOCK=TRANSPOSE_BLOCK,
     )
     blocks = batch // plan.tile_batch
-    gemm_kernel[(tiles, plan.splits, blocks)](
-        **_product(matrix, work, product, plan, batch * tiles, blocks * tiles),
+    gemm_kernel[(len(shares.items), blocks)](
+        **_product(matrix, work, product, shares, batch, blocks),
         scale_codes=matrix.scale_codes,
         half_words=matrix.half_words,
         halves=matrix.halves,
@@ -104,6 +110,9 @@ def gemm(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) ->
         x=transposed,
         largest=largest,
         padded_batch=batch,
+        means=_means(matrix, work, x),
+        clusters=len(matrix.runs),
+        tile_count=len(matrix.tiles),
         MT=plan.tile_batch,
         DEPTHS=depth_set(matrix.depths),
         num_warps=1,
@@ -112,43 +121,34 @@ def gemm(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) ->
 
 
 def _product(
-    matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan, sums: int, counters: int
+    matrix: DeviceMatrix, work: Workspace, product: Product, shares: Shares, rows: int, blocks: int
 ) -> dict[str, Any]:
     """Arguments that the kernels of a product share.
 
-    sums: tiles' partial sums of one split, of as many rows each; counters: programs of a split.
+    rows: of x that a tile's sums are kept for; blocks: programs of an item.
     """
-    bias, out = product.bias, product.out
-    return _packed(matrix) | {
-        "units": matrix.units,
-        "row_of": matrix.row_of,
-        "batch": len(product.x),
-        "means": _means(matrix, work, product.x),
-        "clusters": len(matrix.runs),
-        "bias": out if bias is None else bias,
-        "out": out,
-        "out_stride": out.stride(0),
-        "partial": work.take("partial", plan.splits * sums * matrix.rows, torch.float32),
-        "arrived": work.take("arrived", counters, torch.int32),
-        "splits": plan.splits,
-        "SPLIT": plan.splits > 1,
-        "HAS_BIAS": bias is not None,
-        "PTX": uses_ptx(matrix.device),
-    }
-
-
-def _packed(matrix: DeviceMatrix) -> dict[str, Any]:
-    """Arguments that all kernels which decode codes share."""
+    bias, out, items = product.bias, product.out, shares.items
+    sums = len(items) * rows * matrix.rows if shares.is_split else 1
     return {
+        "items": items,
         "words": matrix.words,
-        "tiles": matrix.tiles,
-        "runs": matrix.runs,
         "chunks": matrix.chunks,
         "order": matrix.order,
         "scales": matrix.scales,
+        "units": matrix.units,
+        "row_of": matrix.row_of,
         "factors": matrix.factors,
+        "batch": len(product.x),
+        "bias": out if bias is None else bias,
+        "out": out,
+        "out_stride": out.stride(0),
+        "partial": work.take("partial", sums, torch.float32),
+        "arrived": work.take("arrived", blocks * len(matrix.tiles), torch.int32),
         "ROWS": matrix.rows,
+        "SPLIT": shares.is_split,
         "HAS_MEANS": matrix.mean_codes is not None,
+        "HAS_BIAS": bias is not None,
+        "PTX": uses_ptx(matrix.device),
     }
 
 
@@ -260,7 +260,16 @@ def rows(matrix: DeviceMatrix, ids: torch.Tensor, out: torch.Tensor) -> None:
 def _exact(matrix: DeviceMatrix) -> dict[str, Any]:
     """Arguments that the kernels share which decode to the bit."""
     mean_codes = matrix.scale_codes if matrix.mean_codes is None else matrix.mean_codes
-    return _packed(matrix) | {
+    return {
+        "words": matrix.words,
+        "tiles": matrix.tiles,
+        "runs": matrix.runs,
+        "chunks": matrix.chunks,
+        "order": matrix.order,
+        "scales": matrix.scales,
+        "factors": matrix.factors,
+        "ROWS": matrix.rows,
+        "HAS_MEANS": matrix.mean_codes is not None,
         "scale_codes": matrix.scale_codes,
         "mean_codes": mean_codes,
         "mean_steps": matrix.mean_steps,

@@ -27,6 +27,7 @@ from cvxq_format.limits import MAX_DEPTH
 CHUNK = 32  # columns of a chunk
 EIGHTHS, PAIRS = CHUNK // 8, CHUNK // 2  # of a chunk: eight columns, two columns
 LOW_DEPTH = 4  # up to here codes fit nibbles, and `prmt` looks levels up
+LOOK_AHEAD = 1024  # words that a program asks for before it needs them; `words` has as many more
 # Sets of depths, bit B for depth B: those that have words, and the low ones of them.
 ALL_DEPTHS, LOW_DEPTHS = (2 << MAX_DEPTH) - 2, (2 << LOW_DEPTH) - 2
 TILE_ROWS = (16, 32, 64, 128)
@@ -36,6 +37,7 @@ CLUSTER, WORD_BASE, CHUNK_BASE, SLOT_BASE, ORDER_BASE, MATRIX = range(6)
 TILE_FIELDS = 8
 # A row of `runs`: the first chunk of every depth, then the end.
 RUN_FIELDS = MAX_DEPTH + 2
+RUN_END = RUN_FIELDS - 1
 # An entry of `chunks`: the first column's place, the depth, and the columns in the lowest bits.
 START_SHIFT, DEPTH_SHIFT = 10, 6
 DEPTH_MASK, WIDTH_MASK = 15, 63

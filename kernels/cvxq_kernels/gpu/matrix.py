@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from cvxq_kernels.gpu.layout import CHUNK, SCALES, SLOT_BASE, tile_rows
+from cvxq_kernels.gpu.layout import (
+    CHUNK,
+    LOOK_AHEAD,
+    MAX_DEPTH,
+    SCALES,
+    SLOT_BASE,
+    TILE_ROWS,
+    tile_rows,
+)
 from cvxq_kernels.gpu.part import Part, cut
 from cvxq_kernels.gpu.repack import repack
+from cvxq_kernels.gpu.shares import GEMM_COSTS, MATVEC_COSTS, Shares, share_out
 from cvxq_kernels.gpu.tables import make_tables
 from cvxq_kernels.packed import PackedWeight, UnsupportedWeightError
 
 BLOCK_WEIGHTS = 1 << 24  # expanded at a time: 64 MiB of float32
+AHEAD_WORDS = LOOK_AHEAD + MAX_DEPTH * TILE_ROWS[-1]  # words that the last chunk may ask for
 
 
 class Block(NamedTuple):
@@ -37,7 +47,8 @@ class Block(NamedTuple):
 class DeviceMatrix:
     """Codes and side information of (N, K) weights, arranged for the kernels.
 
-    rows: of a tile. words: int32, B·rows per chunk, WORD_BASE in units of `rows` words.
+    rows: of a tile. words: int32, B·rows per chunk, WORD_BASE in units of `rows` words, and
+    at their end as many that say nothing as may be asked for ahead.
     tiles: (T, 8) int32, fields of `layout`; a tile's chunks use slots SLOT_BASE … of the scratch.
     runs: (C, 10) int32, the first chunk of depth B = 0 … 8 of a cluster, and the end.
     chunks: int32, start << 10 | depth << 6 | columns: its place in `order` after ORDER_BASE.
@@ -77,6 +88,17 @@ class DeviceMatrix:
     units: torch.Tensor
     depths: int
     shared_order: bool
+    _shares: dict[tuple[str, int], Shares] = field(default_factory=dict)
+
+    def shares(self, kind: Literal["matvec", "gemm"], programs: int) -> Shares:
+        """Return how about `programs` programs share a product; the first time waits."""
+        known = self._shares.get((kind, programs))
+        if known is None:
+            costs = MATVEC_COSTS if kind == "matvec" else GEMM_COSTS
+            with_pruned = kind == "matvec" and self.mean_codes is not None
+            known = share_out(self.tiles, self.runs, costs, programs, with_pruned)
+            self._shares[kind, programs] = known
+        return known
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,7 +140,9 @@ class DeviceMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
-        return sum(part.nbytes for part in vars(self).values() if isinstance(part, torch.Tensor))
+        lists = [shares.items for shares in self._shares.values()]
+        tensors = [part for part in vars(self).values() if isinstance(part, torch.Tensor)]
+        return sum(part.nbytes for part in (*tensors, *lists))
 
 
 def check(weights: Sequence[PackedWeight]) -> None:
@@ -154,12 +178,15 @@ def arrange(weights: Sequence[PackedWeight], device: torch.device) -> DeviceMatr
     order = torch.cat([part.order.reshape(-1) for part in parts])
     tables = make_tables(weights[0].levels.cpu().numpy())
     runs = torch.cat([part.runs for part in parts])
+    moved: dict[str, Any] = {
+        name: torch.from_numpy(table).to(device) for name, table in vars(tables).items()
+    }
     present = (runs.diff(dim=1) > 0).any(0).tolist()
     return DeviceMatrix(
         outputs=tuple(outputs),
         inputs=parts[0].weight.shape[1],
         rows=rows,
-        words=torch.cat([repack(part) for part in parts]),
+        words=_words(parts, words * rows),
         tiles=_stack([p.tiles for p in parts], [p.tiles.new_tensor(p.extent) for p in parts]),
         runs=runs,
         chunks=torch.cat([part.chunks for part in parts]),
@@ -176,7 +203,7 @@ def arrange(weights: Sequence[PackedWeight], device: torch.device) -> DeviceMatr
         place_of_row=_places(row_of, sum(outputs)),
         depths=sum(1 << d for d, there in enumerate(present) if there),
         shared_order=len(parts) == 1 and parts[0].order.dim() == 1,
-        **{name: torch.from_numpy(table).to(device) for name, table in vars(tables).items()},
+        **moved,
     )
 
 
@@ -184,6 +211,17 @@ def _stack(tables: Sequence[torch.Tensor], steps: Sequence[Any]) -> torch.Tensor
     """One table below the other, each counting on by the steps of those before it."""
     starts = accumulate(steps, initial=0)
     return torch.cat([table + start for table, start in zip(tables, starts, strict=False)])
+
+
+def _words(parts: Sequence[Part], count: int) -> torch.Tensor:
+    """The words of all parts, `count` of them, and zeros that may be asked for ahead."""
+    result = torch.empty(count + AHEAD_WORDS, dtype=torch.int32, device=parts[0].weight.device)
+    first = 0
+    for part in parts:
+        repack(part, result[first:])
+        first += part.words * part.rows
+    result[first:] = 0
+    return result
 
 
 def _mean_codes(parts: Sequence[Part]) -> torch.Tensor | None:

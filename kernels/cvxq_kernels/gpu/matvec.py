@@ -1,7 +1,7 @@
 """y = x · Wᵀ for few rows of x: each packed word is read once and meets activations in integers.
 
 A program is one warp.  It owns a tile of ROWS stored rows and a share of the chunks of its cluster
-(split-K), and goes through three stages:
+(split-K, see `shares`), and goes through three stages:
 
 1. Prologue.  The inputs of its chunks, scaled and rounded to integers (`activations`), go to a
    scratch that only this program reads back, after a barrier: written by lanes in parallel, read at
@@ -9,9 +9,12 @@ A program is one warp.  It owns a tile of ROWS stored rows and a share of the ch
 2. One loop per depth.  Lanes are rows.  `permute` looks four levels up, `dot4` multiplies them with
    four activations; one conversion and one multiply-add per chunk and row.  Depths 5–8 look
    float32 levels up in memory (the table, 1 KiB, stays in L1) and multiply unrounded activations.
+   The words of a share follow each other, whatever their depths: the first LOOK_AHEAD are asked for
+   before anything else, and in every turn those that lie as far ahead, so that a turn finds its own
+   in the L2 cache and no wait of one program shows.
 3. Epilogue.  Partial sums go to a buffer; the last program of a tile to arrive adds them in order
-   of the splits, so that results do not depend on who was last.  Bias, means and the permutation of
-   rows cost nothing there.
+   of the parts, so that results do not depend on who was last.  Bias and the permutation of rows
+   cost nothing there; what the means add is summed up in the prologue.
 
 Error: rounding 32 inputs to int8 adds at most 32 · (largest/127)² / 12 to the error power, 1.7 % of
 what quantizing the weights of the largest alone costs at 4 bits, and less at fewer bits.  If WIDE,
@@ -30,9 +33,10 @@ import triton.language as tl
 import cvxq_kernels.gpu.names as names
 from cvxq_kernels.gpu.activations import scale_inputs
 from cvxq_kernels.gpu.codes import load_nibbles, load_quads
+from cvxq_kernels.gpu.item import chunks_of_depth, hidden_zeros, read_item
+from cvxq_kernels.gpu.overlap import wait_for_the_kernel_before
 from cvxq_kernels.gpu.plan import NOT_SPECIALIZED
-from cvxq_kernels.gpu.share import hidden_zeros, share_of_tile
-from cvxq_kernels.gpu.snippets import dot4, permute
+from cvxq_kernels.gpu.snippets import dot4, permute, prefetch, prefetch_ahead
 
 
 @triton.jit
@@ -87,6 +91,7 @@ def _low_run(
     if WIDE:
         gap_unit = tl.load(tables + 6).to(tl.float32, bitcast=True)
     for chunk in tl.range(first, last, loop_unroll_factor=UNROLL):
+        prefetch_ahead(words + chunk * (DEPTH * ROWS), DEPTH * ROWS, PTX)
         eighths = load_nibbles(words + chunk * (DEPTH * ROWS) + row, ROWS, DEPTH)
         levels = ()
         for i in tl.static_range(4):
@@ -128,7 +133,7 @@ def _low_run(
 @triton.jit
 def _high_run(
     totals, words, acts32, slots, levels, first, last,
-    DEPTH: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
+    DEPTH: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Add the chunks [first, last) of a depth of 5–8; levels: its 2^DEPTH float32.
 
@@ -136,6 +141,7 @@ def _high_run(
     """
     row = tl.arange(0, ROWS)
     for half in range(2 * first, 2 * last):
+        prefetch_ahead(words + half * (DEPTH * ROWS // 2), DEPTH * ROWS // 2, PTX)
         pointers = words + (half >> 1) * (DEPTH * ROWS) + row
         quads = load_quads(pointers, ROWS, half & 1, DEPTH)
         for quad in tl.static_range(4):
@@ -154,81 +160,88 @@ def _high_run(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def matvec_kernel(
-    words, tiles, runs, chunks, order, scale_words, scales, level_words, exact, units, row_of,
-    factors, x, x_stride, batch, means, clusters, bias, out, out_stride,
-    acts8, acts32, steps, slots, partial, arrived, splits,
+    items, words, chunks, order, scale_words, mean_words, scales, mean_steps, level_words, exact,
+    units, row_of, factors, x, x_stride, batch, bias, out, out_stride,
+    acts8, acts32, steps, slots, partial, arrived,
     M: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr, SPLIT: tl.constexpr,
     HAS_MEANS: tl.constexpr, HAS_BIAS: tl.constexpr, UNROLL: tl.constexpr, WIDE: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out[m, row_of[i]] for m < batch ≤ M; grid (tiles, splits). See `DeviceMatrix` for the rest.
+    """out[m, row_of[i]] for m < batch ≤ M; grid: `items`. See `DeviceMatrix` for the rest.
 
-    acts8, acts32, steps: scratch as in `scale_inputs`. partial: splits · M · T · ROWS float32;
-    arrived: T int32, zero before and after. means: (M, clusters) float32 or unused. level_words:
-    `byte_words` of `tables`, or `wide_words` if WIDE. DEPTHS has bit B set for every depth B that
-    may occur.
+    scale_words, mean_words: eight codes per int64. acts8, acts32, steps: scratch as in
+    `scale_inputs`. partial: (items, M, ROWS) float32; arrived: T int32, zero before and after.
+    level_words: `byte_words` of `tables`, or `wide_words` if WIDE. DEPTHS has bit B set for every
+    depth B that may occur.
     """
-    tile, split = tl.program_id(0), tl.program_id(1)
-    cluster, base, chunk_base, order, scales, ends, first, last = share_of_tile(
-        tiles, runs, order, scales, splits, ROWS
-    )
-    slot_base = tl.load(tiles + tile * names.TILE_FIELDS + names.SLOT_BASE)
-    acts8 += slot_base * names.EIGHTHS
-    acts32 += slot_base * names.PAIRS
-    steps += slot_base
+    tile, _, part, parts, sums, chunk, slot, word, columns, matrix = read_item(items)
+    words += word.to(tl.int64) * ROWS
+    prefetch_ahead(words - names.LOOK_AHEAD, names.LOOK_AHEAD, PTX)
+    row = tl.arange(0, ROWS)
+    place = tile * ROWS + row
+    target = tl.load(row_of + place)
+    factor = tl.load(factors + place)
+    if HAS_BIAS:
+        shift = tl.load(bias + target, mask=target >= 0, other=0).to(tl.float32)
+    low, high = chunks_of_depth(items, 0), 0
+    for depth in tl.static_range(1, names.MAX_DEPTH + 1):
+        if depth <= names.LOW_DEPTH:
+            low += chunks_of_depth(items, depth)
+        else:
+            high += chunks_of_depth(items, depth)
+    acts8 += slot * names.EIGHTHS
+    acts32 += slot * names.PAIRS
+    steps += slot
     HIGH: tl.constexpr = DEPTHS > names.LOW_DEPTHS
-    scale_inputs(
-        x, x_stride, order, scale_words + chunk_base * names.EIGHTHS, scales, chunks + chunk_base,
-        acts8, acts32, steps, slots, first, last, tl.load(ends + names.LOW_DEPTH + 1), batch,
-        M, WIDE, HIGH, PTX,
+    side = chunk * names.EIGHTHS
+    lane, last = tl.arange(0, 32), tl.maximum(low + high - 1, 0)
+    prefetch(chunks + chunk + tl.minimum(32 * lane, last), PTX)
+    prefetch(scale_words + side + tl.minimum(16 * lane, last * names.EIGHTHS), PTX)
+    wait_for_the_kernel_before(OVERLAP)
+    totals = scale_inputs(
+        x, x_stride, order + columns, scale_words + side, mean_words + side,
+        scales + matrix * names.SCALES, mean_steps + matrix, chunks + chunk,
+        acts8, acts32, steps, slots, low + high, low, batch, M, WIDE, HIGH, HAS_MEANS, ROWS, PTX,
     )  # fmt: skip
     tl.debug_barrier()  # the scratch is read by other lanes than wrote it
-    row = tl.arange(0, ROWS)
-    target = tl.load(row_of + tile * ROWS + row)
     zero = hidden_zeros(target)
     WORDS: tl.constexpr = names.WIDE_WORDS if WIDE else names.BYTE_WORDS
     UNITS: tl.constexpr = names.WIDE_UNITS if WIDE else names.BYTE_UNITS
-    totals = ()
-    for _ in tl.static_range(M):
-        totals += (tl.zeros([ROWS], tl.float32),)
+    first = chunks_of_depth(items, 0)
     for depth in tl.static_range(1, names.MAX_DEPTH + 1):
-        low = tl.load(ends + depth)
-        high = tl.load(ends + depth + 1)
+        count = chunks_of_depth(items, depth)
+        last = first + count
         if (DEPTHS >> depth) & 1:
-            run = words + base - low * (depth * ROWS)
-            here = tl.maximum(first, low)
-            there = tl.minimum(last, high)
+            run = words - first * (depth * ROWS)
             if depth <= names.LOW_DEPTH:
                 totals = _low_run(
                     totals, run, acts8, steps, slots, level_words + WORDS * depth, zero,
-                    tl.load(units + UNITS + depth), here, there,
+                    tl.load(units + UNITS + depth), first, last,
                     depth, M, ROWS, UNROLL, WIDE, PTX,
                 )  # fmt: skip
             else:
                 totals = _high_run(
-                    totals, run, acts32, slots, exact + (1 << depth), here, there, depth, M, ROWS,
+                    totals, run, acts32, slots, exact + (1 << depth), first, last,
+                    depth, M, ROWS, PTX,
                 )  # fmt: skip
-        base += (high - low).to(tl.int64) * (depth * ROWS)
-    padded = tl.num_programs(0) * ROWS
-    place = tile * ROWS + row
+        words += count * (depth * ROWS)
+        first = last
     if SPLIT:
         for m in tl.static_range(M):
-            tl.store(partial + (split * M + m) * padded + place, totals[m])
+            tl.store(partial + ((sums + part) * M + m) * ROWS + row, totals[m])
         tl.debug_barrier()  # all lanes' sums are written before the one atomic that says so
-        if tl.atomic_add(arrived + tile, 1) != splits - 1:
+        if tl.atomic_add(arrived + tile, 1) != parts - 1:
             return
         tl.store(arrived + tile, 0)
     for m in tl.static_range(M):
         result = totals[m]
         if SPLIT:
-            result = tl.load(partial + m * padded + place, cache_modifier=".cg")
-            for other in range(1, splits):
-                part = partial + (other * M + m) * padded + place
-                result += tl.load(part, cache_modifier=".cg")
-        if HAS_MEANS:
-            result += tl.load(means + m * clusters + cluster, mask=m < batch, other=0)
-        result *= tl.load(factors + place)
+            own = partial + (sums * M + m) * ROWS + row
+            result = tl.load(own, cache_modifier=".cg")
+            for other in tl.range(1, parts, loop_unroll_factor=8):
+                result += tl.load(own + other * (M * ROWS), cache_modifier=".cg")
+        result *= factor
         if HAS_BIAS:
-            result += tl.load(bias + target, mask=target >= 0, other=0).to(tl.float32)
+            result += shift
         keep = (target >= 0) & (m < batch)
         tl.store(out + m * out_stride + target, result, mask=keep)

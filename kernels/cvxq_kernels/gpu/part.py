@@ -8,6 +8,7 @@ cluster gets its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -25,6 +26,9 @@ from cvxq_kernels.gpu.layout import (
     WORD_BASE,
 )
 from cvxq_kernels.packed import PackedWeight
+
+STEP = 256  # clusters whose columns are looked at together, so that indices of eight bytes stay few
+CHUNKS_STEP = 1 << 15  # and chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +64,14 @@ class Part:
 
 def cut(weight: PackedWeight, rows: int) -> Part:
     """Cut a plain (N, K) weight into tiles of `rows` rows, on the device that it is on."""
-    depths = weight.depths[0].to(torch.int64)  # (C, K)
+    depths = weight.depths[0]  # (C, K) uint8
     order = _column_order(depths)
     counts = torch.stack([(depths == d).sum(1) for d in range(MAX_DEPTH + 1)], 1)  # (C, 9)
     run_chunks = (counts + CHUNK - 1) // CHUNK
     runs = run_chunks.new_zeros((len(depths), RUN_FIELDS))
     runs[:, 1:] = run_chunks.cumsum(1)
     chunks = _Chunks.of(counts, run_chunks)
-    groups = chunks.groups(order, depths.shape[1])
+    picked = partial(_pick, chunks, order, depths.shape[1])
     of_tile, within, first_tiles = _numbered((weight.cluster_rows + rows - 1) // rows)
     tiles = _tiles(of_tile, run_chunks, 0 if order.dim() == 1 else depths.shape[1])
     row_of, factors = _rows(weight, of_tile, within * rows, rows)
@@ -84,9 +88,9 @@ def cut(weight: PackedWeight, rows: int) -> Part:
         slot_tiles=_numbered(runs[of_tile, -1])[0].to(torch.int32),
         row_of=row_of.to(torch.int32),
         factors=factors,
-        scale_codes=_pick(weight.scale_codes[0], groups),
-        mean_codes=None if means is None else _pick(means[0], groups),
-        top=weight.scales[weight.scale_codes[0].to(torch.int64)].amax(1),
+        scale_codes=picked(weight.scale_codes[0]),
+        mean_codes=None if means is None else picked(means[0]),
+        top=torch.cat([weight.scales[c.int()].amax(1) for c in weight.scale_codes[0].split(STEP)]),
         words=int(_words(run_chunks)[of_tile].sum()),
     )
 
@@ -114,12 +118,12 @@ class _Chunks:
         entry = self.start << START_SHIFT | self.depth << DEPTH_SHIFT | self.width
         return entry.to(torch.int32)
 
-    def groups(self, order: torch.Tensor, columns: int) -> torch.Tensor:
-        """Index of every lane's group in (C, K), (n, CHUNK) int64, −1 beyond the width."""
+    def groups(self, order: torch.Tensor, columns: int, part: slice) -> torch.Tensor:
+        """Index of every lane's group in (C, K), (chunks of `part`, CHUNK) int64, −1 for none."""
         lane = torch.arange(CHUNK, device=order.device)
-        inside = lane < self.width[:, None]
-        place = torch.where(inside, self.start[:, None] + lane, 0)
-        cluster = self.cluster[:, None]
+        inside = lane < self.width[part, None]
+        place = torch.where(inside, self.start[part, None] + lane, 0)
+        cluster = self.cluster[part, None]
         column = order[place] if order.dim() == 1 else order[cluster, place]
         return torch.where(inside, cluster * columns + column, -1)
 
@@ -127,9 +131,11 @@ class _Chunks:
 def _column_order(depths: torch.Tensor) -> torch.Tensor:
     """Order of columns (K,) in which all clusters' depths (C, K) ascend, or one each (C, K)."""
     shared = torch.sort(depths.sum(0), stable=True).indices
-    if bool((depths[:, shared].diff(dim=1) >= 0).all()):
+    ordered = depths[:, shared]
+    if bool((ordered[:, 1:] >= ordered[:, :-1]).all()):
         return shared
-    return torch.sort(depths, dim=1, stable=True).indices
+    rows = [torch.sort(part, dim=1, stable=True).indices.int() for part in depths.split(STEP)]
+    return torch.cat(rows)
 
 
 def _tiles(of_tile: torch.Tensor, run_chunks: torch.Tensor, own_order: int) -> torch.Tensor:
@@ -184,6 +190,13 @@ def _before(counts: torch.Tensor, dim: int = 0) -> torch.Tensor:
     return counts.cumsum(dim) - counts
 
 
-def _pick(of_group: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """A byte for every lane of every chunk, 0 where it has no group."""
-    return torch.where(groups < 0, 0, of_group.reshape(-1)[groups]).reshape(-1)
+def _pick(
+    chunks: _Chunks, order: torch.Tensor, columns: int, of_group: torch.Tensor
+) -> torch.Tensor:
+    """A byte of `of_group` (C, K) for every lane of every chunk, 0 where it has no group."""
+    result = of_group.new_zeros((len(chunks.width), CHUNK))
+    for first in range(0, len(result), CHUNKS_STEP):
+        part = slice(first, first + CHUNKS_STEP)
+        groups = chunks.groups(order, columns, part)
+        result[part] = torch.where(groups < 0, 0, of_group.reshape(-1)[groups])
+    return result.reshape(-1)

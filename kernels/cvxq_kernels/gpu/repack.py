@@ -65,10 +65,9 @@ def places_on(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(place_table()).to(device)
 
 
-def repack(part: Part) -> torch.Tensor:
-    """Return the device words of a part, (words · rows,) int32."""
+def repack(part: Part, words: torch.Tensor) -> None:
+    """Write the device words of a part to the first words · rows of `words`, int32."""
     weight, device = part.weight, part.weight.device
-    result = torch.empty(part.words * part.rows, dtype=torch.int32, device=device)
     slots = len(part.slot_tiles)
     if slots:
         repack_kernel[(slots,)](
@@ -83,11 +82,10 @@ def repack(part: Part) -> torch.Tensor:
             order=part.order,
             places=places_on(device),
             tile_of=_slot_table(part),
-            words=result,
+            words=words,
             columns=weight.shape[1],
             ROWS=part.rows,
         )
-    return result
 
 
 def _slot_table(part: Part) -> torch.Tensor:

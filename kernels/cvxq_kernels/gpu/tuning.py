@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from cvxq_kernels.gpu.plan import (
     Plan,
     bucket,
     choose_plan,
-    split_for,
 )
 from cvxq_kernels.gpu.weight import GpuWeight
 from cvxq_kernels.gpu.workspace import Workspace
@@ -33,25 +33,25 @@ from cvxq_kernels.gpu.workspace import Workspace
 # Of the output's norm. The matvec's integers cost some 0.7 %, float16 operands 0.05 %; a wrong
 # index or a missing part of the sum costs far more than this.
 TOLERANCE = 0.03
+SCRATCH_BYTES = 1 << 26  # overwritten between calls: more than any L2 cache holds but the largest
+REPEATS = 25
 
 Timer = Callable[[Callable[[], object]], float]
 
 
-def candidates(batch: int, tiles: int, chunks: int, processors: int) -> Iterator[Plan]:
-    """Plans worth measuring; chunks: of a cluster."""
-    splits = {
-        split_for(tiles, chunks, processors, programs)
-        for programs in (PROGRAMS_PER_PROCESSOR // 4, PROGRAMS_PER_PROCESSOR // 2,
-                         PROGRAMS_PER_PROCESSOR, 2 * PROGRAMS_PER_PROCESSOR)
-    }  # fmt: skip
+def candidates(batch: int, processors: int) -> Iterator[Plan]:
+    """Plans worth measuring."""
+    most = 2 * PROGRAMS_PER_PROCESSOR * processors
+    counts = [most // 8, most // 4, most // 2, most]
     if batch <= MATVEC_BATCH:
-        for split in sorted(splits):
-            for unroll in UNROLLS if batch == 1 else UNROLLS[:1]:
-                yield Plan("matvec", split, unroll)
-    widths = [width for width in (16, 32, 64) if width == 16 or width < 2 * batch]
-    for split in sorted(splits):
-        for width in widths:
-            yield Plan("gemm", split, 1, width)
+        for programs in counts:  # one kernel for all of them: compiling it is what takes time
+            yield Plan("matvec", programs, UNROLLS[batch == 1])
+    if batch == 1:  # tensor cores have nothing to gain there, and compiling takes its time
+        return
+    for programs in counts[:3]:
+        for width in (16, 32, 64):
+            if width == 16 or width < 2 * batch:
+                yield Plan("gemm", programs, 1, width)
     if batch >= 16:
         yield Plan("expand")
 
@@ -61,8 +61,9 @@ def tune(
 ) -> dict[int, Plan]:
     """Measure plans for `batches` rows of input in `dtype`, keep the best in `weight` and on disk.
 
-    timer: seconds of one call of a function; Triton's `do_bench` unless given. Returns the plan of
-    every bucket. Not to be called while a CUDA graph is captured.
+    timer: seconds of one call of a function; the device's events unless given. Returns the plan of
+    every bucket. Takes SCRATCH_BYTES of the device's memory and the outputs. Not to be called while
+    a CUDA graph is captured.
     """
     timer = timer or _device_seconds
     path = cache_path(weight.device)
@@ -80,19 +81,17 @@ def _best(weight: GpuWeight, batch: int, dtype: torch.dtype, timer: Timer) -> Pl
     """The fastest plan whose values are right; the guess where none is."""
     generator = torch.Generator(device=weight.device).manual_seed(0)
     x = torch.randn(batch, weight.shape[1], generator=generator, device=weight.device).to(dtype)
+    matrix = replace(weight.matrix, _shares={})  # those of plans that are only tried go with it
     # In float32 and in a scratch of its own, which is freed at once.
-    apart = GpuWeight(weight.matrix, Workspace(weight.device))
-    expected = apart.matmul(x.float(), plan=Plan("expand"))
-    del apart
-    tiles = len(weight.matrix.tiles)
-    chunks = weight.matrix.slots // tiles
-    best, seconds = choose_plan(batch, tiles, chunks, weight.processors), float("inf")
-    for plan in candidates(batch, tiles, chunks, weight.processors):
+    expected = GpuWeight(matrix, Workspace(weight.device)).matmul(x.float(), plan=Plan("expand"))
+    trial = GpuWeight(matrix, weight.workspace)
+    best, seconds = choose_plan(batch, weight.processors), float("inf")
+    for plan in candidates(batch, weight.processors):
         out = torch.full((batch, weight.shape[0]), float("nan"), dtype=dtype, device=weight.device)
-        weight.matmul(x, out=out, plan=plan)
+        trial.matmul(x, out=out, plan=plan)
         if not is_right(out, expected):
             continue
-        found = timer(lambda plan=plan, out=out: weight.matmul(x, out=out, plan=plan))  # type: ignore[misc]
+        found = timer(lambda plan=plan, out=out: trial.matmul(x, out=out, plan=plan))  # type: ignore[misc]
         if found < seconds:
             best, seconds = plan, found
     return best
@@ -104,8 +103,26 @@ def is_right(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(difference <= TOLERANCE * expected.norm())
 
 
+def is_known(weight: GpuWeight, batches: Sequence[int], dtype: torch.dtype) -> bool:
+    """Tell whether `tune` would measure nothing."""
+    known = load(cache_path(weight.device))
+    return all(_key(weight, bucket(batch), dtype) in known for batch in batches)
+
+
 def _device_seconds(action: Callable[[], object]) -> float:
-    return float(triton.testing.do_bench(action, warmup=5, rep=20, return_mode="median")) / 1e3
+    """Median of several calls, each after what is cached was overwritten by SCRATCH_BYTES."""
+    scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device="cuda")
+    action()
+    spans = []
+    for _ in range(REPEATS):
+        scratch.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        action()
+        end.record()
+        spans.append((begin, end))
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in spans) / 1e3
 
 
 def _key(weight: GpuWeight, batch: int, dtype: torch.dtype) -> str:

@@ -90,11 +90,7 @@ class GpuWeight:
 
     def plan_for(self, batch: int) -> Plan:
         """Return the plan that `matmul` uses for `batch` rows."""
-        known = self.plans.get(bucket(batch))
-        if known is not None:
-            return known
-        tiles = len(self.matrix.tiles)
-        return choose_plan(batch, tiles, self.matrix.slots // tiles, self.processors)
+        return self.plans.get(bucket(batch)) or choose_plan(batch, self.processors)
 
     def dense(
         self, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None

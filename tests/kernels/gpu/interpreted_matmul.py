@@ -17,7 +17,7 @@ import pytest
 import torch
 from cvxq_format import Codebook
 from cvxq_kernels import PackedWeight
-from cvxq_kernels.gpu import GpuWeight, launch, matrix
+from cvxq_kernels.gpu import GpuWeight, launch, matrix, shares
 from cvxq_kernels.gpu.matrix import arrange
 from cvxq_kernels.gpu.plan import Plan
 from cvxq_kernels.gpu.workspace import Workspace
@@ -120,13 +120,15 @@ def test_half_precision(
 
 @pytest.mark.parametrize("kind", ["matvec", "gemm"])
 def test_split_sums_are_the_same_every_time(
-    make: Make, device: torch.device, nans: Nans, kind: Any
+    make: Make, device: torch.device, nans: Nans, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
+    monkeypatch.setattr(shares, "LEAST_COST", 1)
     packed = make((16, 100), np.repeat([1, 8], 50), seed=6)
     weight = GpuWeight.from_packed(packed, device)
     x = inputs(1, 100)
     whole = weight.matmul(x.to(device), plan=Plan(kind)).cpu()
     plan = Plan(kind, 3)
+    assert weight.matrix.shares(kind, 3).is_split
     found = [weight.matmul(x.to(device), out=nans(1, 16), plan=plan).cpu() for _ in range(2)]
     assert torch.equal(found[0], found[1])
     # Only the order of float32 additions differs.
@@ -150,6 +152,19 @@ def test_large_matrices_are_expanded_in_blocks(
     y = weight.matmul(x, bias, plan=EXPAND)
     assert relative_error(y, expected) < (1e-6 if dtype == torch.float32 else 1e-3)
     assert [len(buffer) for buffer in work.buffers.values()] == [2 * 16 * 24]
+
+
+def test_means_are_added_once_by_programs_that_share_a_tile(
+    make: Make, device: torch.device, nans: Nans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pruned columns have means, too; one program has nothing but those."""
+    monkeypatch.setattr(shares, "LEAST_COST", 1)
+    packed = make((16, 300), np.repeat([0, 2, 6], 100), seed=13, means=True)
+    weight = GpuWeight.from_packed(packed, device)
+    x = inputs(2, 300)
+    y = weight.matmul(x.to(device), out=nans(2, 16), plan=Plan("matvec", 7))
+    assert len(weight.matrix.shares("matvec", 7).items) > 3
+    assert relative_error(y, reference(x, packed)) < 1e-2
 
 
 @pytest.mark.parametrize("plan", [Plan("matvec"), Plan("gemm")])

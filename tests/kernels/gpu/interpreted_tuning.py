@@ -32,7 +32,9 @@ def seconds(*times: float) -> tuning.Timer:
 
 
 def test_the_fastest_is_kept_and_remembered(weight: GpuWeight, tmp_path: Path) -> None:
+    assert not tuning.is_known(weight, [1], torch.float32)
     found = tuning.tune(weight, [1], torch.float32, seconds(3, 1, 2))
+    assert tuning.is_known(weight, [1], torch.float32)
     assert found == {1: PLANS[1]}
     assert weight.plan_for(1) == PLANS[1]
     weight.plans.clear()
@@ -63,9 +65,9 @@ def test_a_plan_with_wrong_values_is_never_kept(
 
 def test_candidates_fit_the_batch() -> None:
     for batch in (1, 8, 16, 64, 256):
-        plans = list(tuning.candidates(batch, 64, 128, 132))
+        plans = list(tuning.candidates(batch, 132))
         assert len(plans) == len(set(plans))
-        assert {plan.kind for plan in plans} >= {"gemm"}
+        assert ("gemm" in {plan.kind for plan in plans}) == (batch > 1)
         assert ("expand" in {plan.kind for plan in plans}) == (batch >= 16)
         assert ("matvec" in {plan.kind for plan in plans}) == (batch <= 4)
 
@@ -74,9 +76,9 @@ def test_candidates_fit_the_batch() -> None:
     ("batch", "kind"), [(1, "matvec"), (8, "gemm"), (64, "gemm"), (65, "expand")]
 )
 def test_guesses(batch: int, kind: str) -> None:
-    plan = choose_plan(batch, 448, 256, 132)
+    plan = choose_plan(batch, 132)
     assert plan.kind == kind
-    assert plan.splits * 448 >= 132 or kind == "expand"
+    assert plan.programs >= 132 or kind == "expand"
 
 
 def test_batches_share_a_power_of_two() -> None:

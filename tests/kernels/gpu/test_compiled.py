@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,43 @@ def test_matvec_stays_within_its_budget(
     assert found["spills"] == 0
     assert found["registers"] <= 64  # 32 warps fit a multiprocessor
     assert found["shared_bytes"] <= 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "width"), [("gfx942", 64), ("gfx1100", 32)])
+def test_the_plain_twins_compile_for_amd(
+    architecture: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backends = pytest.importorskip("triton.backends")
+    if "amd" not in backends.backends:
+        pytest.skip("this Triton has no AMD backend")
+    tool = importlib.import_module("count_instructions")
+    variants = [tool.matvec_variant(1 << 3, 16), tool.full_variants(16)["rows"]]
+    for variant in variants:
+        off = {name: False for name in variant.constants if name == "PTX"}
+        plain = replace(variant, constants=variant.constants | off)
+        compiled = tool.compile_target(plain, tool.GPUTarget("hip", architecture, width))
+        assert "s_endpgm" in compiled.asm["amdgcn"]
+
+
+@pytest.mark.slow
+def test_a_matvec_that_starts_early_touches_nothing_before_its_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing but what says what to multiply, and requests; the inputs' rows come after."""
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    tool = importlib.import_module("count_instructions")
+    compiled = tool.compile_for(tool.matvec_variant(1 << 3, 64, overlap=True), 90)
+    listing = tool.run_tool("nvdisasm", compiled.asm["cubin"], "-c")
+    before, wait, after = listing.partition("ACQBULK")
+    assert wait
+    assert "CCTL.E.PF2" in before
+    assert "STG" not in before
+    assert before.count("LDG") <= 24  # the item, rows of the tile and their factors
+    assert "STG" in after
 
 
 @pytest.mark.slow

@@ -25,6 +25,14 @@ def test_programs_share_all_chunks(model: ModuleType) -> None:
     assert np.array_equal(programs.sum(0)[1:], chunks.sum(0)[1:])
 
 
+@pytest.mark.parametrize("bits", [2.5, 3, 4])
+def test_programs_have_equal_work_and_reach_the_goals(model: ModuleType, bits: float) -> None:
+    """Shares of the bound that an H100 is to reach, by the model; a device has the last word."""
+    token = model.model_token(bits, model.DEVICES[0])
+    assert all(matrix.slowest <= 1.3 for matrix in token.matrices)
+    assert token.share >= {2.5: 0.55, 3: 0.6, 4: 0.65}[bits]
+
+
 def test_programs_wait_for_places(model: ModuleType) -> None:
     assert model.makespan(np.array([3.0, 1, 1, 1]), 2) == 3
     assert model.makespan(np.array([1.0, 1, 1, 3]), 2) == 4  # the heavy one last

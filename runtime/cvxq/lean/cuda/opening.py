@@ -7,6 +7,7 @@ a device holds it to that).  The CUDA context itself, which no tensor shares, co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from cvxq.lean.cuda.weights import Weight, load_weights
 from cvxq.lean.products import Tensors
 
 WORKING_BYTES = 1 << 29
+
+logger = logging.getLogger("cvxq")
 
 
 def open_torch_decoder(
@@ -58,19 +61,28 @@ def open_torch_decoder(
 def tune_alike(weights: Iterable[Weight], dtype: torch.dtype) -> None:
     """Choose how packed weights are multiplied by one row, measured once for each shape.
 
-    The first time on a device takes seconds, later ones recall what was found.
+    The first time on a device compiles the kernels, too, and says so; later ones recall what was
+    found.
     """
     from cvxq_kernels.gpu import GpuWeight
-    from cvxq_kernels.gpu.tuning import tune
+    from cvxq_kernels.gpu.tuning import is_known, tune
 
-    first: dict[tuple[object, ...], GpuWeight] = {}
+    groups: dict[tuple[object, ...], list[GpuWeight]] = {}
     for weight in weights:
         if isinstance(weight, GpuWeight):
             alike = (weight.shape, weight.matrix.rows, weight.matrix.depths)
-            if alike not in first:
-                tune(weight, (1,), dtype)
-                first[alike] = weight
-            weight.plans.update(first[alike].plans)
+            groups.setdefault(alike, []).append(weight)
+    new = [group for group in groups.values() if not is_known(group[0], (1,), dtype)]
+    if new:
+        logger.warning(
+            "Compiling the kernels and measuring how to launch them, for %d shapes of matrices: "
+            "once for this GPU, up to a minute",
+            len(new),
+        )
+    for first, *others in groups.values():
+        tune(first, (1,), dtype)
+        for weight in others:
+            weight.plans.update(first.plans)
 
 
 def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:

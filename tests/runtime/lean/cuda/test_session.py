@@ -113,7 +113,10 @@ class Matrix(NamedTuple):
     depths: int
 
 
-def test_one_weight_of_each_kind_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_one_weight_of_each_kind_is_tuned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, known: bool
+) -> None:
     """Measuring takes a device; how often it happens, and who shares the result, does not."""
     pytest.importorskip("triton")
     from cvxq_kernels import gpu
@@ -135,6 +138,7 @@ def test_one_weight_of_each_kind_is_tuned(monkeypatch: pytest.MonkeyPatch) -> No
         weight.plans[1] = Plan("matvec", len(tuned))
 
     monkeypatch.setattr("cvxq_kernels.gpu.tuning.tune", measure)
+    monkeypatch.setattr("cvxq_kernels.gpu.tuning.is_known", lambda *_: known)
     weights = [Stand((8, 4), 3), Stand((8, 4), 3), Stand((8, 4), 7), Stand((4, 4), 3)]
     dense = DenseWeight(torch.zeros(2, 2))
     tune_alike([*weights, dense], torch.float16)
@@ -142,7 +146,9 @@ def test_one_weight_of_each_kind_is_tuned(monkeypatch: pytest.MonkeyPatch) -> No
         (shape, depths, (1,), torch.float16)
         for shape, depths in (((8, 4), 3), ((8, 4), 7), ((4, 4), 3))
     ]
-    assert [weight.plans[1].splits for weight in weights] == [1, 1, 2, 3]
+    assert [weight.plans[1].programs for weight in weights] == [1, 1, 2, 3]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [] if known else "for 3 shapes of matrices" in said[0]
 
 
 @pytest.mark.parametrize(
