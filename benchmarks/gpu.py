@@ -4,6 +4,9 @@ Prints a page of tables as they become ready: decoding at batch 1 with a model o
 shape at 3, 4 and 8 bits, as a share of what the memory's bandwidth allows, beside float16; then
 the kernels, by `gpu_kernels.py`, with what is left of the time.  `--conversion` instead measures a
 whole conversion of that shape, calibrated on 128 sequences of 2048 tokens, in minutes per stage.
+`--bring-up` is what a device runs first (`gpu_bring_up.py`): from the driver to the speed of
+decoding in stages of less than ten minutes, each of which says what it found or what its failure
+means; `--stages` runs some of them only.
 `--dry-run` goes through all of it on the CPU with tiny shapes; its figures mean nothing.
 """
 
@@ -28,6 +31,7 @@ from typing import Any
 import torch
 from cvxq_converter.job import convert
 from cvxq_converter.options import ConversionOptions
+from gpu_bring_up import STAGES, bring_up
 from gpu_decoding import (
     DISTINCT_LAYERS,
     Decoding,
@@ -181,6 +185,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--conversion", action="store_true", help="measure a calibrated conversion instead"
     )
+    parser.add_argument("--bring-up", action="store_true", help="stages for a new device")
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE")
+    parser.add_argument("--file", type=Path, help="a .cvxq file for the bring-up to compare texts")
     parser.add_argument("--part", choices=("all", "decoding", "kernels"), default="all")
     parser.add_argument("--minutes", type=float, default=9.5, help="time for all of it")
     parser.add_argument("--work", type=Path, help="folder for models; default: a temporary one")
@@ -197,6 +205,10 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
+    if options.bring_up:
+        chosen = [stage for stage in STAGES if stage.name in options.stages]
+        work = options.work or Path("build") / "gpu-bring-up"
+        return 0 if bring_up(chosen, work, options.file, dry, say) else 1
     device = "cpu" if dry else "cuda"
     shape = TINY if dry else SHAPES["7b"]
     setting = Setting(16, 8, 2) if dry else Setting(128, 256, 5)
