@@ -406,7 +406,7 @@ def test_an_interrupted_save_leaves_the_older_file(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cvxq_converter.measure.measurement.os.fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         save_measurement(measurement, path)
     assert path.read_bytes() == b"old"

@@ -14,6 +14,7 @@
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES))); /* wraps, as the bits of NaN make it */
 
 INLINE vf load(const float *x) {
     vf value;
@@ -73,7 +74,7 @@ INLINE vf exponential(vf x) {
     p = p * r + splat(0.5f);
     p = p * r + splat(1.0f);
     p = p * r + splat(1.0f);
-    return (vf)((vi)p + (((vi)shifted - (vi)magic) << 23));
+    return (vf)((vu)p + (((vu)shifted - (vu)magic) << 23));
 }
 
 #endif
