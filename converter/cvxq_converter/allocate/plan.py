@@ -35,6 +35,8 @@ from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.stages import Done
 
 _PIECE = 1 << 22  # weights squared together
+TOKEN_EXPONENT = 0.5
+LEAST_TOKEN = 1 / 64  # of the mean sensitivity of tokens' rows: three bits of depth
 SMALLEST_VARIANCE = 1e-12  # of the matrix's mean; below it a group is rounding noise about its mean
 
 
@@ -51,10 +53,17 @@ class Sensitivity:
         return cls(np.ones(rows), np.ones(columns))
 
     @classmethod
-    def from_statistics(cls, stats: MatrixStatistics) -> Sensitivity:
-        """Shrink both axes towards their priors; keep the matrix's measured total."""
+    def from_statistics(cls, stats: MatrixStatistics, rows_are_tokens: bool = False) -> Sensitivity:
+        """Shrink both axes towards their priors; keep the matrix's measured total.
+
+        Other texts have other tokens: what calibration expects of one foretells theirs only to the
+        power of `TOKEN_EXPONENT`, and one that it never expects may come: it keeps `LEAST_TOKEN`.
+        """
         total = stats.row_sensitivity.sum()
         row = shrink(stats.row_sensitivity, stats.row_evidence, stats.sequences)
+        if rows_are_tokens:
+            row = row**TOKEN_EXPONENT
+            row = np.maximum(row, LEAST_TOKEN * row.mean())
         column = shrink(stats.column_sensitivity, stats.column_evidence, stats.sequences)
         return cls(row / row.sum(), column / column.sum() * max(total, 1e-300))
 
@@ -99,7 +108,8 @@ def make_plans(
         if stats is None:
             plan = plan_matrix(matrix, weight, Sensitivity.uniform(*weight.shape), method)
         else:
-            sensitivity, power = Sensitivity.from_statistics(stats), stats.input_second_moment
+            sensitivity = Sensitivity.from_statistics(stats, matrix.rows_are_tokens)
+            power = stats.input_second_moment
             plan = plan_matrix(matrix, weight, sensitivity, method, power)
         if weight.device.type == "cpu":
             mean, mean_square = plan.moments
@@ -126,12 +136,7 @@ def plan_matrix(
     group_size = method.group_size
     partitions = choose_partitions(rows, group_size, method.partitions)
     clustering = cluster_rows(row_variance, sensitivity.row, group_size, partitions)
-    if matrix.rows_are_tokens:
-        # Calibration never meets most tokens. A scale shared by a cluster spares their rows, which
-        # it takes for insensitive, no more than the others'.
-        scales = RowScales.none(rows)
-    else:
-        scales = choose_row_scales(row_variance, columns, clustering)
+    scales = choose_row_scales(row_variance, columns, clustering)
     weight, sensitivity = scales.normalize(weight), sensitivity.of_normalized(scales)
     weights = row_weights(sensitivity.row, clustering)
     mean, mean_square = group_moments(weight, clustering, weights)

@@ -34,7 +34,7 @@ def predict_curve(
     plans: of all matrices. statistics: by matrix name; empty for the share of the weights' energy
     that is lost instead of KL. documents: as in `make_ledger`.
     """
-    costs = [_group_costs(p, statistics) for p in plans]
+    costs = [group_costs(p, statistics) for p in plans]
     scale = 0.5 if statistics else 1 / sum(float(c.sum()) for c in costs)
     gained = layers_to_gain_bias(loaded.matrices, statistics) if method.correct_biases else []
     ledger = make_ledger(loaded, plans, gained, documents, method)
@@ -63,13 +63,14 @@ def _rates(lowest: float) -> list[float]:
     return [lowest, *(float(rate) for rate in multiples if rate > lowest)]
 
 
-def _group_costs(plan: MatrixPlan, statistics: Statistics) -> np.ndarray:
+def group_costs(plan: MatrixPlan, statistics: Statistics) -> np.ndarray:
     """(C, K) float64 loss, but for a common factor, if a group were set to its mean."""
     variance = plan.deviation().double().square().cpu().numpy()
     rows = plan.clustering.cluster_rows[:, None]
     stats = statistics.get(plan.matrix.name)
     if stats is None:
         return rows * variance * plan.row_scales.mean_squares(plan.clustering)[:, None]
-    sensitivity = Sensitivity.from_statistics(stats).of_normalized(plan.row_scales)
+    sensitivity = Sensitivity.from_statistics(stats, plan.matrix.rows_are_tokens)
+    sensitivity = sensitivity.of_normalized(plan.row_scales)
     worth = group_worth(variance, sensitivity, plan.clustering)
     return np.asarray(rows * np.exp2(2 * worth))

@@ -31,6 +31,7 @@ class InputHessians:
     ) -> None:
         self._loaded, self._streamed = loaded, loaded.streamed
         self._sequences, self._statistics = sequences, statistics
+        self.tokens = sequences.numel()
         self._journal = journal or Journal()
         self._own = self._journal.own()
         self._blocks = len(self._streamed.blocks)  # also the number of the head's stage

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cvxq_converter.measure.head import HeadPass
+from cvxq_converter.measure.lookups import expect
 from cvxq_converter.measure.sums import MatrixSums, Totals, laps
-from cvxq_converter.measure.tied import Aside, TiedRows
 from cvxq_converter.ranks import Ranks
 from cvxq_converter.source.blocks import Streamed
 from cvxq_converter.source.matrices import Matrix
@@ -29,9 +29,9 @@ FRONT = -1  # the stage before the first block
 class Gathering:
     """What the matrices of a network feel, gathered for the stage and the sequence at hand.
 
-    stages: in the order of the way back, each with the matrices of which it finds something, a
-    tied one at either end. head: the matrix of the output layer, if it is one of the matrices.
-    s: the number of the sequence at hand. tied: rows that either use of a tied matrix adds to.
+    stages: in the order of the way back, each with the matrices of which it finds something, tables
+    at either end: the logits tell which tokens are to be expected. head: the matrix of the output
+    layer, if it is one of the matrices. s: the number of the sequence at hand.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Gathering:
         self.stages: dict[int, list[Matrix]] = {stage: [] for stage in order}
         for matrix in matrices:
             self.stages[self._stages[matrix.name]].append(matrix)
-        if self.head is not None and self._stages[self.head.name] != self._blocks:
-            self.stages[self._blocks].append(self.head)
+        self.stages[self._blocks] += [
+            m for m in matrices if self._is_of_tokens(m) and self._stages[m.name] != self._blocks
+        ]
         self.sums: dict[str, MatrixSums] = {}
         self._totals: dict[str, dict[str, Tensor]] = {}
-        self.tied: TiedRows | None = None
-        self.s, self._tokens = 0, torch.empty(0)
+        self.s = 0
         self._is_ready = False
 
     def begin(
@@ -63,7 +63,14 @@ class Gathering:
         """
         (S, L), scratch = self._sequences.shape, self._scratch
         self.sums = {
-            m.name: MatrixSums(m, S, L, scratch, self._hessians and self._multiplies(m, stage))
+            m.name: MatrixSums(
+                m,
+                S,
+                L,
+                scratch,
+                hessian=self._hessians and self._multiplies(m, stage),
+                rows_are_tokens=self._is_of_tokens(m),
+            )
             for m in self.stages[stage]
         }
         self._totals = {
@@ -73,23 +80,7 @@ class Gathering:
             for name, sums in self.sums.items()
             if so_far is not None
         }
-        self.tied = None
         return self._totals
-
-    def put_aside(self, sequences: int) -> Aside | None:
-        """Let what a tied head feels wait for the embedding, in the room that is returned."""
-        if self.head is None or self.head.kind != "embedding":
-            return None
-        aside = TiedRows.space(self.head, sequences, self._sequences.shape[1], self._scratch)
-        self.tied = TiedRows(self.sums[self.head.name], aside)
-        return aside
-
-    def take_up(self, n: int, aside: Aside | None) -> None:
-        """Go on with what a tied head has put aside of the sequence at hand."""
-        if aside is not None:
-            assert self.head is not None
-            self.tied = TiedRows(self.sums[self.head.name], aside)
-            self.tied.take_up(n, self._tokens)
 
     def each(self, shards: list[range], ranks: Ranks) -> Iterator[tuple[int, Tensor]]:
         """Yield place and tokens (L,) of each sequence of this rank; add up after each shard."""
@@ -97,7 +88,6 @@ class Gathering:
         for shard, count in laps(shards, ranks):
             for self.s in shard:
                 ids = self._sequences[self.s].to(self._streamed.device)
-                self._tokens = torch.unique(ids)
                 yield n, ids
                 n += 1
             for name, totals in self._totals.items():
@@ -115,36 +105,22 @@ class Gathering:
         """Whether the products of a matrix are at this stage; a tied one's are at the other."""
         return matrix is not self.head or stage == self._blocks
 
-    def end_sequence(self, stage: int, n: int, targets: Tensor | None = None) -> None:
-        """Close the sequence at hand for all matrices of a stage."""
-        for matrix in self.stages[stage]:
-            if self._stages[matrix.name] == stage:
-                self.sums[matrix.name].end_sequence(self._felt_rows(matrix, targets))
-            elif self.tied is not None:
-                self.tied.park(n, self._tokens)
+    def _is_of_tokens(self, matrix: Matrix) -> bool:
+        return matrix is self.head or matrix.kind == "embedding"
 
-    def _felt_rows(self, matrix: Matrix, targets: Tensor | None) -> Tensor | None:
-        """Say which rows of the output head had evidence; None for every other matrix."""
-        if targets is None or matrix is not self.head:
-            return None
-        felt = torch.zeros(len(matrix.weight), dtype=torch.bool, device=targets.device)
-        felt[targets] = True
-        if matrix.kind == "embedding":
-            felt[self._tokens] = True
-        return felt
+    def end_sequence(self) -> None:
+        """Close the sequence at hand for all matrices of the stage at hand."""
+        for sums in self.sums.values():
+            sums.end_sequence()
 
-    def add_head(self, found: HeadPass) -> None:
-        """Take what one sequence left of the head; rows that the embedding feels, too, wait."""
-        if self.head is None:
-            return
-        sums = self.sums[self.head.name]
-        sums.add_inputs(self.s, found.inputs)
-        sums.add_felt(self.s, found.inputs, found.gradients)
-        for rows, gradient in found.weight_gradients():
-            if self.tied is not None:
-                self.tied.hold_back(gradient, rows, self._tokens)
-            within = torch.arange(rows.start, rows.stop, device=gradient.device)
-            sums.add(gradient, within)
+    def add_head(self, ids: Tensor, found: HeadPass) -> None:
+        """Take what the sequence at hand, of tokens (L,), left of the output layer."""
+        for matrix in self.stages[self._blocks]:
+            sums = self.sums[matrix.name]
+            if matrix.kind == "embedding":
+                expect(sums.totals["expected"], ids, found.expected)
+            if matrix is self.head:
+                sums.add_head(self.s, found)
 
     @contextmanager
     def watching(self, stage: int) -> Iterator[None]:
@@ -208,7 +184,7 @@ class Gathering:
         """Attach the hooks of one matrix and return the steps that undo it."""
         undo: list[Callable[[], None]] = []
         if matrix is self.head and matrix.kind != "embedding":
-            return undo  # whose gradient `_run_head` makes
+            return undo  # what it feels is known to `add_head`
         table = self._streamed.network.get_submodule(matrix.module_name)
         matrix.parameter.requires_grad_(True)
         if isinstance(table, nn.Embedding):
@@ -226,12 +202,7 @@ class Gathering:
             sums.add(gradient.T if matrix.kind == "conv1d" else gradient)
             return
         part = gradient.coalesce()
-        rows, values = part.indices()[0], part.values()
-        sums.add_lookups(values)
-        if matrix is self.head and self.tied is not None:
-            self.tied.add_lookups(rows, values, self._tokens)
-        else:
-            sums.add(values, rows)
+        sums.add_lookups(part.indices()[0], part.values())
 
 
 def _set(module: nn.Module, name: str, value: Any) -> Callable[[], None]:

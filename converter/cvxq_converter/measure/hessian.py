@@ -14,16 +14,19 @@ measured before, one pass forward over the original network does.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.journal import Journal
-from cvxq_converter.measure.experts import pooled_hessian
+from cvxq_converter.measure.experts import PRIOR_TOKENS, pooled_hessian
 from cvxq_converter.measure.sums import MatrixStatistics, Statistics
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
@@ -47,8 +50,8 @@ class InverseFactor:
     unexplained: torch.Tensor
 
     @classmethod
-    def of(cls, hessian: torch.Tensor) -> InverseFactor:
-        """Factor a Hessian (K, K), symmetric and positive semi-definite.
+    def of(cls, hessian: torch.Tensor, tokens: float = math.inf) -> InverseFactor:
+        """Factor a Hessian (K, K), symmetric and positive semi-definite, known from some tokens.
 
         H reversed in both axes has the Cholesky factor L; L reversed again is the upper factor R
         of H = R Rᵀ, and U = R⁻¹. Columns without any input keep the damping alone on their
@@ -57,6 +60,7 @@ class InverseFactor:
         diagonal = hessian.diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True)
         ordered = hessian[order][:, order].double()
+        _shrink_to_diagonal(ordered, tokens)
         damping = DAMPING * float(diagonal.double().mean())
         ordered.diagonal().add_(damping if damping > 0 else 1.0)
         damped = ordered.diagonal().clone()
@@ -74,8 +78,32 @@ class InverseFactor:
         return cls(order, factor.float().contiguous(), unexplained)
 
 
+def _shrink_to_diagonal(hessian: Tensor, tokens: float) -> None:
+    """Take from the off-diagonals of H (K, K), in place, what so few tokens cannot tell.
+
+    With r the correlations, a sample's r_ij from n tokens has the variance (1 + r_ij²) / n, or
+    nearly so. The error of (1 − ρ) r is least for ρ = Σ (1 + r²) / n ÷ Σ r², summed over i ≠ j
+    (Ledoit and Wolf; Schäfer and Strimmer).
+    """
+    diagonal = hessian.diagonal().clone()
+    used = int((diagonal > 0).sum())
+    root = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
+    squares = float((hessian * root).mul_(root[:, None]).square_().sum()) - used
+    if squares > 0:
+        hessian *= 1 - min(1.0, (used * (used - 1) + squares) / (tokens * squares))
+        hessian.diagonal().copy_(diagonal)
+
+
+def effective_tokens(weights: NDArray[np.float32]) -> float:
+    """How many tokens of equal weight tell as much as those of these: (Σ w)² / Σ w² (Kish)."""
+    wide = weights.astype(np.float64)
+    return float(wide.sum() ** 2 / max(np.square(wide).sum(), 1e-300))
+
+
 class Hessians(Protocol):
-    """Where the Hessians of matrices come from."""
+    """Where the Hessians of matrices come from, and from how many tokens."""
+
+    tokens: int
 
     def hessian(self, name: str) -> Tensor | None:
         """H (K, K) of a matrix; None for one that nothing was measured of."""
@@ -135,8 +163,14 @@ class Feedback:
                 f"{matrix.name}: the squares of its inputs are not finite in {dtype}; "
                 "convert with --dtype float32, or use other calibration text"
             )
-        made = InverseFactor.of(hessian.to(matrix.parameter.device))
+        made = InverseFactor.of(hessian.to(matrix.parameter.device), self._tokens(matrix))
         return replace(made, factor=self._loaded.streamed.scratch.copy(made.factor))
+
+    def _tokens(self, matrix: Matrix) -> float:
+        """How many tokens of equal weight the Hessian of a matrix comes from."""
+        weights = self._statistics[matrix.name].token_weights
+        known = float(self._hessians.tokens) if weights is None else effective_tokens(weights)
+        return max(1.0, known + (PRIOR_TOKENS if matrix.pool is not None else 0))
 
     def foresee(
         self, statistics: Statistics, progress: Done | None = None

@@ -17,9 +17,10 @@ each block recomputed and differentiated for all sequences in turn. Every sequen
 generator of its own, so that the order of the work plays no part. What lies between two blocks, in
 either direction, and the sums of a block are steps of a journal, each made from those before it.
 
-Evidence says in how many sequences a row or column was felt at all. For the rows of an output head
-under "kl" that means: the token was drawn as a target (or, for a tied head, read as an input). Its
-softmax share alone is a gradient too, but says only that calibration never needed the token.
+Tokens are too many for any calibration to meet them all. So the rows of an output head take the
+expected square of their gradient (`head`), and those of a table what its look-ups felt, shared out
+by how often the network expects each token (`lookups`). The gradients of a tied matrix's two uses
+are hardly correlated, and their squares add up.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ from cvxq_converter.measure.sums import (
     laps,
     shards_of,
 )
-from cvxq_converter.measure.tied import Aside
 from cvxq_converter.source.blocks import More, Streamed
 from cvxq_converter.source.exactness import as_streamed
 from cvxq_converter.source.matrices import Matrix
@@ -70,14 +70,12 @@ class Felt:
     """What comes back between two blocks, for some sequences.
 
     gradient: (S, L, h), of what lies there; None for a network in one piece. cuts: gradients of
-    what the blocks after that place were given beside it, by block and sequence. targets, aside,
-    more: of the head, for what comes before the blocks.
+    what the blocks after that place were given beside it, by block and sequence. more: of the head,
+    for what comes before the blocks.
     """
 
     gradient: Tensor | None
     cuts: dict[tuple[int, int], list[Tensor]]
-    targets: tuple[Tensor | None, ...] = ()
-    aside: Aside | None = None
     more: More = field(default_factory=dict)
 
 
@@ -123,6 +121,7 @@ class Measuring:
             raise ConversionError(f"metric {metric!r}: expected one of {', '.join(METRICS)}")
         self.streamed = as_streamed(network)
         self.matrices, self.sequences = matrices, sequences
+        self.tokens = sequences.numel()
         self.metric, self.seed, self.hessians = metric, seed, hessians
         self.journal = journal or Journal()
         self._own = self.journal.own()
@@ -238,12 +237,8 @@ class Measuring:
         for i in range(self._blocks + 1) if self._blocks else ():
             between = self._between(r, i)
         totals = gathering.begin(stage, so_far)
-        L, V = self.sequences.shape[1], len(streamed.head.weight)
-        space = streamed.scratch.zeros((L, V), streamed.head.weight.dtype)
         gradient = None if between is None else _zeros_like(between.hidden, streamed)
         streamed.more = {} if between is None else dict(between.more)
-        aside = gathering.put_aside(len(self._numbers(r)))
-        targets: list[Tensor | None] = []
         for n, ids in gathering.each(self.rounds[r], self.journal.ranks):
             leaf = None
             if between is not None:
@@ -252,17 +247,16 @@ class Measuring:
                 x = streamed.head_input(n, ids, leaf)
             generator = generator_of(self.seed, gathering.s, streamed.device)
             draw = partial(output_gradient, metric=self.metric, generator=generator)
-            found = head_pass(streamed, n, ids, leaf, x, draw, space)
-            targets.append(found.targets)
-            gathering.add_head(found)
+            found = head_pass(streamed, n, ids, leaf, x, draw)
+            gathering.add_head(ids, found)
             if x.requires_grad:
                 x.backward(found.input_gradient)
-            gathering.end_sequence(stage, n, found.targets)
+            gathering.end_sequence()
             if leaf is not None and gradient is not None:
                 assert leaf.grad is not None
                 gradient[n] = leaf.grad[0]
             self._step(r, stage, n)
-        return Felt(gradient, {}, tuple(targets), aside, dict(streamed.more)), totals
+        return Felt(gradient, {}, dict(streamed.more)), totals
 
     def _run_block(self, r: int, i: int, so_far: SoFar) -> Finding:
         """From the output of block i back to its input."""
@@ -285,7 +279,7 @@ class Measuring:
                     cuts[i, n] = [
                         torch.zeros_like(cut) if cut.grad is None else cut.grad for cut in call.cuts
                     ]
-                gathering.end_sequence(i, n)
+                gathering.end_sequence()
                 self._step(r, 2 * self._blocks - i, n)
         return Felt(gradient, cuts), totals
 
@@ -297,7 +291,6 @@ class Measuring:
         assert felt.gradient is not None
         streamed.more = dict(head.more)
         for n, ids in gathering.each(self.rounds[r], self.journal.ranks):
-            gathering.take_up(n, head.aside)
             with gathering.watching(FRONT):
                 call = streamed.call(0, n, ids)
             outputs, gradients = [call.hidden], [felt.gradient[n][None].to(streamed.device)]
@@ -308,7 +301,7 @@ class Measuring:
             known = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
             if known:
                 torch.autograd.backward([o for o, _ in known], [g for _, g in known])
-            gathering.end_sequence(FRONT, n, head.targets[n])
+            gathering.end_sequence()
             self._step(r, 2 * self._blocks + 1, n)
         return Felt(None, {}), totals
 

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.measure.head import HeadPass
+from cvxq_converter.measure.lookups import row_squares
 from cvxq_converter.ranks import Ranks
 from cvxq_converter.source.matrices import Matrix
 from cvxq_converter.source.scratch import Scratch
@@ -81,14 +83,23 @@ def shards_of(sequences: int) -> list[range]:
 class MatrixSums:
     """What is added up of one matrix (N, K), over some of S sequences of L tokens each.
 
-    totals, by name: rows (N,), columns (K,) and how many sequences felt each of them; of what it
-    multiplies, the sum and the squares (K,), the tokens by sequence (S,), and token_weights (S, L),
-    how much the loss feels its outputs there; lookups (K, K), Σ g gᵀ over the rows that were looked
-    up; hessian (K, K), Σ w x xᵀ / tokens, both in float32 and in scratch files. An expert's tokens
-    are those that came to it, in their order; after them its weights are 0.
+    totals, by name: rows (N,), columns (K,) and, unless its rows are of tokens, how many sequences
+    felt each of them; of what it multiplies, the sum and the squares (K,), the tokens by sequence
+    (S,), and token_weights (S, L), how much the loss feels its outputs there; of a table, looked_up
+    (N,) and expected (N,), f and x of `lookups`, and lookups (K, K), Σ g gᵀ over the rows that were
+    looked up; hessian (K, K), Σ w x xᵀ / tokens, both in float32 and in scratch files. An expert's
+    tokens are those that came to it, in their order; after them its weights are 0.
     """
 
-    def __init__(self, matrix: Matrix, S: int, L: int, scratch: Scratch, hessian: bool) -> None:
+    def __init__(
+        self,
+        matrix: Matrix,
+        S: int,
+        L: int,
+        scratch: Scratch,
+        hessian: bool,
+        rows_are_tokens: bool = False,
+    ) -> None:
         N, K = matrix.weight.shape
         self.name, self._tokens = matrix.name, S * L
         device = matrix.parameter.device
@@ -97,12 +108,10 @@ class MatrixSums:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.sequence_rows, self.sequence_columns = zeros(N), zeros(K)
-        self.totals = {
-            "rows": zeros(N),
-            "columns": zeros(K),
-            "row_evidence": zeros(N, dtype=torch.int64),
-            "column_evidence": zeros(K, dtype=torch.int64),
-        }
+        self.totals = {"rows": zeros(N), "columns": zeros(K)}
+        if not rows_are_tokens:
+            self.totals["row_evidence"] = zeros(N, dtype=torch.int64)
+            self.totals["column_evidence"] = zeros(K, dtype=torch.int64)
         if matrix.input_module_name is not None:
             self.totals |= {
                 "inputs": zeros(K),
@@ -114,6 +123,7 @@ class MatrixSums:
         if hessian and matrix.input_module_name is not None:
             self.totals["hessian"] = space((K, K), dtype=torch.float32)
         if matrix.kind == "embedding":
+            self.totals |= {"looked_up": zeros(N), "expected": zeros(N)}
             self.totals["lookups"] = space((K, K), dtype=torch.float32)
 
     def zeros(self, scratch: Scratch) -> dict[str, Tensor]:
@@ -122,16 +132,27 @@ class MatrixSums:
 
     # --- one sequence ---------------------------------------------------------------------------
 
-    def add(self, gradient: Tensor, rows: Tensor | None = None) -> None:
-        """Take a (N, K) gradient, or one whose row i belongs to row `rows[i]` of the matrix."""
+    def add(self, gradient: Tensor) -> None:
+        """Take a (N, K) gradient."""
         for piece, squares in _row_chunks(gradient):
-            where = piece if rows is None else rows[piece]
-            self.sequence_rows[where] += squares.sum(1)
+            self.sequence_rows[piece] += squares.sum(1)
             self.sequence_columns += squares.sum(0)
 
-    def add_lookups(self, gradient: Tensor) -> None:
-        """Take the gradients (U, K) of the rows that one sequence looked up."""
+    def add_lookups(self, rows: Tensor, gradient: Tensor) -> None:
+        """Take the gradients (U, K) of the rows (U,) that one sequence looked up."""
+        for piece, squares in _row_chunks(gradient):
+            self.totals["looked_up"][rows[piece]] += squares.sum(1)
+            self.sequence_columns += squares.sum(0)
         self.totals["lookups"] += gradient.float().T @ gradient.float()
+
+    def add_head(self, s: int, found: HeadPass) -> None:
+        """Take what sequence s left of the output layer."""
+        self.add_inputs(s, found.inputs)
+        self.sequence_rows += found.rows
+        self.sequence_columns += (found.weights @ found.inputs.float().square()).double()
+        weights = self.totals["token_weights"][s]
+        weights.copy_(found.weights)
+        self.add_moment(found.inputs, weights)
 
     def add_inputs(self, s: int, inputs: Tensor) -> None:
         """Take what sequence s brings, (M, K)."""
@@ -155,15 +176,16 @@ class MatrixSums:
             share = weights[: len(rows)].to(rows) / self._tokens
             self.totals["hessian"] += (rows * share[:, None]).T @ rows
 
-    def end_sequence(self, felt: Tensor | None) -> None:
-        """Close a sequence; `felt` (N,) bool limits the rows that count as evidence."""
+    def end_sequence(self) -> None:
+        """Close a sequence."""
         if not torch.isfinite(self.sequence_columns.sum()):
             raise ConversionError(
                 f"{self.name}: its gradient is not finite; use --dtype bfloat16 or float32"
             )
-        seen, totals = self.sequence_rows > 0, self.totals
-        totals["row_evidence"] += seen if felt is None else seen & felt
-        totals["column_evidence"] += self.sequence_columns > 0
+        totals = self.totals
+        if "row_evidence" in totals:
+            totals["row_evidence"] += self.sequence_rows > 0
+            totals["column_evidence"] += self.sequence_columns > 0
         totals["rows"] += self.sequence_rows
         totals["columns"] += self.sequence_columns
         self.sequence_rows.zero_()
@@ -191,11 +213,17 @@ def finished(totals: Totals, sequences: int, length: int) -> MatrixStatistics:
     values = {name: total.cpu() for name, total in totals.items() if name != "hessian"}
     came = values.get("tokens", torch.zeros(0, dtype=torch.int64))
     seen = int(came.sum())
+    rows, columns = values["rows"], values["columns"]
+    if "looked_up" in values:
+        rows = rows + row_squares(values["looked_up"], values["expected"], tokens)
+    # Rows of tokens are all known, be it from what the network expects of them.
+    row_evidence = values.get("row_evidence", sequences * (rows > 0))
+    column_evidence = values.get("column_evidence", sequences * (columns > 0))
     return MatrixStatistics(
-        row_sensitivity=(values["rows"] / tokens).numpy(),
-        column_sensitivity=(values["columns"] / tokens).numpy(),
-        row_evidence=values["row_evidence"].numpy(),
-        column_evidence=values["column_evidence"].numpy(),
+        row_sensitivity=(rows / tokens).numpy(),
+        column_sensitivity=(columns / tokens).numpy(),
+        row_evidence=row_evidence.numpy(),
+        column_evidence=column_evidence.numpy(),
         input_mean=(values["inputs"] / seen).float().numpy() if seen else None,
         input_second_moment=(values["input_squares"] / seen).float().numpy() if seen else None,
         sequences=sequences,

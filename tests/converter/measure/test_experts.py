@@ -12,7 +12,7 @@ import torch
 from cvxq_converter.job import convert, measure_model
 from cvxq_converter.measure import experts as pooling
 from cvxq_converter.measure.forward import InputHessians
-from cvxq_converter.measure.hessian import Feedback, InverseFactor
+from cvxq_converter.measure.hessian import Feedback, InverseFactor, effective_tokens
 from cvxq_converter.measure.measurement import load_measurement
 from cvxq_converter.measure.seeds import generator_of
 from cvxq_converter.measure.statistics import Measuring, measure_statistics
@@ -93,7 +93,10 @@ def test_hessians_are_of_the_tokens_that_came_and_help_each_other(
     lent = share * sum(hessians[name] for name in names)
     feedback = Feedback(loaded, statistics, measuring)
     for name in (names[1], names[0], names[1]):  # whatever became a factor before
-        found, expected = feedback.factor(name), InverseFactor.of(hessians[name] + lent)
+        own = statistics[name].token_weights
+        assert own is not None
+        known = effective_tokens(own) + pooling.PRIOR_TOKENS
+        found, expected = feedback.factor(name), InverseFactor.of(hessians[name] + lent, known)
         assert found is not None
         torch.testing.assert_close(found.factor, expected.factor)
 
