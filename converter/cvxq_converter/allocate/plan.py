@@ -49,7 +49,7 @@ class Sensitivity:
 
     @classmethod
     def uniform(cls, rows: int, columns: int) -> Sensitivity:
-        """Sensitivity 1 everywhere, for `--calibration none`."""
+        """Sensitivity 1 everywhere."""
         return cls(np.ones(rows), np.ones(columns))
 
     @classmethod
@@ -102,11 +102,13 @@ def make_plans(
 ) -> list[MatrixPlan]:
     """Plan every matrix of a model; statistics: by matrix name, those that were measured."""
     plans, scratch = [], loaded.streamed.scratch
+    # Small weights are no less needed than large ones: inputs and norms make up for their size.
+    blind = replace(method, uniform_depths=True)
     statistics = pool_experts(loaded.matrices, statistics)
     for done, matrix in enumerate(loaded.matrices, start=1):
         weight, stats = loaded.originals[matrix.name], statistics.get(matrix.name)
         if stats is None:
-            plan = plan_matrix(matrix, weight, Sensitivity.uniform(*weight.shape), method)
+            plan = plan_matrix(matrix, weight, Sensitivity.uniform(*weight.shape), blind)
         else:
             sensitivity = Sensitivity.from_statistics(stats, matrix.rows_are_tokens)
             power = stats.input_second_moment
