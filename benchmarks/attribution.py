@@ -23,9 +23,10 @@ from cvxq_converter.allocate.allocation import GAUSSIAN_DISTORTION
 from cvxq_converter.allocate.plan import MatrixPlan, make_plans
 from cvxq_converter.allocate.prediction import group_costs
 from cvxq_converter.job import Prepared, quantize_prepared
-from cvxq_converter.measure.hessian import effective_tokens, input_hessians
+from cvxq_converter.journal import Journal
+from cvxq_converter.measure.forward import InputHessians
+from cvxq_converter.measure.hessian import effective_tokens
 from cvxq_converter.measure.measurement import load_measurement
-from cvxq_converter.measure.moments import InputMoments
 from cvxq_converter.measure.quality import divergence, make_reference, split_sequences
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.encode import encode_matrices
@@ -109,7 +110,7 @@ def held_out_ratios(
     loaded, allocation = prepared.loaded, result.allocation
     assert allocation is not None
     plain = encode_matrices(
-        loaded, plans, allocation, options.method, lambda *_: None, lambda _: None
+        loaded, plans, allocation, options.method, lambda *_: None, lambda _: None, Journal()
     )
     _, held = split_sequences(prepared.sequences)
     ones = np.ones(tuple(held.shape), np.float32)
@@ -118,20 +119,19 @@ def held_out_ratios(
         for name, stats in prepared.statistics.items()
         if stats.token_weights is not None and stats.routed_tokens is None
     }
-    moments = InputMoments(loaded.streamed.scratch, held.numel())
-    loaded.restore()
-    input_hessians(loaded.streamed, loaded.matrices, held, alike, moments)
+    hessians = InputHessians(loaded, held, alike)
 
     def error(matrix: Matrix, tensor: CompandedTensor, codebook: Codebook) -> float:
         made = torch.from_numpy(dequantize(tensor, codebook))
-        off = made - loaded.originals[matrix.name].float()
-        return float(((off @ moments.found[matrix.name]) * off).sum())
+        off, hessian = made - loaded.originals[matrix.name].float(), hessians.hessian(matrix.name)
+        assert hessian is not None
+        return float(((off @ hessian) * off).sum())
 
     return {
         matrix.name: error(matrix, result.tensors[matrix.name], result.codebook)
         / max(error(matrix, without, plain.codebook), 1e-30)
         for matrix, without in zip(loaded.matrices, plain.tensors, strict=True)
-        if matrix.name in moments.found
+        if matrix.name in alike
     }
 
 

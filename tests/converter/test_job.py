@@ -155,7 +155,7 @@ def by_rate(
 @pytest.mark.parametrize("bits", RATES)
 def test_the_rate_in_the_file_is_the_one_asked_for(by_rate: Any, bits: float) -> None:
     report, path = by_rate[bits]
-    assert bits * 0.995 <= rate_of(path) <= bits
+    assert bits * 0.99 <= rate_of(path) <= bits  # without calibration whole clusters flip
     assert report.rate_bits_per_weight == pytest.approx(rate_of(path), rel=1e-12)
     assert report.file_bytes == path.stat().st_size
 

@@ -117,7 +117,7 @@ def test_costs_grow_with_the_work() -> None:
         ({"tune": 60}, "seconds peak_memory_bytes"),
         ({"method": "rtn"}, "seconds peak_memory_bytes"),
         ({"group_size": 32}, "seconds"),
-        ({"keep": ("*mlp*",)}, "seconds peak_memory_bytes disk_bytes"),
+        ({"keep": ("*mlp*",)}, "seconds disk_bytes"),
         ({"dtype": torch.float16}, "peak_memory_bytes"),
     ],
 )
