@@ -78,7 +78,7 @@ class HarnessModel(TemplateLM):
         room = self.max_length - len(scored) + 1  # the last token is not read
         if room < 1:
             raise ArgumentError(
-                f"{len(scored)} tokens are to be scored, in a context of {self.max_length}"
+                f"{len(scored)} tokens are to be scored, allowed {self.max_length}, the context"
             )
         logits = self._session.resume(given[-room:])[None]
         if len(scored) > 1:

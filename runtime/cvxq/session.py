@@ -91,7 +91,9 @@ class Session(ABC):
     def feed_each(self, ids: Sequence[int]) -> Logits:
         """Read `ids` (at least one) as `feed` does; return logits (n, V) after each of them."""
         if self.room is not None and len(ids) > self.room:
-            raise ContextError(f"the model's context of {self.context_length} tokens is full")
+            raise ContextError(
+                f"the model's context of {self.context_length} tokens is full; begin anew"
+            )
         return self._read_each(ids)
 
     def score(self, ids: Sequence[int]) -> Iterator[Logits]:

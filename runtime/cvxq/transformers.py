@@ -104,7 +104,9 @@ class CvxqQuantizer(HfQuantizer):
                 "AutoModelForCausalLM"
             )
         if not checkpoint_files:
-            raise ArgumentError("a cvxq model is loaded from its folder, not from a state_dict")
+            raise ArgumentError(
+                "a model in cvxq's format is loaded from its folder only, not from a state_dict"
+            )
         self._file = _beside(Path(checkpoint_files[0]), self.quantization_config.file, model.config)
         model._modules.clear()
         model.all_tied_weights_keys = {}
@@ -147,5 +149,7 @@ def _beside(checkpoint: Path, name: str, config: PreTrainedConfig) -> Path:
             _raise_exceptions_for_missing_entries=False,
         )
     if found is None:
-        raise MissingPartError(f"{file} does not exist, which config.json names")
+        raise MissingPartError(
+            f"{file} does not exist, which config.json names; export the file again"
+        )
     return Path(found)

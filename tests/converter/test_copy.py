@@ -51,7 +51,7 @@ def network_of(bos: int | None) -> Any:
 
 def test_documents_begin_anew_after_an_end() -> None:
     wanted = Calibration("copy", 2, 9)
-    found = sample_copy(Counter(), network_of(3), None, wanted)
+    found = sample_copy(Counter, network_of(3), None, wanted)
     assert found.tolist() == [[3, 4, 5, 6, 2, 3, 4, 5, 6]] * 2
 
 
@@ -61,7 +61,7 @@ def test_a_seed_draws_the_same_sequence_whatever_their_number() -> None:
             return np.zeros(12, np.float32)
 
     some, more = (
-        sample_copy(Even(), network_of(1), None, Calibration("copy", count, 20, seed=4))
+        sample_copy(Even, network_of(1), None, Calibration("copy", count, 20, seed=4))
         for count in (2, 5)
     )
     assert torch.equal(some, more[:2])

@@ -21,7 +21,7 @@ from cvxq_format import verify
 Save = Callable[..., Path]
 RUNS = Path(__file__).with_name("faulty_runs.py")
 OLD = b"an older file"
-KILLS = 4
+KILLS = 2
 OPTIONS = ConversionOptions.of(bits=4.0, group_size=16, sequences=3, length=12, gain=0.5)
 LITTLE = ("--sequences", "3", "--length", "12")
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ MakeFile = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU's kernels, where they are, multiply in float32 throughout."""
-    monkeypatch.setattr(cpu.Matrix, "matmul", partialmethod(cpu.Matrix.matmul, exact=True))
+    monkeypatch.setattr("cvxq.modules._PackedModule.exact", True)
 
 
 def logits(network: nn.Module) -> torch.Tensor:

@@ -119,7 +119,9 @@ def _raise_reason(others: list[_Other]) -> None:
     failed = [(other.reason(), other.rank) for other in others if other.failed()]
     if failed:
         (_, reason), rank = min(failed)
-        raise ConversionError(f"rank {rank} {reason}") from None
+        raise ConversionError(
+            f"rank {rank} {reason}; give the same command again, it goes on where it was"
+        ) from None
 
 
 def _end_with_the_first() -> None:

@@ -119,7 +119,7 @@ def test_files_of_one_name_and_missing_ones(cvxq: Cvxq, model_file: Path, tmp_pa
     other.write_bytes(model_file.read_bytes())
     refused = cvxq("serve", model_file, other)
     assert refused.exit_code == 2
-    assert f"two files are called {model_file.stem}" in refused.output
+    assert f"two models are called {model_file.stem}" in refused.output
     assert cvxq("serve", tmp_path / "none.cvxq").exit_code == 3
 
 
