@@ -1,10 +1,10 @@
 """Models of random weights, for measuring speed: python benchmarks/random_model.py FOLDER
 
 Every matrix is Gaussian noise whose rows and columns are scaled by powers of two with exponents
-drawn from a normal distribution.  SIGMA of both was tuned once so that a conversion to 3.3 bits
-without calibration spreads its depths as on a trained model, roughly 0: 1 %, 1: 4 %, 2: 15 %, 3:
-37 %, 4: 36 %, 5: 6 %, 6: 1 %; with equal scales all groups would get one depth, and speeds would
-say nothing about mixed ones.
+drawn from a normal distribution.  SIGMA of both was tuned once so that bits given by the size of
+the weights alone, 3.3 on average, spread their depths as on a trained model, roughly 0: 1 %, 1: 4 %,
+2: 15 %, 3: 37 %, 4: 36 %, 5: 6 %, 6: 1 %; with equal scales speeds would say nothing about mixed
+depths.  Conversions for it have to calibrate, if only a little: without, all groups get one depth.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def _task(folder: Path, name: str) -> dict[str, Any]:
         fields = set(json.loads(line))
     except (ValueError, TypeError):
         raise ArgumentError(
-            f"{path}: the first line is no JSON object, expected one per line"
+            f"{path}: the first line is not a JSON object, expected one per line"
         ) from None
     for wanted, task in _KINDS:
         if fields >= set(wanted):

@@ -43,10 +43,10 @@ def case(request: pytest.FixtureRequest, build_network: Any, tmp_path: Path) -> 
     network.save_pretrained(tmp_path)
     loaded = load_model(open_source(str(tmp_path), None), OPTIONS)
     network = loaded.network
-    sequences = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(0))
-    lessons = make_lessons(network, sequences[:4])
-    held_back = make_reference(network, sequences[4:])
-    statistics = measure_statistics(network, loaded.matrices, sequences[:4])
+    sequences = torch.randint(3, 96, (14, 24), generator=torch.Generator().manual_seed(0))
+    lessons = make_lessons(network, sequences[:12])
+    held_back = make_reference(network, sequences[12:])
+    statistics = measure_statistics(network, loaded.matrices, sequences[:12])
 
     target, method = OPTIONS.target, OPTIONS.method
     result = quantize_network(loaded, statistics, None, held_back, {}, target, method, Stages(None))
