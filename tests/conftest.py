@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,48 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def live_bytes() -> Any:
+    """A class whose objects, while entered, count the bytes of tensors: `now`, and the `most`."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class LiveBytes(TorchDispatchMode):
+        """Counts the bytes of tensors that operations made and that are still there."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.now = self.most = 0
+            self._known: set[int] = set()
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            given = {
+                leaf.untyped_storage().data_ptr()
+                for leaf in tree_leaves((args, kwargs or {}))
+                if isinstance(leaf, torch.Tensor)
+            }
+            result = func(*args, **(kwargs or {}))
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    storage = leaf.untyped_storage()
+                    place = storage.data_ptr()
+                    if place not in given and place not in self._known and storage.nbytes():
+                        self._known.add(place)
+                        self.now += storage.nbytes()
+                        self.most = max(self.most, self.now)
+                        weakref.finalize(storage, self._gone, place, storage.nbytes())
+            return result
+
+        def _gone(self, place: int, size: int) -> None:
+            self._known.discard(place)
+            self.now -= size
+
+    return LiveBytes
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -89,3 +89,17 @@ def save_network(build_network: Build, tmp_path_factory: pytest.TempPathFactory)
         return made[key]
 
     return save
+
+
+@pytest.fixture(scope="session")
+def read_until() -> Callable[[BinaryIO, bytes], None]:
+    """A function that reads lines of a process until some word has come; it has to come."""
+
+    def read(stream: BinaryIO, word: bytes) -> None:
+        seen = b""
+        while word not in seen:
+            line = stream.readline()
+            assert line, seen
+            seen += line
+
+    return read

@@ -85,16 +85,17 @@ def command(folder: Path, output: Path, *options: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_to_the_command(number: signal.Signals, save_network: Save, output: Path) -> None:
+def test_signals_to_the_command(
+    number: signal.Signals,
+    save_network: Save,
+    output: Path,
+    read_until: Callable[[Any, bytes], None],
+) -> None:
     """The signal comes when the first line of progress of the sampling has been written."""
     arguments = command(save_network("llama"), output, "--sequences", "4096", "--length", "64")
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        seen = b""
-        while b"calibrate" not in seen:
-            line = process.stderr.readline()
-            assert line, seen
-            seen += line
+        read_until(process.stderr, b"calibrate")
         process.send_signal(number)
         stdout, rest = process.communicate(timeout=60)
     assert process.returncode == 130

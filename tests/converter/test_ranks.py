@@ -101,17 +101,13 @@ def children(parent: int) -> list[int]:
 
 
 def test_a_rank_that_dies_ends_the_job_and_the_journal_serves_the_next_try(
-    save_network: Save, tmp_path: Path
+    save_network: Save, tmp_path: Path, read_until: Callable[[Any, bytes], None]
 ) -> None:
     folder, output = save_network("llama"), tmp_path / "a.cvxq"
     arguments = command(folder, output, "--sequences", "128")
     with subprocess.Popen([*arguments, "--ranks", "2"], stderr=subprocess.PIPE) as first:
         assert first.stderr is not None
-        seen = b""
-        while b"measure" not in seen:
-            line = first.stderr.readline()
-            assert line, seen
-            seen += line
+        read_until(first.stderr, b"measure")
         (other,) = children(first.pid)
         os.kill(other, signal.SIGKILL)
         _, rest = first.communicate(timeout=120)

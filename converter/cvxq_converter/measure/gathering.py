@@ -47,7 +47,7 @@ class Gathering:
         for matrix in matrices:
             self.stages[self._stages[matrix.name]].append(matrix)
         self.stages[self._blocks] += [
-            m for m in matrices if self._is_of_tokens(m) and self._stages[m.name] != self._blocks
+            m for m in matrices if m.rows_are_tokens and self._stages[m.name] != self._blocks
         ]
         self.sums: dict[str, MatrixSums] = {}
         self._totals: dict[str, dict[str, Tensor]] = {}
@@ -63,14 +63,7 @@ class Gathering:
         """
         (S, L), scratch = self._sequences.shape, self._scratch
         self.sums = {
-            m.name: MatrixSums(
-                m,
-                S,
-                L,
-                scratch,
-                hessian=self._hessians and self._multiplies(m, stage),
-                rows_are_tokens=self._is_of_tokens(m),
-            )
+            m.name: MatrixSums(m, S, L, scratch, self._hessians and self._multiplies(m, stage))
             for m in self.stages[stage]
         }
         self._totals = {
@@ -104,9 +97,6 @@ class Gathering:
     def _multiplies(self, matrix: Matrix, stage: int) -> bool:
         """Whether the products of a matrix are at this stage; a tied one's are at the other."""
         return matrix is not self.head or stage == self._blocks
-
-    def _is_of_tokens(self, matrix: Matrix) -> bool:
-        return matrix is self.head or matrix.kind == "embedding"
 
     def end_sequence(self) -> None:
         """Close the sequence at hand for all matrices of the stage at hand."""

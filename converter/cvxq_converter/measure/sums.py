@@ -91,15 +91,7 @@ class MatrixSums:
     tokens are those that came to it, in their order; after them its weights are 0.
     """
 
-    def __init__(
-        self,
-        matrix: Matrix,
-        S: int,
-        L: int,
-        scratch: Scratch,
-        hessian: bool,
-        rows_are_tokens: bool = False,
-    ) -> None:
+    def __init__(self, matrix: Matrix, S: int, L: int, scratch: Scratch, hessian: bool) -> None:
         N, K = matrix.weight.shape
         self.name, self._tokens = matrix.name, S * L
         device = matrix.parameter.device
@@ -109,7 +101,7 @@ class MatrixSums:
 
         self.sequence_rows, self.sequence_columns = zeros(N), zeros(K)
         self.totals = {"rows": zeros(N), "columns": zeros(K)}
-        if not rows_are_tokens:
+        if not matrix.rows_are_tokens:
             self.totals["row_evidence"] = zeros(N, dtype=torch.int64)
             self.totals["column_evidence"] = zeros(K, dtype=torch.int64)
         if matrix.input_module_name is not None:
