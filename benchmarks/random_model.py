@@ -2,9 +2,10 @@
 
 Every matrix is Gaussian noise whose rows and columns are scaled by powers of two with exponents
 drawn from a normal distribution.  SIGMA of both was tuned once so that bits given by the size of
-the weights alone, 3.3 on average, spread their depths as on a trained model, roughly 0: 1 %, 1: 4 %,
-2: 15 %, 3: 37 %, 4: 36 %, 5: 6 %, 6: 1 %; with equal scales speeds would say nothing about mixed
-depths.  Conversions for it have to calibrate, if only a little: without, all groups get one depth.
+the weights alone, 3.3 on average, spread their depths as on a trained model, roughly 0: 1 %, 1:
+4 %, 2: 15 %, 3: 37 %, 4: 36 %, 5: 6 %, 6: 1 %; with equal scales speeds would say nothing about
+mixed depths.  Conversions for it have to calibrate, if only a little: without, all groups get one
+depth.
 """
 
 from __future__ import annotations
