@@ -1,7 +1,7 @@
 """A chat template, rendered in a process of its own that is stopped when it takes too much.
 
-One such process serves all templates, one text at a time; it starts with the first and ends with
-this one.
+One such process serves all templates, one text at a time; it starts with the first, or when told to
+`begin`, and ends with this one.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Renderer:
         self._lock = Lock()
         self._running: subprocess.Popen[str] | None = None
         atexit.register(self.stop)
+
+    def begin(self) -> None:
+        """Start the process, unless it runs."""
+        with self._lock:
+            self._running = self._running or self._start()
 
     def ask(self, line: str) -> str:
         """Return the answer to a line; empty where the process ended instead."""
@@ -90,6 +95,11 @@ class Renderer:
 
 
 _RENDERER = Renderer()
+
+
+def begin() -> None:
+    """Start what renders, which takes a while, beside other work that comes before it is needed."""
+    _RENDERER.begin()
 
 
 def render(

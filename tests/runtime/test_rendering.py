@@ -31,6 +31,14 @@ def test_a_template_renders_in_its_process(renderer: Renderer) -> None:
     assert text_of(template, renderer) == "<s>Hi üTrue"
 
 
+def test_a_process_that_began_is_the_one_asked(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer.begin()
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert text_of("next", renderer) == "next"
+
+
 @pytest.mark.parametrize(
     "endless",
     [

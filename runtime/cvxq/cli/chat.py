@@ -25,6 +25,7 @@ from cvxq.cli.options import (
     shift_option,
 )
 from cvxq.errors import CvxqError
+from cvxq.rendering import begin
 from cvxq.thinking import Reply, opened_marks
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def command(
     """
     path = model_file(file)
     settings = sampling_settings(sampling, max_tokens)
+    begin()
     with load_model(path, weights, device, threads, context) as model:
         chat = Chat(model, settings, system, hide_thinking=hide_thinking, shift=shift)
         chat.run()

@@ -18,6 +18,7 @@ from cvxq.cli.options import (
     running_options,
 )
 from cvxq.extras import need
+from cvxq.rendering import begin
 from cvxq.serve import LOOPBACK
 
 
@@ -104,6 +105,7 @@ def command(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise click.UsageError(f"two models are called {twice}; rename the file of one")
     paths = [model_file(file) for file in files]
+    begin()
     with _undisturbed():
         # Not beside the imports below: threads that share one interpreter would take longer.
         models = {
