@@ -177,6 +177,11 @@ struct cvxq_matrix {
     int64_t *chunk_starts; /* (clusters, items): first byte of the item's columns */
 };
 
+/* The units of a run in a tile of four strips that is a whole cluster. The planes (8 bytes each) of
+ * its `count` columns begin at codes + starts[0], codes + starts[1], … */
+typedef void (*cvxq_repack_run)(int depth, const uint8_t *codes, const int64_t *starts,
+                                int64_t count, uint8_t *out);
+
 /* One instruction set. */
 typedef struct {
     const char *name;
@@ -190,6 +195,7 @@ typedef struct {
     /* sums (batch,) = one dense row of K weights times 1, 2 or 4 inputs that lie `stride` apart. */
     void (*dense)(const void *row, int dtype, int64_t inputs, const float *x, int64_t stride,
                   int batch, float *sums);
+    cvxq_repack_run repack_run; /* or NULL: as on any processor */
 } cvxq_ops;
 
 extern const cvxq_ops cvxq_ops_scalar;

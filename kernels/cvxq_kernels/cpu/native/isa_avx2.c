@@ -10,7 +10,7 @@
  * Registers hold 32 bytes: a half of a code vector, eight rows. A block is gone through for the lower
  * halves first and then for the upper ones, so that all sums of one half stay in registers.
  */
-#include "internal.h"
+#include "repack.h"
 
 #if defined(__x86_64__)
 #include <float.h>
@@ -430,5 +430,6 @@ static void multiply(const cvxq_matrix *w, const cvxq_cluster *cluster, const cv
     (has_tables(w) ? multiply_tile : cvxq_ops_scalar.tile)(w, cluster, tile, inputs, batch, sums);
 }
 
-const cvxq_ops cvxq_ops_avx2 = {"avx2", prepare, multiply, multiply_dense};
+const cvxq_ops cvxq_ops_avx2 = {"avx2", prepare, multiply, multiply_dense,
+                                  cvxq_repack_run_avx2};
 #endif

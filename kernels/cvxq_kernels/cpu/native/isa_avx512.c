@@ -5,7 +5,7 @@
  * to the other bits. vpdpbusd multiplies and adds 64 of them. A weight at depth 3 costs 2.7 / 64
  * instructions, and 2.3 / 64 at depth 2.
  */
-#include "internal.h"
+#include "repack.h"
 
 #if defined(__x86_64__)
 #include <float.h>
@@ -264,5 +264,6 @@ TARGET static void multiply_dense(const void *row, int dtype, int64_t inputs, co
     }
 }
 
-const cvxq_ops cvxq_ops_avx512 = {"avx512", prepare, multiply_tile, multiply_dense};
+const cvxq_ops cvxq_ops_avx512 = {"avx512", prepare, multiply_tile, multiply_dense,
+                                  cvxq_repack_run_avx512};
 #endif

@@ -159,5 +159,5 @@ static void multiply_dense(const void *row, int dtype, int64_t inputs, const flo
     }
 }
 
-const cvxq_ops cvxq_ops_neon = {"neon", cvxq_prepare_portable, multiply_tile, multiply_dense};
+const cvxq_ops cvxq_ops_neon = {"neon", cvxq_prepare_portable, multiply_tile, multiply_dense, NULL};
 #endif

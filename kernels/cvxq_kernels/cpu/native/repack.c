@@ -169,17 +169,16 @@ static void repack_tile(const repack_job *job, const cvxq_cluster *cluster, cons
     const cvxq_matrix *w = job->w;
     const uint8_t *codes = job->source->codes;
     const int64_t plane = (height + 7) / 8;
+    const cvxq_repack_run fast = cvxq_ops_in_use()->repack_run;
     uint8_t *out = w->codes + tile->codes;
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
         if (!run->depth) continue;
         const int64_t *from = starts + run->first;
-#if defined(__x86_64__)
         /* The usual case: a tile of four strips that is a whole cluster. */
-        if (tile->strips == 4 && plane == 8 && cvxq_ops_in_use() == &cvxq_ops_avx512)
-            cvxq_repack_run_avx512(run->depth, codes, from, run->count, out);
+        if (fast && tile->strips == 4 && plane == 8)
+            fast(run->depth, codes, from, run->count, out);
         else
-#endif
             repack_run(run, codes, from, tile->strips, plane, first, out);
         out += ceil_div(run->count, unit_columns(tile->strips)) * VECTOR * run->depth;
     }
