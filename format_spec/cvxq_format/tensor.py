@@ -170,20 +170,37 @@ class CompandedTensor:
         partitions, stored columns anywhere.
         Raises ValueError for a part that cannot be: `size` has to divide what is cut.
         """
-        of_stored_rows = (along == "rows") != self.transposed
-        whole = self.partitions if of_stored_rows else self.columns
+        whole = self.partitions if self._are_stored_rows(along) else self.columns
         if not 0 <= rank < size or whole % size:
-            kind = "partitions" if of_stored_rows else "stored columns"
+            kind = "partitions" if self._are_stored_rows(along) else "stored columns"
             raise ValueError(
                 f"part {rank} of {size} of the {along} of a matrix {list(self.shape)}: it has "
                 f"{whole} {kind}, which the number of parts has to divide"
             )
-        shape = list(self.shape)
+        each = self.shape[-2 if along == "rows" else -1] // size
+        return self.part(along, rank * each, (rank + 1) * each)
+
+    def part(self, along: Literal["rows", "columns"], start: int, stop: int) -> CompandedTensor:
+        """Return rows (outputs) or columns (inputs) `start` to `stop` of W, equal bit for bit.
+
+        Raises ValueError for none, and for stored rows that are not whole partitions.
+        """
         axis = -2 if along == "rows" else -1
-        shape[axis] //= size
-        rows = _part(self.rows, rank, size if of_stored_rows else 1)
-        clusters = _part(self.clusters, rank, size if of_stored_rows else 1)
-        columns = _part(self.columns, rank, 1 if of_stored_rows else size)
+        of_rows = self._are_stored_rows(along)
+        step = self.geometry.partition_rows if of_rows else 1
+        if not 0 <= start < stop <= self.shape[axis] or start % step or stop % step:
+            raise ValueError(
+                f"{along} {start} to {stop} of a matrix {list(self.shape)}, allowed multiples of "
+                f"{step}, at least {step} in all"
+            )
+        shape = list(self.shape)
+        shape[axis] = stop - start
+        rows, columns = slice(0, self.rows), slice(start, stop)
+        clusters = slice(0, self.clusters)
+        if of_rows:
+            rows, columns = columns, slice(0, self.columns)
+            each = self.geometry.clusters_per_partition
+            clusters = slice(start // step * each, stop // step * each)
         groups = (slice(None), clusters, columns)
         is_kept = np.zeros(self.depths.shape, np.bool_)
         is_kept[groups] = True
@@ -193,7 +210,7 @@ class CompandedTensor:
         return replace(
             self,
             shape=tuple(shape),
-            partitions=self.partitions // size if of_stored_rows else self.partitions,
+            partitions=(stop - start) // step if of_rows else self.partitions,
             depths=np.ascontiguousarray(self.depths[groups]),
             scale_codes=np.ascontiguousarray(self.scale_codes[groups]),
             mean_codes=_taken(self.mean_codes, groups),
@@ -203,16 +220,11 @@ class CompandedTensor:
             else self.permutation[:, rows] - rows.start,
             column_terms=_taken(self.column_terms, (slice(None), columns)),
             cluster_terms=_taken(self.cluster_terms, (slice(None), clusters)),
-            row_scale_codes=_taken(row_scales, (slice(None), rows))
-            if of_stored_rows
-            else row_scales,
+            row_scale_codes=_taken(row_scales, (slice(None), rows)) if of_rows else row_scales,
         )
 
-
-def _part(count: int, rank: int, size: int) -> slice:
-    """Return where part `rank` of `size` equal ones of `count` things lies."""
-    each = count // size
-    return slice(rank * each, (rank + 1) * each) if size > 1 else slice(0, count)
+    def _are_stored_rows(self, along: Literal["rows", "columns"]) -> bool:
+        return (along == "rows") != self.transposed
 
 
 def _taken(values: npt.NDArray[Any] | None, groups: tuple[slice, ...]) -> npt.NDArray[Any] | None:
