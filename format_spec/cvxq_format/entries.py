@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any, ClassVar
 
 from cvxq_format.codebook import codebook_size
@@ -55,13 +56,20 @@ class Section:
 
     def used_features(self) -> dict[str, str]:
         """Return the required features that this entry uses, and the key that uses each."""
-        used = (f.name for f in fields(self) if getattr(self, f.name) != f.default)
-        return {_FEATURE_OF_KEY[key]: key for key in used if key in _FEATURE_OF_KEY}
+        found = _features_of(type(self))
+        return {feature: key for feature, key, unused in found if getattr(self, key) != unused}
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as the header has it, without the keys of features not used."""
         absent = _FEATURE_OF_KEY.keys() - self.used_features().values()
         return {key: value for key, value in asdict(self).items() if key not in absent}
+
+
+@cache
+def _features_of(kind: type[Section]) -> list[tuple[str, str, Any]]:
+    """Return the features that entries of a kind may use: name, key, its value when unused."""
+    keys = [(field.name, field.default) for field in fields(kind)]
+    return [(_FEATURE_OF_KEY[key], key, unused) for key, unused in keys if key in _FEATURE_OF_KEY]
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class CompandedTensor:
         """True if the payload says in which order the rows are stored."""
         return self.permutation is not None and self.cluster_map == self.has_cluster_map
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """Which blocks the payload has."""
         return Layout(

@@ -22,7 +22,7 @@ from tests.fuzz.mutations import hostile_file
 from tests.fuzz.trials import PATHS
 from tests.fuzz.workers import Result, as_record, run_cases
 
-_BATCHES = {"files": 1000, "lean": 100, "transformers": 20}
+_BATCHES = {"files": 2000, "lean": 200, "transformers": 40}
 _LEAST_LOADED = 0.1
 
 
@@ -48,11 +48,11 @@ def main() -> int:
         return hostile_file(options.seed, index, files)
 
     indices = range(options.first, options.first + options.count)
-    begin, results = time.monotonic(), []
+    begin, counts = time.monotonic(), _Counts()
     for result in run_cases(
         indices, _BATCHES[options.path], options.jobs, case, trial, not options.sanitized
     ):
-        results.append(result)
+        counts.add(result)
         if options.log:  # at once, so that a run that is stopped has told what it tried
             with Path(options.log).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(as_record(result)) + "\n")
@@ -62,7 +62,7 @@ def main() -> int:
                 keep = Path(options.keep)
                 keep.mkdir(parents=True, exist_ok=True)
                 (keep / f"{options.seed}-{result.number}.cvxq").write_bytes(case(result.number)[1])
-    return _report(options, results, time.monotonic() - begin)
+    return _report(options, counts, time.monotonic() - begin)
 
 
 def _options() -> argparse.Namespace:
@@ -79,23 +79,33 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _report(options: argparse.Namespace, results: list[Result], seconds: float) -> int:
-    table: dict[str, Counter[str]] = {}
-    for result in results:
+class _Counts:
+    """What became of the cases so far, by their first mutation; the most seconds of one."""
+
+    def __init__(self) -> None:
+        self.table: dict[str, Counter[str]] = {}
+        self.slowest = 0.0
+
+    def add(self, result: Result) -> None:
         first = result.kind.partition("+")[0]
-        table.setdefault(first, Counter())[result.verdict.outcome] += 1
+        self.table.setdefault(first, Counter())[result.verdict.outcome] += 1
+        self.slowest = max(self.slowest, result.seconds)
+
+
+def _report(options: argparse.Namespace, done: _Counts, seconds: float) -> int:
+    table = done.table
     print(f"{'kind':20} {'cases':>7} {'loaded':>7} {'refused':>7} {'found':>6}")
     for kind, counts in sorted(table.items()):
         numbers = (counts.total(), counts["loaded"], counts["refused"], counts["found"])
         print("{:20} {:7} {:7} {:7} {:6}".format(kind, *numbers))
     total: Counter[str] = sum(table.values(), Counter())
-    loaded = total["loaded"] / max(1, len(results))
-    slowest = max((result.seconds for result in results), default=0.0)
+    cases = total.total()
+    loaded = total["loaded"] / max(1, cases)
     print(
         f"{options.path}, seed {options.seed}, cases {options.first} to "
         f"{options.first + options.count - 1}: {loaded:.1%} loaded, {total['found']} found, "
-        f"{seconds:.0f} s, {len(results) / max(seconds, 1e-9):.0f} cases/s, "
-        f"the slowest took {slowest:.1f} s"
+        f"{seconds:.0f} s, {cases / max(seconds, 1e-9):.0f} cases/s, "
+        f"the slowest took {done.slowest:.1f} s"
     )
     if loaded < _LEAST_LOADED:
         print(f"blind: at least {_LEAST_LOADED:.0%} of the files have to load")

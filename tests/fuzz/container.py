@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from cvxq_format.files import inflate
@@ -36,6 +38,12 @@ class Container:
         }
         required = self.header["required"]
         self.header["required"] = [name for name in required if name != "deflated-files"]
+
+    @staticmethod
+    def of(whole: bytes) -> Container:
+        """Take a sound file apart, or copy what that gave the last time."""
+        copy: Container = pickle.loads(_pickled(whole))
+        return copy
 
     def file(self, name: str) -> Section | None:
         """Return the carried file of this name."""
@@ -69,6 +77,11 @@ class Container:
         )
         body[:PREAMBLE_SIZE] = preamble.to_bytes()
         return bytes(body) + text
+
+
+@lru_cache(maxsize=256)
+def _pickled(whole: bytes) -> bytes:
+    return pickle.dumps(Container(whole), pickle.HIGHEST_PROTOCOL)
 
 
 def _section(entry: dict[str, Any], whole: bytes) -> Section:

@@ -7,9 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import make_companded
-from tests.runtime.conftest import VOCABULARY, random_network, write_file
-
 NOT_LEAN = ("llama-dynamic", "qwen2")  # by their scaling, by their tokenizer
 VECTORS = Path(__file__).resolve().parents[2] / "format_spec" / "vectors" / "valid"
 FAMILIES = (
@@ -41,13 +38,24 @@ def build(folder: Path) -> list[Path]:
     models = [folder / f"{family}.cvxq" for family in FAMILIES]
     for index, path in enumerate(models):
         if not path.exists():
-            network = random_network(path.stem)
-            files = {**_text_files(index), "config.json": network.config.to_json_string().encode()}
-            write_file(path, network, make_companded, files=files, with_record=True)
+            _make(path, index)
     return models + sorted(VECTORS.glob("*.cvxq"))
 
 
-def _text_files(index: int) -> dict[str, bytes]:
+def _make(path: Path, index: int) -> None:
+    # Imported here: PyTorch and transformers take seconds, and models that are there need neither.
+    from tests.conftest import make_companded
+    from tests.runtime.conftest import VOCABULARY, random_network, write_file
+
+    network = random_network(path.stem)
+    files = {
+        **_text_files(index, VOCABULARY),
+        "config.json": network.config.to_json_string().encode(),
+    }
+    write_file(path, network, make_companded, files=files, with_record=True)
+
+
+def _text_files(index: int, vocabulary: int) -> dict[str, bytes]:
     """A tokenizer of one kind or another, its settings, a chat template, a generation config."""
     settings: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     files = {"generation_config.json": {"eos_token_id": [2], "temperature": 0.7, "top_p": 0.9}}
@@ -61,12 +69,12 @@ def _text_files(index: int) -> dict[str, bytes]:
         blobs["tokenizer.model"] = _sentencepiece()
         settings["tokenizer_class"] = "LlamaTokenizer"
     else:
-        blobs["tokenizer.json"] = _tokenizer(index % 3).encode()
+        blobs["tokenizer.json"] = _tokenizer(index % 3, vocabulary).encode()
     blobs["tokenizer_config.json"] = json.dumps(settings).encode()
     return blobs
 
 
-def _tokenizer(kind: int) -> str:
+def _tokenizer(kind: int, vocabulary: int) -> str:
     """A tokenizer.json: bytes and merges, a unigram, or merges with bytes to fall back on."""
     from tokenizers import (
         AddedToken,
@@ -80,7 +88,7 @@ def _tokenizer(kind: int) -> str:
     from tokenizers.processors import TemplateProcessing
 
     special = ["<unk>", "<s>", "</s>", "<|start|>", "<|end|>"]
-    options: dict[str, Any] = {"vocab_size": VOCABULARY, "show_progress": False}
+    options: dict[str, Any] = {"vocab_size": vocabulary, "show_progress": False}
     options["special_tokens"] = [AddedToken(token, special=True) for token in special]
     trainer: Any = trainers.BpeTrainer(**options)
     if kind == 0:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import pickle
 from random import Random
 from typing import Any
 
@@ -66,6 +66,11 @@ SCALING: tuple[Any, ...] = (
 )
 
 
+def copied(value: Any) -> Any:
+    """Return a deep copy of what JSON can hold, several times as fast as copy.deepcopy."""
+    return pickle.loads(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+
+
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Return the paths of all values inside `value`."""
     found = [path]
@@ -105,7 +110,7 @@ def any_value(rng: Random, old: Any) -> Any:
 
 def change(document: Any, rng: Random) -> Any:
     """Return a copy of `document` with one thing changed."""
-    document = copy.deepcopy(document)
+    document = copied(document)
     found = places(document)
     path = rng.choice(found)
     if not path or rng.random() < 0.02:
@@ -117,7 +122,7 @@ def change(document: Any, rng: Random) -> Any:
     elif how == 5:
         del parent[key]
     elif how == 6:  # one place's value at another
-        parent[key] = copy.deepcopy(value_at(document, rng.choice(found)))
+        parent[key] = copied(value_at(document, rng.choice(found)))
     elif isinstance(parent, list):
         parent.insert(key, any_value(rng, parent[key]))
     elif how == 7:
@@ -131,7 +136,7 @@ def change(document: Any, rng: Random) -> Any:
 
 def change_number(document: Any, rng: Random) -> Any:
     """Return a copy of `document` with one number a little different, or not so little."""
-    document = copy.deepcopy(document)
+    document = copied(document)
     numbers = [path for path in places(document) if _is_number(value_at(document, path))]
     if not numbers or not numbers[0]:
         return document

@@ -10,7 +10,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from random import Random
 from typing import Any
 
@@ -96,7 +96,7 @@ def swap_tensors(container: Container, files: Sequence[bytes], rng: Random) -> N
 
 def graft_section(container: Container, files: Sequence[bytes], rng: Random) -> None:
     """A section of another file, in place of one here or beside it."""
-    donor, kind = Container(rng.choice(files)), rng.choice(["tensors", "files", "files"])
+    donor, kind = Container.of(rng.choice(files)), rng.choice(["tensors", "files", "files"])
     given = _any(donor, kind, rng)
     if given is None:
         return
@@ -182,8 +182,7 @@ def change_type(container: Container, files: Sequence[bytes], rng: Random) -> No
 
 def deflated(container: Container, rng: Random) -> Finish:
     """Carry a deflated file, whose entry may say another size."""
-    packed = zlib.compressobj(9, zlib.DEFLATED, -15)
-    data = packed.compress(bytes(1 << rng.randrange(4, 24))) + packed.flush()
+    data = _zeros_deflated(1 << rng.randrange(4, 24))
     container.carry("zeros.bin", data[: rng.choice([len(data), len(data), len(data) // 2])])
     size = rng.choice([1 << rng.randrange(4, 24), 1 << 28, 1 << 40, 0, -1])
 
@@ -192,6 +191,12 @@ def deflated(container: Container, rng: Random) -> Finish:
         header["files"][-1]["inflated_size"] = size
 
     return change
+
+
+@cache
+def _zeros_deflated(size: int) -> bytes:
+    packed = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return packed.compress(bytes(size)) + packed.flush()
 
 
 _PLAIN: dict[str, Change] = {
@@ -228,7 +233,7 @@ def hostile_file(seed: int, index: int, files: Sequence[bytes]) -> tuple[str, by
     base = rng.choice(files)
     if kind in WHOLE:
         return kind, _whole(kind, base, files, rng)
-    container = Container(base)
+    container = Container.of(base)
     finish: Finish | None = None
     if kind in _PLAIN:
         kinds = [kind, *rng.choices(list(_PLAIN), k=rng.choice([0, 0, 0, 1, 2]))]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from random import Random
 from typing import Any
 
 from tests.fuzz.corpus import TEMPLATES
+from tests.fuzz.json_mutations import copied
 
 _HUGE = (10**5, 10**9, 10**12, 2**63)
 _PIECES = (
@@ -56,7 +56,7 @@ def any_template(rng: Random) -> str:
 
 def hostile_tokenizer(document: Any, rng: Random) -> Any:
     """Return a tokenizer.json with a part that swells, backtracks or names what is not there."""
-    made = copy.deepcopy(document)
+    made = copied(document)
     if not isinstance(made, dict):
         return made
     swelling = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 200}

@@ -15,9 +15,12 @@ from cvxq.cli.failures import UNEXPECTED, describe, exit_code
 from cvxq.errors import CvxqError, MissingPartError
 from cvxq_format import FormatError
 
+from tests.fuzz.remembered import forget, remember
+
 _PROMPT = "The old house stood at the end of the lane"
 _DOCUMENTED = (0, 3, 4, 5)  # that a file can cause
 _LONGEST_LINE = 2000
+_SHARE_OF_COMMANDS = 50
 
 
 class Verdict(NamedTuple):
@@ -28,10 +31,12 @@ class Verdict(NamedTuple):
 
 
 def try_files(path: Path, index: int) -> Verdict:
-    """Open, verify and inspect; by the commands for some, by what they call for all."""
-    if index % 16 == 0:
-        return _commands(path)
-    return _judged(lambda: _look_through(path))
+    """Open, verify and inspect; by what the commands call, or now and then by these."""
+    if index % _SHARE_OF_COMMANDS:
+        remember()
+        return _judged(lambda: _look_through(path))
+    forget()
+    return _commands(path)
 
 
 def _look_through(path: Path) -> None:

@@ -159,12 +159,14 @@ def _load_matrices(
     outside: those that go to the file `scratch`.
     """
     places = sorted(dict.fromkeys(found), key=lambda product: -product.outputs * product.inputs)
+
+    def made(product: Product) -> cpu.Matrix:
+        return _load_matrix(tensors, product, scratch if product in outside else -1)
+
+    if threads == 1:
+        return {product: made(product) for product in places}
     with ThreadPoolExecutor(threads) as workers:
-        made = workers.map(
-            lambda product: _load_matrix(tensors, product, scratch if product in outside else -1),
-            places,
-        )
-        return dict(zip(places, made, strict=True))
+        return dict(zip(places, workers.map(made, places), strict=True))
 
 
 def _load_matrix(tensors: Tensors, product: Product, scratch: int) -> cpu.Matrix:

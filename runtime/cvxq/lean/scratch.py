@@ -29,9 +29,9 @@ def scratch_for_experts(record: DecoderRecord, reader: Reader) -> Iterator[int]:
 
     Raises MemoryError where neither memory nor the disk does.
     """
-    free = available_memory()
     has_experts = any(layer.feed_forward.experts is not None for layer in record.layers)
-    if not has_experts or free is None or reader.path.stat().st_size <= free:
+    free = available_memory() if has_experts else None
+    if free is None or reader.path.stat().st_size <= free:
         yield -1
         return
     experts = sum(entry.size for entry in reader.header.tensors if expert_pool(entry.name))
