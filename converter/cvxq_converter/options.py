@@ -35,7 +35,10 @@ class Target:
     max_perplexity_increase: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ConversionError for a target that is none."""
+        """Raise ConversionError for a target that is none; make 4 bits the same as 4.0."""
+        for name in ("bits", "max_kl", "max_perplexity_increase"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         losses = (self.max_kl, self.max_perplexity_increase)
         if [self.bits, self.size_bytes, *losses].count(None) != 3:
             raise ConversionError(

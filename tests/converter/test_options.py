@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from cvxq_converter.options import Calibration, ConversionOptions, Method, Place, Target
@@ -50,3 +52,8 @@ def test_json_names_every_choice_but_the_device_and_no_path() -> None:
     assert values["keep"] == ["*head*"]
     assert "device" not in values
     assert {"bits", "size_bytes", "seed", "metric", "gain", "revision"} <= values.keys()
+
+
+def test_whole_numbers_are_told_as_others_are() -> None:
+    whole, other = ConversionOptions.of(bits=4), ConversionOptions.of(bits=4.0)
+    assert json.dumps(whole.to_json()) == json.dumps(other.to_json())
