@@ -110,7 +110,7 @@ def held_out_ratios(
     loaded, allocation = prepared.loaded, result.allocation
     assert allocation is not None
     plain = encode_matrices(
-        loaded, plans, allocation, options.method, lambda *_: None, lambda _: None, Journal()
+        loaded, plans, allocation, options.method, lambda *_: None, None, Journal()
     )
     _, held = split_sequences(prepared.sequences)
     ones = np.ones(tuple(held.shape), np.float32)

@@ -26,7 +26,8 @@ from cvxq_converter.preflight import Preflight, Speed, preflight, size_text
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.gguf import skeleton
 from peak import peaks_of
-from transformers import LlamaConfig
+from random_model import SHAPES as RANDOM_SHAPES
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 SHAPES: dict[str, dict[str, Any]] = {  # hidden, inner, layers, heads, key-value heads, vocabulary
     "135 M (SmolLM2)": {"sizes": (576, 1536, 30, 9, 3, 49152), "tied": True},
@@ -35,6 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # hidden, inner, layers, heads, key-value
     "6.7 B (Llama 2)": {"sizes": (4096, 11008, 32, 32, 32, 32000), "tied": False},
     "69 B (Llama 2)": {"sizes": (8192, 28672, 80, 64, 8, 32000), "tied": False},
 }
+MIXTURE = "30 B (Qwen3-30B-A3B)"
 AMOUNTS = ((16, 512), (128, 2048))
 SPEED = Speed(flops=1e11, elements=1e9, call_seconds=5e-6)  # not shown
 
@@ -68,10 +70,28 @@ def source_of(sizes: tuple[int, ...], tied: bool) -> Any:
     )
 
 
-def plan(source: Any, count: int, length: int, calibration: str) -> Preflight:
-    """The preflight on a machine with room for everything."""
+def mixture_source() -> Any:
+    """A checkpoint of a mixture of experts, whose matrices are stored one by one."""
+    sizes = RANDOM_SHAPES["30b-a3b"]
+    tensors = {
+        f"model.layers.{layer}.{module}.weight": SimpleNamespace(shape=shape)
+        for layer in range(sizes.layers)
+        for module, shape in sizes.matrices().items()
+        if module != "mlp.gate"
+    }
+    ends = SimpleNamespace(shape=(sizes.vocabulary, sizes.hidden))
+    tensors |= {"model.embed_tokens.weight": ends, "lm_head.weight": ends}
+    source = source_of((64, 64, 1, 1, 1, 64), tied=True)
+    source.config = Qwen3MoeConfig(**sizes.config(torch.bfloat16))
+    source.tensors = tensors
+    source.parameters = sum(math.prod(info.shape) for info in tensors.values())
+    return source
+
+
+def plan(source: Any, count: int, length: int, calibration: str, disk: int = 1 << 50) -> Preflight:
+    """The preflight on a machine with room for everything, or a small disk."""
     options = ConversionOptions.of(
-        bits=4.0, calibration=calibration, sequences=count, length=length, disk=1 << 50
+        bits=4.0, calibration=calibration, sequences=count, length=length, disk=disk
     )
     return preflight(source, options, speed=SPEED)
 
@@ -150,16 +170,17 @@ def main() -> None:
 
 def print_shapes() -> None:
     """Print the table of shapes."""
-    print("| parameters | in float32 | memory | whole, to sample | temporary files |")
-    print("|---|---:|---:|---:|---:|")
-    for name, shape in SHAPES.items():
-        source = source_of(**shape)
+    print("| parameters | in float32 | memory | whole, to sample | temporary files | at least |")
+    print("|---|---:|---:|---:|---:|---:|")
+    sources = {name: source_of(**shape) for name, shape in SHAPES.items()}
+    for name, source in {**sources, MIXTURE: mixture_source()}.items():
         for count, length in AMOUNTS:
             text, own = (plan(source, count, length, kind) for kind in ("a.txt", "self"))
+            least = plan(source, count, length, "a.txt", disk=1)
             print(
                 f"| {name}, {count} × {length} | {size_text(4 * source.parameters)} "
                 f"| {size_text(text.peak_memory_bytes)} | {size_text(own.peak_memory_bytes)} "
-                f"| {size_text(text.scratch_bytes)} |"
+                f"| {size_text(text.scratch_bytes)} | {size_text(least.scratch_bytes)} |"
             )
 
 

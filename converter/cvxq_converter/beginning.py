@@ -79,10 +79,11 @@ def begin(
     job = _job(source, options, measurement)
     with open_journal(folder, job, announce, not resume, ranks) as journal:
         # What was decided by the memory and the disk that were free when the job began, holds.
-        copied, rounds = journal.step("decided", lambda: (from_copy, estimate.rounds), keep=True)
+        decision = (from_copy, estimate.rounds, estimate.room)
+        copied, rounds, room = journal.step("decided", lambda: decision, keep=True)
         if copied != from_copy:
             chosen, estimate = estimated(copied)
-        yield source, replace(estimate, rounds=rounds), chosen, journal
+        yield source, replace(estimate, rounds=rounds, room=room), chosen, journal
 
 
 def _share(options: ConversionOptions, ranks: Ranks) -> ConversionOptions:

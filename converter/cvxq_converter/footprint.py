@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from cvxq_converter.measure.calibration import cache_bytes, sampling_batch
@@ -59,6 +60,7 @@ def peak_memory(
         logits = 4 * 4 * min(LOGITS, tokens * shape.vocabulary)
         activations = tokens * (18 * shape.hidden + 6 * shape.inner) * element
         sums = 48 * shape.vocabulary + 4 * shape.largest_weights // 8
+        sums += 4 * count * tokens * shape.block_matrices  # what each token's outputs are felt
         stages.append(in_memory + activations + logits + sums)
         stages.append(in_memory + logits + result + plans + shape.largest_weights)
     if count and options.calibration.source == "self":
@@ -94,14 +96,25 @@ def sampling_bytes(
     return shape.parameters * element + cache + 8 * batch * shape.vocabulary
 
 
-def scratch_and_rounds(
-    shape: Shape, options: ConversionOptions, count: int, tokens: int
-) -> tuple[int, int]:
-    """Rounds in which measuring is done, of some shards each, and bytes of temporary files.
+@dataclass(frozen=True)
+class ScratchPlan:
+    """How measuring keeps to a disk. size: bytes of temporary files.
+
+    rounds: in each, some of the shards are measured. room: bytes of Hessians that are there at
+    once, if not all of them are; they are then gathered apart from measuring, twice.
+    """
+
+    size: int
+    rounds: int = 1
+    room: int | None = None
+
+
+def plan_scratch(shape: Shape, options: ConversionOptions, count: int, tokens: int) -> ScratchPlan:
+    """Divide the work so that temporary files fit the disk, as far as that can be done.
 
     What lies between blocks is there for the sequences of one round, the gradient before and after
-    a block, and once more until a journal has it; Hessians, and logits that are kept or felt, are
-    there for all. Factors take the place of the Hessians, block by block.
+    a block, and once more until a journal has it; logits that are kept or felt, and what each
+    matrix feels of every token, are there for all. Factors take the place of the Hessians.
     """
     place = options.place
     logits = tokens * shape.vocabulary
@@ -109,16 +122,32 @@ def scratch_and_rounds(
     rate = rate_of(shape, options) / 8
     packed = int(shape.quantized_weights * ((1 + _REPACKED) * rate + _MOMENT_BYTES))
     if not count:
-        return 1, packed
-    hessians = 4 * shape.squared_inputs
-    fixed = packed + hessians + 2 * hessians // shape.layers + 4 * kept
-    state = tokens * shape.hidden * place.dtype.itemsize
-    each = (shape.layers + 5) * state + 16 * shape.vocabulary  # of one sequence
+        return ScratchPlan(packed)
+    fixed = packed + 4 * kept + 4 * count * tokens * shape.matrices
+    state = tokens * shape.hidden * place.dtype.itemsize  # of one sequence
+    each = (shape.layers + 5) * state
     shards = shards_of(count)
     largest = max(map(len, shards))
     free = place.disk or int(_SHARE_OF_DISK * free_disk(Scratch(place.scratch).folder))
-    at_once = min(len(shards), max(1, (free - fixed) // (each * largest)))
-    return -(-len(shards) // at_once), fixed + min(count, at_once * largest) * each
+    # Sums of the block at hand, and its totals.
+    hessians = 4 * (shape.squared_inputs + 2 * shape.block_squared_inputs)
+    if not options.method.feedback:
+        hessians = 0
+
+    def fitting(room: int) -> int:
+        return min(len(shards), max(1, room // (each * largest)))
+
+    if fixed + hessians + each * largest <= free or not hessians:
+        at_once = fitting(free - fixed - hessians)
+        size = fixed + hessians + min(count, at_once * largest) * each
+        return ScratchPlan(size, -(-len(shards) // at_once))
+    at_once = fitting(free - fixed)
+    # Two states of all sequences, one more until the journal has it; sums, totals and factors.
+    beside = 3 * count * state + 4 * (shape.pooled_squares + 2 * shape.largest_inputs**2)
+    least, most = 4 * shape.largest_inputs**2, 4 * shape.block_squared_inputs
+    room = min(most, max(least, (free - fixed - beside) // 2))
+    size = fixed + max(min(count, at_once * largest) * each, beside + 2 * room)
+    return ScratchPlan(size, -(-len(shards) // at_once), room)
 
 
 def rate_of(shape: Shape, options: ConversionOptions) -> float:

@@ -92,6 +92,7 @@ class Prepared:
 
     sequences: (S, L) of calibration. statistics: by matrix name. choosing, certifying: the
     original on the held-back sequences; None without calibration. journal: what was done so far.
+    room: bytes of Hessians that may be there at once; None for all of them.
     """
 
     loaded: LoadedModel
@@ -102,6 +103,7 @@ class Prepared:
     feedback: Feedback | None = None
     lessons: list[Lesson] = field(default_factory=list)
     journal: Journal = field(default_factory=Journal)
+    room: int | None = None
 
 
 @dataclass(frozen=True)
@@ -243,21 +245,28 @@ def prepare(
             "references", lambda: make_references(loaded.streamed, held_back)
         )
         lessons = journal.step("lessons", lambda: _lessons(loaded, training, options))
-    measuring = journal.within("measure")
+    measuring, room = journal.within("measure"), estimate.room
+    hessians: Hessians | None = None
     if measurement is not None:
         statistics = measurement.statistics_for(loaded)
-        hessians: Hessians = InputHessians(loaded, training, statistics, measuring)
     else:
+        on_the_way = options.method.feedback and room is None
         with stages.stage("measure") as done:
-            hessians = measured = Measuring(
+            measured = Measuring(
                 *_measured(loaded, training, options, done),
-                hessians=options.method.feedback,
+                hessians=on_the_way,
                 rounds=estimate.rounds,
                 journal=measuring,
             )
             statistics = measured.statistics()
+        hessians = measured if on_the_way else None
+    if hessians is None:
+        apart = journal.within("hessians")
+        hessians = InputHessians(loaded, training, statistics, apart, room)
     feedback = Feedback(loaded, statistics, hessians, journal.within("factor"))
-    return Prepared(loaded, sequences, statistics, choosing, certifying, feedback, lessons, journal)
+    return Prepared(
+        loaded, sequences, statistics, choosing, certifying, feedback, lessons, journal, room
+    )
 
 
 def quantize_prepared(prepared: Prepared, options: ConversionOptions, stages: Stages) -> Quantized:
@@ -279,7 +288,8 @@ def quantize_prepared(prepared: Prepared, options: ConversionOptions, stages: St
                 measured = Measuring(*wanted, journal=journal.within("measure")).statistics()
             # Beside a pruned matrix nothing is felt; what was felt before still holds.
             statistics |= {n: s for n, s in measured.items() if s.row_evidence.any()}
-            hessians = InputHessians(loaded, training, statistics, journal.within("hessians"))
+            apart = journal.within("hessians")
+            hessians = InputHessians(loaded, training, statistics, apart, prepared.room)
             feedback = Feedback(loaded, statistics, hessians, journal.within("factor"))
         result = quantize_network(
             loaded,

@@ -22,8 +22,8 @@ from cvxq_converter.footprint import (
     disk_bytes,
     free_disk,
     peak_memory,
+    plan_scratch,
     proving_bytes,
-    scratch_and_rounds,
 )
 from cvxq_converter.measure.calibration import sampling_batch
 from cvxq_converter.measure.measurement import Measurement
@@ -62,6 +62,7 @@ class Preflight:
     scratch_bytes: int = 0  # of temporary files
     origin: str = ""  # of the calibration's tokens, where it is not what was asked for
     rounds: int = 1  # of measuring, with some of the sequences in each
+    room: int | None = None  # bytes of Hessians that are there at once; None for all of them
 
     def line(self) -> str:
         """Say it in one line, for people."""
@@ -111,19 +112,33 @@ def preflight(
         seconds += method.iterations * measuring
         if options.calibration.source in ("self", "copy"):
             seconds += _sampling_seconds(source, shape, speed, count, tokens, place.dtype)
+    scratch = plan_scratch(shape, options, count, tokens)
     quantizations = method.iterations * trials
     seconds += quantizations * _quantizing_seconds(shape, speed, method.group_size)
     if count:
         factors, pushing = _feedback_seconds(shape, speed, count * tokens)
         seconds += method.iterations * factors + quantizations * pushing
+        if scratch.room is not None:  # once more for each quantization
+            forward = count * _backward_seconds(shape, speed, tokens) / 3
+            seconds += quantizations * factors + (1 + quantizations) * forward
         seconds += trials * method.tune * BATCH * _backward_seconds(shape, speed, tokens)
     seconds += _proving_seconds(shape, speed)
     memory = peak_memory(source, shape, options, count, tokens)
     proving = proving_bytes(shape)
     disk = disk_bytes(source, shape, options)
-    rounds, scratch = scratch_and_rounds(shape, options, count, tokens)
     origin = " from a copy in 4 bits" if options.calibration.source == "copy" else ""
-    return Preflight(seconds, memory, disk, count, tokens, proving, scratch, origin, rounds)
+    return Preflight(
+        seconds,
+        memory,
+        disk,
+        count,
+        tokens,
+        proving,
+        scratch.size,
+        origin,
+        scratch.rounds,
+        scratch.room,
+    )
 
 
 def _amount(

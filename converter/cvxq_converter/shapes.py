@@ -32,7 +32,11 @@ class Shape:
     largest_weights: int
     largest_inputs: int
     inputs: int  # summed over the matrices
+    matrices: int  # to quantize
     squared_inputs: int  # Σ K²
+    block_matrices: int  # of the block that has most of them
+    block_squared_inputs: int  # of the block in which that is most
+    pooled_squares: int  # Σ K² over the pools of experts that do the same
     squared_inputs_for_a_token: float
     pushed: int  # Σ N K²
     layers: int
@@ -55,11 +59,17 @@ def shape_of(source: Source, keep: tuple[str, ...] = ()) -> Shape:
     share = routed_share(text.to_dict())
     routed = {name for name, i in source.tensors.items() if len(i.shape) == 3 or expert_pool(name)}
     outside, blocks, active, squares = 0, Counter[str](), 0.0, 0.0
+    counts, of_blocks, pools = Counter[str](), Counter[str](), dict[str, int]()
     for name, (rows, columns) in matrices:
         used = share if name in routed else 1.0
         active += used * rows * columns
-        squares += 0 if matches(name, keep) else used * columns**2
         block = _IN_BLOCK.search(name)
+        if not matches(name, keep):
+            squares += used * columns**2
+            of_blocks[block[1] if block else ""] += columns**2
+            counts[block[1] if block else ""] += 1
+            if name in routed:
+                pools[expert_pool(name) or name] = columns**2
         if block is None:
             outside += rows * columns
         else:
@@ -76,7 +86,11 @@ def shape_of(source: Source, keep: tuple[str, ...] = ()) -> Shape:
         largest_weights=max((n * k for n, k in quantized), default=0),
         largest_inputs=max(inputs, default=0),
         inputs=sum(inputs),
+        matrices=len(quantized),
         squared_inputs=sum(k * k for k in inputs),
+        block_matrices=max(counts.values(), default=0),
+        block_squared_inputs=max(of_blocks.values(), default=0),
+        pooled_squares=sum(pools.values()),
         squared_inputs_for_a_token=squares,
         pushed=sum(n * k * k for n, k in quantized),
         layers=find("num_hidden_layers", "n_layer"),

@@ -25,7 +25,7 @@ from cvxq_converter.preflight import (
 )
 from cvxq_converter.shapes import shape_of
 from cvxq_converter.source.checkpoint import open_source
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 LAPTOP = Speed(flops=1e11, elements=1e9, call_seconds=5e-6)
 
@@ -218,6 +218,33 @@ def test_what_lies_between_blocks_takes_rounds_if_the_disk_is_small() -> None:
     least = plan_for(SEVEN_BILLION, **asked, disk=1)  # then it is refused
     assert least.rounds == 8  # shards
     assert least.scratch_bytes > 1
+
+
+def test_hessians_of_many_experts_come_in_parts_that_the_disk_holds() -> None:
+    config = Qwen3MoeConfig(num_hidden_layers=48, hidden_size=2048, num_experts=128)
+    roles = {"gate_proj": (768, 2048), "up_proj": (768, 2048), "down_proj": (2048, 768)}
+    tensors = {
+        f"layers.{i}.mlp.experts.{e}.{role}.weight": SimpleNamespace(shape=shape)
+        for i in range(48)
+        for e in range(128)
+        for role, shape in roles.items()
+    }
+    parameters = sum(info.shape[0] * info.shape[1] for info in tensors.values())
+    mixture = SimpleNamespace(**{**vars(ONE_BILLION), "config": config, "tensors": tensors})
+    mixture.parameters = parameters
+    asked = {"sequences": 16, "length": 512, "calibration": "a.txt"}
+    squares = 4 * (2 * 2048**2 + 768**2)  # bytes, of one expert
+    whole = plan_for(mixture, **asked, disk=10**12)
+    assert whole.room is None
+    assert whole.scratch_bytes > 48 * 128 * squares
+    parts = plan_for(mixture, **asked, disk=60 * 10**9)
+    assert parts.room == 128 * squares  # a block at a time
+    assert 40e9 < parts.scratch_bytes <= 60e9
+    less = plan_for(mixture, **asked, disk=parts.scratch_bytes - 10**9)
+    assert less.room == pytest.approx(parts.room - 5e8, rel=0.01)
+    least = plan_for(mixture, **asked, disk=1)
+    assert least.room == 4 * 2048**2
+    assert least.seconds > whole.seconds
 
 
 def test_this_machine_can_be_measured(save_network: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,19 @@ from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.source.matrices import Matrix
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One stage run for all sequences, for the Hessians of some of its matrices."""
+
+    stage: int
+    matrices: list[Matrix]
+
+
 class InputHessians:
     """The Hessians of all matrices that have statistics; it leaves the originals in the network.
 
-    sequences: (S, L) int64, those that `statistics` were measured on.
+    sequences: (S, L) int64, those that `statistics` were measured on. room: bytes of Hessians that
+    may be there at once; a part of the matrices is then had at a time. None for all of them.
     """
 
     def __init__(
@@ -28,6 +38,7 @@ class InputHessians:
         sequences: Tensor,
         statistics: Statistics,
         journal: Journal | None = None,
+        room: int | None = None,
     ) -> None:
         self._loaded, self._streamed = loaded, loaded.streamed
         self._sequences, self._statistics = sequences, statistics
@@ -35,19 +46,28 @@ class InputHessians:
         self._journal = journal or Journal()
         self._own = self._journal.own()
         self._blocks = len(self._streamed.blocks)  # also the number of the head's stage
-        self._stages = {matrix.name: self._stage_of(matrix) for matrix in loaded.matrices}
-        self._is_gathered = False
-        self._left: dict[int, set[str]] = {stage: set() for stage in self._order()}
-        for name, stage in self._stages.items():
-            self._left[stage].add(name)
+        self._room, self._is_gathered = room, False
+        self._runs = [run for stage in self._order() for run in self._runs_of(stage, room)]
+        self._run_of = {m.name: n for n, run in enumerate(self._runs) for m in run.matrices}
+        self._left = [{matrix.name for matrix in run.matrices} for run in self._runs]
+
+    def parts(self) -> list[list[str]]:
+        """Names of the matrices whose Hessians may be there together, in the order to ask in."""
+        parts = [[m.name for m in run.matrices if m.name in self._statistics] for run in self._runs]
+        if self._room is None:
+            return [[name for part in parts for name in part]]
+        return [part for part in parts if part]
 
     def hessian(self, name: str) -> Tensor | None:
         """H (K, K) float32 of a matrix; None for one that nothing was measured of."""
         if name not in self._statistics:
             return None
-        if not self._is_gathered:
-            self._gather()
-        found = self._moments(self._stages[name]).get(name)
+        if self._room is None and not self._is_gathered:
+            for n in range(len(self._runs)):
+                self._moments(n)
+            self._own.drop(f"forward.{self._blocks - 1}")
+            self._is_gathered = True
+        found = self._moments(self._run_of[name]).get(name)
         lookups = self._statistics[name].lookup_moment
         if lookups is None:
             return found
@@ -55,51 +75,63 @@ class InputHessians:
         return felt if found is None else found + felt
 
     def forget(self, name: str) -> None:
-        """Give up the Hessian of a matrix, and the sums of a stage all of whose were given up."""
-        stage = self._stages[name]
-        self._left[stage].discard(name)
-        if not self._left[stage]:
-            self._journal.drop(f"sums.{stage}")
-
-    def _gather(self) -> None:
-        self._loaded.restore()
-        with self._streamed.opened():
-            for stage in self._order():
-                self._moments(stage)
-                self._own.drop(f"forward.{stage - 1}")
-        self._is_gathered = True
+        """Give up the Hessian of a matrix, and the sums of a run all of whose were given up."""
+        n = self._run_of[name]
+        self._left[n].discard(name)
+        if not self._left[n]:
+            self._journal.drop(f"sums.{n}")
 
     def _order(self) -> range:
         """Stages on the way forward: what is before the blocks, they, the head."""
         return range(FRONT if self._blocks else 0, self._blocks + 1)
 
+    def _runs_of(self, stage: int, room: int | None) -> Iterator[_Run]:
+        """The matrices of a stage, pool by pool, as many together as there is room for."""
+        mine = [m for m in self._loaded.matrices if self._stage_of(m) == stage]
+        taken, size = list[Matrix](), 0
+        for matrix in mine if room is None else sorted(mine, key=lambda m: m.pool or ""):
+            bytes_ = 4 * matrix.weight.shape[1] ** 2
+            if room is not None and taken and size + bytes_ > room:
+                yield _Run(stage, taken)
+                taken, size = [], 0
+            taken, size = [*taken, matrix], size + bytes_
+        yield _Run(stage, taken)
+
     def _stage_of(self, matrix: Matrix) -> int:
         name = matrix.input_module_name or matrix.module_name
         return self._blocks if self._streamed.is_head(name) else self._streamed.stage_of(name)
 
-    def _moments(self, stage: int) -> dict[str, Tensor]:
-        """Σ w x xᵀ / tokens of the matrices of a stage that multiply something."""
+    def _moments(self, n: int) -> dict[str, Tensor]:
+        """Σ w x xᵀ / tokens of the matrices of a run that multiply something."""
+        run = self._runs[n]
 
         def compute() -> dict[str, Tensor]:
-            after, moments = self._run(stage)
-            self._own.put(f"forward.{stage}", after)
+            if self._room is not None:  # only this part, and not for the last time
+                self._journal.drop(*(f"sums.{other}" for other in range(len(self._runs))))
+                self._left[n] = {matrix.name for matrix in run.matrices}
+            self._loaded.restore()
+            after, moments = self._run(run)
+            self._own.put(f"forward.{run.stage}", after)
             return moments
 
-        return self._journal.step(f"sums.{stage}", compute, together=True)
+        return self._journal.step(f"sums.{n}", compute, together=True)
 
     def _between(self, stage: int) -> Between | None:
-        """What a stage hands to the next one."""
+        """What a stage hands to the next one; what was handed to it is then given up."""
         if stage not in self._order():
             return None
-        return self._own.step(f"forward.{stage}", lambda: self._run(stage, adds=False)[0])
+        found = self._own.step(f"forward.{stage}", lambda: self._run(_Run(stage, []))[0])
+        self._own.drop(f"forward.{stage - 1}")
+        return found
 
     @torch.no_grad()
-    def _run(self, stage: int, adds: bool = True) -> tuple[Between | None, dict[str, Tensor]]:
-        streamed, (S, L) = self._streamed, self._sequences.shape
+    def _run(self, run: _Run) -> tuple[Between | None, dict[str, Tensor]]:
+        """Run a stage for all sequences; returns what it hands on, and moments by matrix name."""
+        streamed, (S, L), stage = self._streamed, self._sequences.shape, run.stage
         before, after = self._between(stage - 1), None
         if before is not None and stage < self._blocks:
             after = streamed.scratch.zeros(before.hidden.shape, before.hidden.dtype)
-        mine = [m for m in self._loaded.matrices if self._is_felt(m, stage)]
+        mine = [m for m in run.matrices if self._is_felt(m)]
         sums = {m.name: MatrixSums(m, S, L, streamed.scratch, hessian=True) for m in mine}
         totals = {name: part.zeros(streamed.scratch) for name, part in sums.items()}
         prefix = f"{streamed.names[stage]}." if 0 <= stage < self._blocks else None
@@ -120,17 +152,16 @@ class InputHessians:
                         if after is None:
                             after = streamed.scratch.zeros((S, *hidden.shape), hidden.dtype)
                         after[s] = hidden
-                for name, part in sums.items() if adds else ():
+                for name, part in sums.items():
                     part.move_to(totals[name], self._journal.ranks, count)
             handed = None if after is None else Between(after, dict(streamed.more))
         return handed, {name: total["hessian"] for name, total in totals.items()}
 
-    def _is_felt(self, matrix: Matrix, stage: int) -> bool:
-        """Whether a matrix multiplies something at a stage that is known to count."""
+    def _is_felt(self, matrix: Matrix) -> bool:
+        """Whether a matrix multiplies something that is known to count."""
         stats = self._statistics.get(matrix.name)
         is_known = stats is not None and stats.token_weights is not None
-        multiplies = matrix.input_module_name is not None
-        return is_known and multiplies and self._stages[matrix.name] == stage
+        return is_known and matrix.input_module_name is not None
 
     @contextmanager
     def _watching(self, matrices: list[Matrix], sums: Mapping[str, MatrixSums]) -> Iterator[None]:

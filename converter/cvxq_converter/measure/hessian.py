@@ -15,6 +15,7 @@ measured before, one pass forward over the original network does.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -105,6 +106,9 @@ class Hessians(Protocol):
 
     tokens: int
 
+    def parts(self) -> list[list[str]]:
+        """Names of the matrices whose Hessians may be there together, in the order to ask in."""
+
     def hessian(self, name: str) -> Tensor | None:
         """H (K, K) of a matrix; None for one that nothing was measured of."""
 
@@ -113,11 +117,12 @@ class Hessians(Protocol):
 
 
 class Feedback:
-    """The inverse factors of a network's Hessians, by matrix, made when first asked for.
+    """The inverse factors of a network's Hessians, by matrix.
 
-    statistics: of the same sequences. hessians: of all matrices; each is asked for once, and its
-    factor is a step of the journal. Raises ConversionError for inputs so large that their squares
-    are not finite.
+    statistics: of the same sequences. hessians: of all matrices. Factors are steps of the journal,
+    made when first asked for. Where Hessians come in parts, so do factors: `prepare` those of a
+    part, which are there until `release`.
+    Raises ConversionError for inputs so large that their squares are not finite.
     """
 
     def __init__(
@@ -130,7 +135,14 @@ class Feedback:
         self._loaded, self._statistics, self._hessians = loaded, statistics, hessians
         self._journal = journal or Journal()
         self._matrices = {matrix.name: matrix for matrix in loaded.matrices}
-        self._pooled: dict[str, Tensor | None] = {}
+        self.parts = hessians.parts()
+
+    def knows(self, name: str) -> bool:
+        """Whether enough was measured of a matrix for a factor."""
+        found = self._statistics.get(name)
+        return found is not None and not (
+            found.token_weights is None and found.lookup_moment is None
+        )
 
     def factor(self, name: str) -> InverseFactor | None:
         """The factor for one matrix; None for one that nothing was measured of."""
@@ -141,20 +153,45 @@ class Feedback:
         device = self._matrices[name].parameter.device
         return replace(stored, order=stored.order.to(device), factor=stored.factor.to(device))
 
-    def _pool(self, pool: str) -> Tensor | None:
+    def prepare(self, names: Iterable[str], progress: Done | None = None) -> dict[str, Tensor]:
+        """Make the factors of matrices of one part, unless they are there; the ranks divide them.
+
+        progress: is told how many of them are there. Returns what each leaves unexplained, (K,).
+        """
+        names, unexplained = list(names), {}
+        lacking = self._journal.lacking(names)
+        for pool in dict.fromkeys(self._matrices[name].pool for name in lacking):
+            self._pool(pool)
+        for name in lacking:  # every rank has it before one makes its factor
+            self._hessians.hessian(name)
+        make = [partial(self._make, self._matrices[name]) for name in names]
+        for name, made in zip(names, self._journal.each(names, make, progress), strict=True):
+            self._hessians.forget(name)
+            if made is not None:
+                unexplained[name] = made.unexplained.cpu().clone()
+        return unexplained
+
+    def release(self, names: Iterable[str]) -> None:
+        """Give up factors, where they are not all there for good."""
+        if len(self.parts) > 1:
+            self._journal.drop(*names)
+
+    def _pool(self, pool: str | None) -> Tensor | None:
         """What the Hessians of a pool's experts lend to each of them."""
-        if pool not in self._pooled:
-            names = [m.name for m in self._loaded.matrices if m.pool == pool]
+        if pool is None:
+            return None
+        names = [m.name for m in self._loaded.matrices if m.pool == pool]
+
+        def add_up() -> Tensor | None:
             pooled = pooled_hessian(names, self._hessians.hessian, self._statistics)
-            scratch = self._loaded.streamed.scratch
-            self._pooled[pool] = None if pooled is None else scratch.copy(pooled)
-        return self._pooled[pool]
+            return None if pooled is None else self._loaded.streamed.scratch.copy(pooled)
+
+        return self._journal.step(f"pool.{pool}", add_up, together=True)
 
     def _make(self, matrix: Matrix) -> InverseFactor | None:
-        hessian = self._hessians.hessian(matrix.name)
+        pooled, hessian = self._pool(matrix.pool), self._hessians.hessian(matrix.name)
         if hessian is None:
             return None
-        pooled = None if matrix.pool is None else self._pool(matrix.pool)
         if pooled is not None:
             hessian = hessian + pooled
         if not bool(torch.isfinite(hessian).all()):
@@ -179,15 +216,24 @@ class Feedback:
 
         By the root of what remains unexplained, and within each matrix only: docs/decisions/0005.
         """
-        names, foreseen = list(statistics), dict(statistics)
-        for name in self._journal.lacking(names):  # every rank has it before one makes its factor
-            self._hessians.hessian(name)
-        make = [partial(self._make, self._matrices[name]) for name in names]
-        factors = self._journal.each(names, make, progress)
-        for (name, stats), factor in zip(statistics.items(), factors, strict=True):
-            self._hessians.forget(name)
-            if factor is not None:
-                share = factor.unexplained.clamp(SMALLEST_SHARE, 1).double().sqrt()
-                columns = stats.column_sensitivity * share.cpu().numpy()
-                foreseen[name] = replace(stats, column_sensitivity=columns)
+        foreseen, total, before = dict(statistics), sum(map(len, self.parts)), 0
+        for n, part in enumerate(self.parts):
+            done = None if progress is None else partial(_counted, progress, before, total)
+            step = partial(self._unexplained, part, done)
+            for name, unexplained in self._journal.step(f"shares.{n}", step, together=True).items():
+                share = unexplained.clamp(SMALLEST_SHARE, 1).double().sqrt()
+                columns = statistics[name].column_sensitivity * share.numpy()
+                foreseen[name] = replace(statistics[name], column_sensitivity=columns)
+            before += len(part)
         return foreseen
+
+    def _unexplained(self, names: list[str], progress: Done | None) -> dict[str, Tensor]:
+        """(K,) of each matrix; its factor stays only where all may."""
+        found = self.prepare(names, progress)
+        self.release(names)
+        return found
+
+
+def _counted(progress: Done, before: int, total: int, done: int, _: int) -> None:
+    """Tell of a part as of the whole."""
+    progress(before + done, total)

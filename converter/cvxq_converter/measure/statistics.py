@@ -138,6 +138,10 @@ class Measuring:
         """By matrix name."""
         return self.journal.step("statistics", self._statistics, together=True)
 
+    def parts(self) -> list[list[str]]:
+        """Names of the matrices whose Hessians may be there together: all of them."""
+        return [[matrix.name for matrix in self.matrices]]
+
     def hessian(self, name: str) -> Tensor | None:
         """H (K, K) float32 of a matrix, see `measure.hessian`; None where there is none."""
         return hessian_of(self._all_totals(name), *self.sequences.shape) if self.hessians else None

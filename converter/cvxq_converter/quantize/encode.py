@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from cvxq_converter.allocate.allocation import BitAllocation
 from cvxq_converter.allocate.plan import MatrixPlan
 from cvxq_converter.allocate.scale_width import choose_scale_bits
 from cvxq_converter.journal import Journal
-from cvxq_converter.measure.hessian import InverseFactor
+from cvxq_converter.measure.hessian import Feedback
 from cvxq_converter.options import Method
 from cvxq_converter.quantize.columns import (
     SIDE_BY_SIDE,
@@ -36,7 +36,6 @@ from cvxq_converter.stages import Done
 
 WEIGHTS_PER_LEVEL = 16  # that a depth needs for tables of its own
 _Made = tuple[CompandedTensor, np.ndarray, np.ndarray]  # with energy and projection
-FactorOf = Callable[[str], InverseFactor | None]
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,12 @@ def encode_matrices(
     allocation: BitAllocation,
     method: Method,
     progress: Done,
-    factor_of: FactorOf,
+    feedback: Feedback | None,
     journal: Journal,
 ) -> Encoded:
     """Fit the levels to the allocated depths, then quantize the original weights.
 
-    factor_of: by matrix name, what error feedback needs; None where it is not to be used.
+    feedback: what pushing errors on needs; None where it is not to be used.
     """
     is_fitted = method.levels == "fitted"
     total = (1 + is_fitted) * len(plans)
@@ -86,7 +85,7 @@ def encode_matrices(
                 plans[i].moments,
                 plans[i].row_weights,
                 plans[i].with_means,
-                factor_of(plans[i].matrix.name),
+                feedback.factor(plans[i].matrix.name) if feedback else None,
             )
             for i in batch
         ]
@@ -98,20 +97,52 @@ def encode_matrices(
             encoded.append((packed, matrix.energy, matrix.projection))
         return encoded
 
-    batches = _side_by_side(plans, factor_of)
-    found = journal.each(
-        [f"codes.{len(batch)}.{plans[batch[0]].matrix.name}" for batch in batches],
-        [partial(encode, batch) for batch in batches],
-        lambda done, count: progress(total - len(plans) + len(plans) * done // count, total),
-    )
+    batches = _side_by_side(plans, feedback)
+    names = [[plans[i].matrix.name for i in batch] for batch in batches]
+    steps = [f"codes.{len(batch)}.{batch[0]}" for batch in names]
     made: dict[int, _Made] = {}
-    for batch, encoded in zip(batches, found, strict=True):
-        made.update(zip(batch, encoded, strict=True))
+
+    def report(before: int, done: int, _: int) -> None:
+        progress(total - len(plans) + len(plans) * (before + done) // len(batches), total)
+
+    before = 0
+    for part in _by_factors(names, steps, feedback, journal):
+        part_steps, ways = [steps[b] for b in part], [partial(encode, batches[b]) for b in part]
+        found = journal.each(part_steps, ways, partial(report, before))
+        for b, encoded in zip(part, found, strict=True):
+            made.update(zip(batches[b], encoded, strict=True))
+            if feedback:
+                feedback.release(names[b])
+        before += len(part)
     tensors, energies, projections = map(list, zip(*(made[i] for i in sorted(made)), strict=True))
     return Encoded(tensors, codebook, energies, projections)
 
 
-def _side_by_side(plans: Sequence[MatrixPlan], factor_of: FactorOf) -> list[list[int]]:
+def _by_factors(
+    names: Sequence[Sequence[str]],
+    steps: Sequence[str],
+    feedback: Feedback | None,
+    journal: Journal,
+) -> Iterator[list[int]]:
+    """Yield the numbers of the batches whose factors are there by then, part by part.
+
+    names: of the matrices of each batch. steps: what their codes are kept as.
+    """
+    parts = feedback.parts if feedback else []
+    lacking = set(journal.lacking(steps))
+    wanted = {n for batch, step in zip(names, steps, strict=True) if step in lacking for n in batch}
+    missing = {name for part in parts for name in part}
+    left = [*range(len(names))]
+    for part in [[], *parts]:
+        if feedback and part:
+            feedback.prepare(name for name in part if name in wanted)
+        missing.difference_update(part)
+        ready = [b for b in left if missing.isdisjoint(names[b])]
+        left = [b for b in left if b not in ready]
+        yield ready
+
+
+def _side_by_side(plans: Sequence[MatrixPlan], feedback: Feedback | None) -> list[list[int]]:
     """The numbers of the matrices that are quantized together, those of equal width.
 
     Only with feedback, and without means, whose steps are one for all; and not where one kernel
@@ -122,7 +153,7 @@ def _side_by_side(plans: Sequence[MatrixPlan], factor_of: FactorOf) -> list[list
     for i, plan in enumerate(plans):
         N, K = plan.matrix.weight.shape
         is_alone = plan.with_means or runs_fused(plan.matrix.parameter.device)
-        if is_alone or factor_of(plan.matrix.name) is None:
+        if is_alone or feedback is None or not feedback.knows(plan.matrix.name):
             batches.append([i])
             continue
         batch, weights = open_batches.get(K, ([], SIDE_BY_SIDE))

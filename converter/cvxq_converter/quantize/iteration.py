@@ -52,8 +52,7 @@ def quantize_network(
         ledger = make_ledger(loaded, plans, gained, documents, method)
         allocation = allocate(plans, target, ledger)
     with stages.stage("quantize") as done:
-        factor_of = feedback.factor if feedback else lambda _: None
-        encoded = encode_matrices(loaded, plans, allocation, method, done, factor_of, journal)
+        encoded = encode_matrices(loaded, plans, allocation, method, done, feedback, journal)
     with stages.stage("correct") as done:
         result = correct(loaded, encoded, statistics, gained, reference, method, done, journal)
     return Quantized(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cvxq_converter.job import convert, measure_model
+from cvxq_converter.journal import Journal
 from cvxq_converter.measure import experts as pooling
 from cvxq_converter.measure.forward import InputHessians
 from cvxq_converter.measure.hessian import Feedback, InverseFactor, effective_tokens
@@ -17,6 +18,7 @@ from cvxq_converter.measure.measurement import load_measurement
 from cvxq_converter.measure.seeds import generator_of
 from cvxq_converter.measure.statistics import Measuring, measure_statistics
 from cvxq_converter.options import ConversionOptions
+from cvxq_converter.preflight import preflight
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import load_model
 
@@ -116,3 +118,51 @@ def test_a_measurement_of_experts_serves_conversions(build_mixture: Build, tmp_p
     convert(str(folder), direct, options)
     convert(str(folder), reused, options, measurement=measurement)
     assert direct.read_bytes() == reused.read_bytes()
+
+
+def test_hessians_come_in_parts_where_the_disk_is_small(
+    build_mixture: Build, tmp_path: Path
+) -> None:
+    build_mixture("Mixtral").save_pretrained(tmp_path)
+    loaded = load_model(open_source(str(tmp_path)), ConversionOptions.of(bits=4))
+    sequences = torch.randint(3, 96, (2, 6))
+    statistics = measure_statistics(loaded.streamed, loaded.matrices, sequences)
+    whole = InputHessians(loaded, sequences, statistics)
+    wanted = {m.name: whole.hessian(m.name) for m in loaded.matrices}
+    room = 3 * 4 * max(m.weight.shape[1] for m in loaded.matrices) ** 2
+    journal = Journal()
+    apart = InputHessians(loaded, sequences, statistics, journal, room)
+    assert sorted(name for part in apart.parts() for name in part) == sorted(wanted)
+    factors = Feedback(loaded, statistics, whole).prepare(wanted)
+    feedback = Feedback(loaded, statistics, apart, journal.within("factor"))
+    assert len(feedback.parts) > len(wanted) / 4
+    for part in [*feedback.parts, *feedback.parts]:  # as for one quantization after another
+        assert sum(4 * loaded.originals[name].shape[1] ** 2 for name in part) <= room
+        for name in part:
+            assert torch.equal(apart.hessian(name), wanted[name])
+        found = feedback.prepare(part)
+        assert found.keys() == set(part)
+        assert all(torch.equal(share, factors[name]) for name, share in found.items())
+        feedback.release(part)
+        for name in part:  # neither its Hessian nor its factor is there any more
+            assert journal.lacking([f"factor.{name}"])
+        assert len(journal.lacking([f"sums.{n}" for n in range(40)])) == 40
+
+
+def test_a_small_disk_gives_the_same_file(build_mixture: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    build_mixture("Mixtral", num_hidden_layers=2).save_pretrained(folder)
+    options = ConversionOptions.of(
+        bits=4, sequences=8, length=12, group_size=16, gain=0.5, disk=1 << 40
+    )
+    whole = preflight(open_source(str(folder)), options)
+    less = options.having(disk=whole.scratch_bytes * 3 // 4)
+    parts = preflight(open_source(str(folder)), less)
+    assert whole.room is None
+    assert parts.room is not None
+    assert parts.scratch_bytes <= whole.scratch_bytes * 3 // 4
+    files = []
+    for n, chosen in enumerate((options, less)):
+        files.append(tmp_path / f"{n}.cvxq")
+        convert(str(folder), files[-1], chosen)
+    assert files[0].read_bytes() == files[1].read_bytes()

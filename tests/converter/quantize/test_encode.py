@@ -75,9 +75,7 @@ def encode(
     )
     steps: list[tuple[int, int]] = []
     note = lambda *step: steps.append(step)  # noqa: E731
-    encoded = encode_matrices(
-        loaded, plans, allocation, options.method, note, lambda _: None, Journal()
-    )
+    encoded = encode_matrices(loaded, plans, allocation, options.method, note, None, Journal())
     assert [done for done, _ in steps] == list(range(1, steps[-1][1] + 1))
     return plans, encoded.tensors, encoded
 
