@@ -66,10 +66,12 @@ def cache_size(config: Mapping[str, Any], record: DecoderRecord | None) -> Cache
 def _of_record(record: DecoderRecord) -> CacheSize:
     windows = [layer.attention.window for layer in record.layers]
     seen = [window for window in windows if window is not None]
-    per_layer = 2 * record.kv_heads * record.head_dim * _BYTES
-    return CacheSize(
-        len(windows), len(seen), max(seen, default=None), per_layer * len(record.layers)
-    )
+    return CacheSize(len(windows), len(seen), max(seen, default=None), bytes_per_token(record))
+
+
+def bytes_per_token(record: DecoderRecord) -> int:
+    """Return what keys and values of one token take in float32."""
+    return 2 * record.kv_heads * record.head_dim * _BYTES * len(record.layers)
 
 
 def _of_config(config: Mapping[str, Any]) -> CacheSize | None:

@@ -64,30 +64,57 @@ def generate_text(
     special tokens in them.  kept: texts whose special tokens are not left out of the result.
     sampler: see `Session.draw`.
     """
-    stream = TextStream(tokenizer, prompt_ids)
-    specials = SpecialMarks(tokenizer, settings.stop, kept)
-    stops = StopStrings(specials.stops)
-    ids: list[int] = []
-    pieces: list[str] = []
-
-    def show(piece: str) -> None:
-        if piece := specials.show(piece):
-            pieces.append(piece)
-            if on_text is not None:
-                on_text(piece)
-
-    finish: FinishReason = "context"
+    answer = Answer(tokenizer, prompt_ids, settings, end_ids, on_text, kept)
     for token in generate_tokens(session, prompt_ids, settings, end_ids, sampler):
-        ids.append(token)
-        text = "" if token in end_ids else stream.push(token)
-        show(stops.push(text + specials.mark(token)))
-        if stops.found is not None:
-            finish = "stop"
+        if answer.push(token):
             break
-        if token in end_ids:
-            finish = "end"
-            break
-        if len(ids) == settings.max_tokens:
-            finish = "length"
-    show(stops.finish())
-    return Generation("".join(pieces), tuple(ids), tuple(prompt_ids), finish)
+    return answer.finish()
+
+
+class Answer:
+    """The text that tokens make, one after the other; the arguments are `generate_text`'s."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        prompt_ids: Sequence[int],
+        settings: SamplingSettings,
+        end_ids: Collection[int] = (),
+        on_text: Callable[[str], None] | None = None,
+        kept: Sequence[str] = (),
+    ) -> None:
+        """Begin after the prompt."""
+        self._stream = TextStream(tokenizer, prompt_ids)
+        self._specials = SpecialMarks(tokenizer, settings.stop, kept)
+        self._stops = StopStrings(self._specials.stops)
+        self._prompt, self._end_ids, self._most = prompt_ids, end_ids, settings.max_tokens
+        self._on_text = on_text
+        self._ids: list[int] = []
+        self._pieces: list[str] = []
+        self._finish: FinishReason = "context"
+
+    def push(self, token: int) -> bool:
+        """Add a token; tell whether it was the last."""
+        self._ids.append(token)
+        text = "" if token in self._end_ids else self._stream.push(token)
+        self._show(self._stops.push(text + self._specials.mark(token)))
+        if self._stops.found is not None:
+            self._finish = "stop"
+        elif token in self._end_ids:
+            self._finish = "end"
+        elif len(self._ids) == self._most:
+            self._finish = "length"
+        return self._finish != "context"
+
+    def finish(self) -> Generation:
+        """Show what was held back, and return all."""
+        self._show(self._stops.finish())
+        return Generation(
+            "".join(self._pieces), tuple(self._ids), tuple(self._prompt), self._finish
+        )
+
+    def _show(self, piece: str) -> None:
+        if piece := self._specials.show(piece):
+            self._pieces.append(piece)
+            if self._on_text is not None:
+                self._on_text(piece)

@@ -1,11 +1,12 @@
 """A model of ours as lm-evaluation-harness sees one; imported only where that is installed.
 
-Choices of one question share its text, which is read once; each choice is read in one go.
+Choices of one question share its text, which is read once; each choice is read in one go.  Answers
+are written several at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,13 +15,17 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cvxq.errors import ArgumentError
+from cvxq.generate import Generation
+from cvxq.lean.decoder import BatchingDecoder
 from cvxq.model import Model
 from cvxq.progress import Progress
 from cvxq.sample import SamplingSettings
 from cvxq.session import Logits
+from cvxq.together import Order, generate_together
 
 _LONGEST = 2048  # tokens of a window, where the model states no context
 _ANSWER_TOKENS = 256  # of an answer, where a task does not say
+_TOGETHER = 16  # answers that are written beside each other
 
 Scored = tuple[float, bool]  # log-likelihood in nats, and whether each token was the likeliest
 Request = tuple[Any, list[int], list[int]]  # the texts, and tokens: given, and to be scored
@@ -105,14 +110,27 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the answer to each request, until one of its stop texts."""
-        answers = []
-        for done, request in enumerate(requests):
-            prompt, options = request.args
-            answers.append(self._answer(prompt, options))
-            self._progress("generate", done + 1, len(requests))
+        orders = [self._order(*request.args) for request in requests]
+        answers = [""] * len(orders)
+        for done, (index, found) in enumerate(self._answers(orders)):
+            answers[index] = found.text
+            self._progress("generate", done + 1, len(orders))
         return answers
 
-    def _answer(self, prompt: str, options: dict[str, Any]) -> str:
+    def _answers(self, orders: Sequence[Order]) -> Iterator[tuple[int, Generation]]:
+        """Yield the answers with their numbers, several at a time where the decoder can."""
+        decoder, most = self.model.decoder, max((_tokens(order) for order in orders), default=1)
+        batch = None
+        if isinstance(decoder, BatchingDecoder):
+            batch = decoder.batch(_TOGETHER, min(most, self.max_length))
+        if batch is not None:
+            yield from generate_together(batch, self.model.tokenizer, orders)
+            return
+        for index, order in enumerate(orders):
+            ids, settings = order.prompt_ids, order.settings
+            yield index, self.model.generate(ids, settings, session=self._session)
+
+    def _order(self, prompt: str, options: dict[str, Any]) -> Order:
         until = options.get("until") or []
         most = int(options.get("max_gen_toks", options.get("max_tokens", _ANSWER_TOKENS)))
         settings = SamplingSettings(
@@ -122,7 +140,12 @@ class HarnessModel(TemplateLM):
             stop=(until,) if isinstance(until, str) else tuple(until),
         )
         ids = self.model.encode(prompt)[-max(1, self.max_length - most) :]
-        return self.model.generate(ids, settings, session=self._session).text
+        return Order(ids, settings, self.model.text_end_ids(ids))
+
+
+def _tokens(order: Order) -> int:
+    """Tokens of the prompt and the longest answer."""
+    return len(order.prompt_ids) + (order.settings.max_tokens or 0)
 
 
 def _scored(logits: Logits, tokens: np.ndarray[Any, Any]) -> Scored:

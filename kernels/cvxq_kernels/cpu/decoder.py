@@ -1,7 +1,6 @@
 """The native forward pass (`native/decoder.h`) as a Python object.
 
-The dataclasses say what a decoder is made of; `Decoder` hands it to the library, whose structs
-the ctypes classes below mirror field by field.
+The dataclasses say what a decoder is made of; `Decoder` hands it to the library.
 """
 
 from __future__ import annotations
@@ -16,11 +15,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cvxq_kernels.cpu.decoder_structs import (
+    FACTORS,
+    FLOATS,
+    LAYER_MATRICES,
+    LAYER_NORMS,
+    SHAPE_MATRICES,
+    SIZES,
+    ExpertStruct,
+    LayerStruct,
+    NormStruct,
+    PieceStruct,
+    RopeStruct,
+    ShapeStruct,
+    declared,
+)
 from cvxq_kernels.cpu.loader import native
 from cvxq_kernels.cpu.matrix import Matrix, Pool
 
 Floats = npt.NDArray[np.float32]
 
+TEXTS = 16  # most that are read together
 NORMS = {"none": 0, "rms": 1, "layer": 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
@@ -133,93 +148,22 @@ class Shape:
     logit_cap: float = 0.0
 
 
-_FLOATS = ctypes.POINTER(ctypes.c_float)
 # A quarter of the time that `array.ctypes.data` takes.
 _first_byte: Any = ctypes.c_char.from_buffer
 _address = ctypes.addressof
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = (
-        ("weight", _FLOATS),
-        ("bias", _FLOATS),
-        ("kind", ctypes.c_int32),
-        ("epsilon", ctypes.c_float),
-    )
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Tokens ids (n,) int64 at positions from `start` on, whose predecessors `decoder` has read.
 
+    wanted: of the last so many the logits after them are wanted.
+    """
 
-_LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-_LAYER_NORMS = (
-    "q_norm",
-    "k_norm",
-    "attention_in",
-    "attention_out",
-    "attention_sum",
-    "ffn_in",
-    "ffn_out",
-    "ffn_sum",
-)
-
-
-class _Expert(ctypes.Structure):
-    _fields_ = (
-        ("gate", ctypes.c_void_p),
-        ("up", ctypes.c_void_p),
-        ("down", ctypes.c_void_p),
-    )
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _LAYER_MATRICES),
-        *((name, _Norm) for name in _LAYER_NORMS),
-        ("scale", ctypes.c_float),
-        ("cap", ctypes.c_float),
-        ("window", ctypes.c_int32),
-        ("rope", ctypes.c_int32),
-        ("wide_norms", ctypes.c_int32),
-        ("is_parallel", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-        ("limit", ctypes.c_float),
-        ("slope", ctypes.c_float),
-        ("up_offset", ctypes.c_float),
-        ("sinks", _FLOATS),
-        ("router", ctypes.c_void_p),
-        ("experts", ctypes.POINTER(_Expert)),
-        ("expert_count", ctypes.c_int32),
-        ("chosen", ctypes.c_int32),
-        ("shares_of_all", ctypes.c_int32),
-    )
-
-
-class _Rope(ctypes.Structure):
-    _fields_ = (
-        ("frequencies", _FLOATS),
-        ("long_frequencies", _FLOATS),
-        ("scale", ctypes.c_float),
-        ("long_scale", ctypes.c_float),
-        ("pairs", ctypes.c_int32),
-    )
-
-
-_SIZES = ("hidden", "embedding", "heads", "kv_heads", "head_dim", "ffn", "vocabulary")
-_FACTORS = ("embedding_scale", "residual_scale", "logit_scale", "logit_cap")
-_SHAPE_MATRICES = ("embed", "head", "positions", "project_in", "project_out")
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        ("layers", ctypes.c_int32),
-        *((name, ctypes.c_int32) for name in _SIZES),
-        ("capacity", ctypes.c_int32),
-        ("chunk", ctypes.c_int32),
-        ("ropes", ctypes.c_int32),
-        ("position_offset", ctypes.c_int32),
-        *((name, ctypes.c_float) for name in _FACTORS),
-        ("rope", ctypes.POINTER(_Rope)),
-        *((name, ctypes.c_void_p) for name in _SHAPE_MATRICES),
-        ("final", _Norm),
-    )
+    decoder: Decoder
+    ids: npt.NDArray[np.int64]
+    start: int
+    wanted: int
 
 
 class Decoder:
@@ -230,8 +174,8 @@ class Decoder:
         self.shape = shape
         self._pool, self._layers = pool, tuple(layers)
         self._kept: list[object] = []  # what the library keeps pointers to, beside these
-        self._library = _declared(native())
-        described = (_Layer * len(layers))(*(self._layer(layer) for layer in layers))
+        self._library = declared(native())
+        described = (LayerStruct * len(layers))(*(self._layer(layer) for layer in layers))
         handle = self._library.cvxq_decoder_new(
             pool.handle, ctypes.byref(self._shape(shape, len(layers))), described
         )
@@ -240,6 +184,8 @@ class Decoder:
         self._handle = ctypes.c_void_p(handle)
         self._feed = self._library.cvxq_decoder_feed
         self._token = ctypes.c_int64()
+        self._piece = PieceStruct(handle)
+        self._piece_address = ctypes.c_void_p(ctypes.addressof(self._piece))
         self._token_address = ctypes.c_void_p(ctypes.addressof(self._token))
         # The pool must live longer; `_kept` belongs to self, which is gone by then.
         weakref.finalize(self, _free, self._library, handle, pool)
@@ -257,19 +203,35 @@ class Decoder:
         last `wanted` of them; exact: from float32 products throughout.  Raises ValueError for
         tokens or positions out of their range.
         """
+        return self.feed_together([Piece(self, ids, start, wanted)], exact)
+
+    def feed_together(self, pieces: Sequence[Piece], exact: bool = False) -> Floats:
+        """Read pieces of one to TEXTS texts, up to `shape.chunk` tokens together.
+
+        Their decoders are different siblings, or this one.  Returns the logits of one piece after
+        the other, (all that are wanted, V); the rest as `feed` does.
+        """
+        wanted, count = sum(p.wanted for p in pieces), sum(len(p.ids) for p in pieces)
         logits = np.empty((wanted, self.shape.vocabulary), np.float32)
-        status = self._feed(
-            self._handle, ids.ctypes.data, len(ids), start, wanted, exact, logits.ctypes.data
+        ids = pieces[0].ids if len(pieces) == 1 else np.concatenate([p.ids for p in pieces])
+        told = (PieceStruct * len(pieces))(
+            *(PieceStruct(p.decoder._handle, p.start, len(p.ids), p.wanted) for p in pieces)
         )
-        self._check(status, len(ids), start)
+        status = self._feed(
+            *(self._handle, ids.ctypes.data, ctypes.byref(told), len(pieces)),
+            *(exact, logits.ctypes.data),
+        )
+        self._check(status, count, max(piece.start for piece in pieces))
         return logits
 
     def step(self, token: int, start: int, exact: bool = False) -> Floats:
         """Read one token as `feed` does; return the logits (V,) after it."""
         logits = np.empty(self.shape.vocabulary, np.float32)
         self._token.value = token
+        piece = self._piece
+        piece.start, piece.count, piece.wanted = start, 1, 1
         place = _address(_first_byte(logits))
-        status = self._feed(self._handle, self._token_address, 1, start, 1, exact, place)
+        status = self._feed(self._handle, self._token_address, self._piece_address, 1, exact, place)
         if status:
             self._check(status, 1, start)
         return logits
@@ -283,6 +245,14 @@ class Decoder:
                 f"{self.shape.vocabulary - 1}, up to {self.shape.chunk} at once, and positions "
                 f"below {self.shape.capacity}"
             )
+
+    def copy(self, other: Decoder, count: int) -> None:
+        """Hold the first `count` tokens that `other`, a sibling, has read."""
+        status = self._library.cvxq_decoder_copy(self._handle, other._handle, count)
+        if status == 1:
+            raise MemoryError("no memory for more keys and values")
+        if status:
+            raise ValueError(f"{count} tokens are to be copied, of which the other holds fewer")
 
     def turn(self, is_long: bool) -> None:
         """Turn texts read from now on, from their start, as long ones or as short ones."""
@@ -302,10 +272,10 @@ class Decoder:
         size: int = self._library.cvxq_decoder_bytes(self._handle)
         return size
 
-    def _layer(self, layer: Layer) -> _Layer:
-        return _Layer(
-            *(_handle(getattr(layer, name)) for name in _LAYER_MATRICES),
-            *(self._norm(getattr(layer, name)) for name in _LAYER_NORMS),
+    def _layer(self, layer: Layer) -> LayerStruct:
+        return LayerStruct(
+            *(_handle(getattr(layer, name)) for name in LAYER_MATRICES),
+            *(self._norm(getattr(layer, name)) for name in LAYER_NORMS),
             layer.scale,
             layer.cap,
             layer.window,
@@ -327,28 +297,28 @@ class Decoder:
     def _experts(self, experts: tuple[Expert, ...]) -> Any:
         if not experts:
             return None
-        made = (_Expert(_handle(e.gate), _handle(e.up), _handle(e.down)) for e in experts)
-        array = (_Expert * len(experts))(*made)
+        made = (ExpertStruct(_handle(e.gate), _handle(e.up), _handle(e.down)) for e in experts)
+        array = (ExpertStruct * len(experts))(*made)
         self._kept.append(array)
         return array
 
-    def _shape(self, shape: Shape, layers: int) -> _Shape:
-        return _Shape(
+    def _shape(self, shape: Shape, layers: int) -> ShapeStruct:
+        return ShapeStruct(
             layers,
-            *(getattr(shape, name) for name in _SIZES),
+            *(getattr(shape, name) for name in SIZES),
             shape.capacity,
             shape.chunk,
             len(shape.ropes),
             shape.position_offset,
-            *(getattr(shape, name) for name in _FACTORS),
-            (_Rope * len(shape.ropes))(*(self._rope(rope) for rope in shape.ropes)),
-            *(_handle(getattr(shape, name)) for name in _SHAPE_MATRICES),
+            *(getattr(shape, name) for name in FACTORS),
+            (RopeStruct * len(shape.ropes))(*(self._rope(rope) for rope in shape.ropes)),
+            *(_handle(getattr(shape, name)) for name in SHAPE_MATRICES),
             self._norm(shape.final),
         )
 
-    def _rope(self, rope: Rope) -> _Rope:
+    def _rope(self, rope: Rope) -> RopeStruct:
         long = rope.frequencies if rope.long_frequencies is None else rope.long_frequencies
-        return _Rope(
+        return RopeStruct(
             self._floats(rope.frequencies),
             self._floats(long),
             rope.scale,
@@ -356,38 +326,16 @@ class Decoder:
             len(rope.frequencies),
         )
 
-    def _norm(self, norm: Norm) -> _Norm:
+    def _norm(self, norm: Norm) -> NormStruct:
         weight, bias = self._floats(norm.weight), self._floats(norm.bias)
-        return _Norm(weight, bias, NORMS[norm.kind], norm.epsilon)
+        return NormStruct(weight, bias, NORMS[norm.kind], norm.epsilon)
 
     def _floats(self, values: Floats | None) -> ctypes._Pointer[ctypes.c_float] | None:
         if values is None:
             return None
         values = np.ascontiguousarray(values, np.float32)
         self._kept.append(values)
-        return values.ctypes.data_as(_FLOATS)
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the functions of `decoder.h` declared."""
-    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
-    library.cvxq_decoder_new.restype = pointer
-    library.cvxq_decoder_new.argtypes = [pointer, ctypes.POINTER(_Shape), ctypes.POINTER(_Layer)]
-    library.cvxq_decoder_free.restype = None
-    library.cvxq_decoder_free.argtypes = [pointer]
-    integer = ctypes.c_int
-    library.cvxq_decoder_feed.argtypes = [
-        *(pointer, pointer, integer, int64),
-        *(integer, integer, pointer),
-    ]
-    library.cvxq_decoder_turn.restype = None
-    library.cvxq_decoder_turn.argtypes = [pointer, integer]
-    clock = ctypes.POINTER(int64)
-    library.cvxq_decoder_clock.restype = None
-    library.cvxq_decoder_clock.argtypes = [pointer, clock, clock, clock]
-    library.cvxq_decoder_bytes.restype = int64
-    library.cvxq_decoder_bytes.argtypes = [pointer]
-    return library
+        return values.ctypes.data_as(FLOATS)
 
 
 def _free(library: ctypes.CDLL, handle: int, pool: Pool) -> None:

@@ -49,6 +49,40 @@ class Decoder(Protocol):
         """Return a decoder of the same weights with an empty text of its own."""
 
 
+class Batch(Protocol):
+    """Several texts of one model beside each other, read together.
+
+    Each gets what it would get alone but for rounding, which may differ with the number of texts.
+    texts: how many, 0 … texts − 1; capacity: the most tokens of each.
+    """
+
+    texts: int
+    capacity: int
+
+    def read(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Floats:
+        """Read tokens, at least one, after each of the texts named; each is named once.
+
+        Returns the logits (pieces, V) float32 after the last of each.
+        """
+
+    def rewind(self, text: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a text."""
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let a text be the first `length` tokens of another."""
+
+
+@runtime_checkable
+class BatchingDecoder(Decoder, Protocol):
+    """A decoder that also reads several texts together."""
+
+    def batch(self, texts: int, tokens: int) -> Batch | None:
+        """Return empty texts: up to `texts` and 16, as many of `tokens` as free memory holds twice.
+
+        None where this model's texts cannot be read together.
+        """
+
+
 def as_array(values: Floats) -> npt.NDArray[np.float32]:
     """Return floats of any type and device as an array of float32."""
     return values if isinstance(values, np.ndarray) else values.float().cpu().numpy()

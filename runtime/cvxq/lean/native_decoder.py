@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 from weakref import ReferenceType
 
@@ -14,10 +14,13 @@ import numpy.typing as npt
 from cvxq_format import CompandedTensor, RawTensor
 from cvxq_format import decoder_record as described
 from cvxq_format.decoder_record import DecoderRecord
+from cvxq_format.memory import available_memory
 from cvxq_kernels import cpu
-from cvxq_kernels.cpu.decoder import Decoder, Expert, Layer, Norm, Rope, Shape
+from cvxq_kernels.cpu.decoder import TEXTS, Decoder, Expert, Layer, Norm, Rope, Shape
 
+from cvxq.cache_size import bytes_per_token
 from cvxq.lean.errors import NotLeanError
+from cvxq.lean.native_batch import NativeBatch, Reading, read_together
 from cvxq.lean.products import (
     BlockProducts,
     DecoderProducts,
@@ -68,36 +71,35 @@ class NativeDecoder:
         self.exact = exact
         self._ropes = record.ropes
         self._turning = Turning(record.ropes)
+        self._cache_bytes = bytes_per_token(record)
         outside = set(found) if exact else _routed(found)
         parts = _Parts(record, found, tensors, threads, scratch, outside)
         shape = parts.shape(self.chunk)
         layers = [parts.layer(index) for index in range(self.layers)]
-        self._native = Decoder(cpu.Pool(threads), shape, layers)
+        self.native = Decoder(cpu.Pool(threads), shape, layers)
         self.bytes_per_token = parts.bytes_per_token(shape)
 
     def feed(self, ids: Sequence[int]) -> Floats:
         """Read `ids` (at least one) after the text; return logits (V,) float32 after the last."""
-        if self._turning.crosses(self.length + len(ids)):
-            ids = self._cross(ids)
+        if len(ids) > 1 or self._turning.crosses(self.length + 1):
+            return read_together([self.begin(ids, 1)])[0][0]
+        # The usual case, and small models feel every microsecond here.
         self._turning.extend(self.length, ids)
-        if len(ids) == 1:  # the usual case, and small models feel every microsecond here
-            following = self._native.step(ids[0], self.length, self.exact)
-            self.length += 1
-            return following
-        array = np.array(ids, np.int64)
-        for start in range(0, len(array), self.chunk):
-            piece = array[start : start + self.chunk]
-            wanted = int(start + len(piece) == len(array))
-            logits = self._native.feed(piece, self.length, wanted, self.exact)
-            self.length += len(piece)
-        return logits[0]
+        following = self.native.step(ids[0], self.length, self.exact)
+        self.length += 1
+        return following
 
-    def _cross(self, ids: Sequence[int]) -> list[int]:
-        """Forget the text, which is turned by other tables from now on; return what to read."""
-        text = self._turning.cross(self.length, ids)
-        self._native.turn(self._turning.is_long)
-        self.length = 0
-        return text
+    def begin(self, ids: Sequence[int], wanted: int) -> Reading:
+        """Return what is to be read for `ids` after the text: all of it where it turns otherwise.
+
+        wanted: of the last so many the logits are wanted.
+        """
+        if self._turning.crosses(self.length + len(ids)):
+            ids = self._turning.cross(self.length, ids)
+            self.native.turn(self._turning.is_long)
+            self.length = 0
+        self._turning.extend(self.length, ids)
+        return Reading(self, np.array(ids, np.int64), wanted)
 
     def logits(self, ids: Sequence[int]) -> Floats:
         """Read `ids` as a text of its own; return the logits (L, V) float32 after each of them."""
@@ -106,20 +108,7 @@ class NativeDecoder:
 
     def rows(self, ids: Sequence[int]) -> Floats:
         """Read `ids` after the text; return the logits (L, V) float32 after each of them."""
-        text = self._cross(ids) if self._turning.crosses(self.length + len(ids)) else ids
-        self._turning.extend(self.length, text)
-        array = np.array(text, np.int64)
-        result = np.empty((len(ids), self.vocabulary), np.float32)
-        before = len(array) - len(ids)  # tokens read anew, without logits
-        for start in range(0, len(array), self.chunk):
-            piece = array[start : start + self.chunk]
-            end = start + len(piece)
-            wanted = min(len(piece), max(0, end - before))
-            logits = self._native.feed(piece, self.length, wanted, self.exact)
-            if wanted:
-                result[end - before - wanted : end - before] = logits
-            self.length += len(piece)
-        return result
+        return read_together([self.begin(ids, len(ids))])[0]
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -130,12 +119,24 @@ class NativeDecoder:
         other = copy(self)
         other.length, other.holder = 0, None
         other._turning = Turning(self._ropes)
-        other._native = self._native.sibling()
+        other.native = self.native.sibling()
         return other
+
+    def copy(self, other: NativeDecoder, length: int) -> None:
+        """Let the text be the first `length` tokens of a sibling's."""
+        self.native.copy(other.native, length)
+        self._turning = deepcopy(other._turning)
+        self.length = length
+
+    def batch(self, texts: int, tokens: int) -> NativeBatch:
+        """Return up to `texts` and TEXTS texts, as many of `tokens` as free memory holds twice."""
+        free = available_memory()
+        fitting = texts if free is None else free // (2 * tokens * self._cache_bytes)
+        return NativeBatch(self, max(1, min(texts, fitting, TEXTS)))
 
     def overhead_seconds(self) -> float:
         """Seconds spent so far in the forward pass outside of matrix products and attention."""
-        matrices, attention, total = self._native.clock()
+        matrices, attention, total = self.native.clock()
         return total - matrices - attention
 
 

@@ -169,16 +169,19 @@ static void settle_block(cvxq_decoder *decoder, cvxq_work *work) {
 static void turn(cvxq_decoder *decoder) {
     const cvxq_decoder_shape *s = &decoder->shape;
     float *cosine = decoder->cosine, *sine = decoder->sine;
-    for (const cvxq_rope *rope = s->rope; rope < s->rope + s->ropes; rope++) {
-        const float *frequencies = decoder->is_long ? rope->long_frequencies : rope->frequencies;
-        const float scale = decoder->is_long ? rope->long_scale : rope->scale;
-        for (int row = 0; row < decoder->count; row++)
+    for (const cvxq_rope *rope = s->rope; rope < s->rope + s->ropes; rope++)
+        for (int row = 0; row < decoder->count; row++) {
+            const cvxq_span *span = span_of(decoder, row);
+            const int is_long = span->piece.decoder->is_long;
+            const float *frequencies = is_long ? rope->long_frequencies : rope->frequencies;
+            const float scale = is_long ? rope->long_scale : rope->scale;
+            const float position = (float)position_of(span, row);
             for (int i = 0; i < rope->pairs; i++) {
-                const float angle = (float)(decoder->start + row) * frequencies[i];
+                const float angle = position * frequencies[i];
                 *cosine++ = cosf(angle) * scale;
                 *sine++ = sinf(angle) * scale;
             }
-    }
+        }
 }
 
 void cvxq_decoder_turn(cvxq_decoder *decoder, int is_long) { decoder->is_long = is_long; }
@@ -204,7 +207,7 @@ static void scale_embedding(cvxq_decoder *decoder, cvxq_work *work) {
 static void add_position(const void *context, int64_t row, int thread) {
     cvxq_decoder *decoder = decoder_of(context);
     const cvxq_decoder_shape *s = &decoder->shape;
-    const int64_t position = decoder->start + row + s->position_offset;
+    const int64_t position = position_of(span_of(decoder, row), row) + s->position_offset;
     float *place = decoder->branch + row * s->hidden;
     (void)thread;
     cvxq_rows(decoder->pool, s->positions, &position, 1, place); /* of one row: at once */
@@ -221,22 +224,32 @@ static void settle_embedding(cvxq_decoder *decoder, cvxq_work *work) {
     settle(decoder, work, NULL, NULL, &decoder->layers[0].attention_in, beside(decoder->layers));
 }
 
-/* What comes before the vocabulary: rows of the tokens whose logits are wanted. */
-static const float *last_inputs(const cvxq_decoder *decoder) {
-    return decoder->input + (int64_t)(decoder->count - decoder->wanted) * decoder->shape.hidden;
+/* Bring the rows of the tokens whose logits are wanted together, behind those of the first piece. */
+static void gather_last(cvxq_decoder *decoder) {
+    const int64_t hidden = decoder->shape.hidden;
+    const cvxq_span *span = decoder->spans;
+    float *next = decoder->input + (span->piece.count - span->piece.wanted) * hidden;
+    decoder->last = next;
+    for (; span < decoder->spans + decoder->span_count; span++) {
+        const int64_t row = span->first + span->piece.count - span->piece.wanted;
+        const float *from = decoder->input + row * hidden;
+        if (from != next) memmove(next, from, (size_t)(span->piece.wanted * hidden) * sizeof *next);
+        next += span->piece.wanted * hidden;
+    }
 }
 
 static void project_last(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_decoder_shape *s = &decoder->shape;
     (void)work;
+    gather_last(decoder);
     if (decoder->wanted && s->project_out != NULL)
-        cvxq_decoder_multiply(decoder, &s->project_out, 1, last_inputs(decoder), decoder->wanted,
+        cvxq_decoder_multiply(decoder, &s->project_out, 1, decoder->last, decoder->wanted,
                               &decoder->branch);
 }
 
 static void predict(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_decoder_shape *s = &decoder->shape;
-    const float *input = s->project_out != NULL ? decoder->branch : last_inputs(decoder);
+    const float *input = s->project_out != NULL ? decoder->branch : decoder->last;
     (void)work;
     if (decoder->wanted)
         cvxq_decoder_multiply(decoder, &s->head, 1, input, decoder->wanted, &decoder->logits);
@@ -319,26 +332,43 @@ static int next_work(void *program, cvxq_work *work) {
     return 1;
 }
 
-static int in_range(const cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
-                    int wanted) {
+static int is_piece(const cvxq_decoder *decoder, const cvxq_piece *piece) {
+    const cvxq_decoder_shape *s = &decoder->shape, *own = &piece->decoder->shape;
+    if (piece->decoder->pool != decoder->pool || own->layers != s->layers) return 0;
+    if (own->hidden != s->hidden || own->capacity != s->capacity) return 0;
+    if (piece->count < 1 || piece->wanted < 0 || piece->wanted > piece->count) return 0;
+    return piece->start >= 0 && piece->start + piece->count <= s->capacity;
+}
+
+/* Let the rows of the call be those of the pieces; 0 where something is out of its range. */
+static int place(cvxq_decoder *decoder, const int64_t *ids, const cvxq_piece *pieces, int count) {
     const cvxq_decoder_shape *s = &decoder->shape;
-    if (count < 1 || count > s->chunk || wanted < 0 || wanted > count) return 0;
-    if (start < 0 || start + count > s->capacity) return 0;
-    for (int i = 0; i < count; i++)
+    int rows = 0, wanted = 0;
+    if (count < 1 || count > CVXQ_TEXTS) return 0;
+    for (int i = 0; i < count; i++) {
+        if (!is_piece(decoder, pieces + i) || pieces[i].count > s->chunk - rows) return 0;
+        for (int j = 0; j < i; j++)
+            if (pieces[j].decoder == pieces[i].decoder) return 0;
+        decoder->spans[i] = (cvxq_span){pieces[i], rows};
+        rows += pieces[i].count;
+        wanted += pieces[i].wanted;
+    }
+    for (int i = 0; i < rows; i++)
         if (ids[i] < 0 || ids[i] >= s->vocabulary) return 0;
+    decoder->span_count = count;
+    decoder->count = rows;
+    decoder->wanted = wanted;
     return 1;
 }
 
-int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
-                      int wanted, int exact, float *logits) {
-    if (!in_range(decoder, ids, count, start, wanted)) return 2;
-    if (cvxq_decoder_hold(decoder, start + count)) return 1;
+int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, const cvxq_piece *pieces,
+                      int count, int exact, float *logits) {
+    if (!place(decoder, ids, pieces, count)) return 2;
+    for (int i = 0; i < count; i++)
+        if (cvxq_decoder_hold(pieces[i].decoder, pieces[i].start + pieces[i].count)) return 1;
     const int64_t begin = now();
-    decoder->count = count;
-    decoder->start = start;
     decoder->exact = exact;
     decoder->ids = ids;
-    decoder->wanted = wanted;
     decoder->logits = logits;
     decoder->step = 0;
     decoder->product.stage = PRODUCT_DONE;

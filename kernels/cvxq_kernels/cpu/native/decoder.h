@@ -1,4 +1,5 @@
-/* The forward pass of a decoder-only transformer, one call per chunk of tokens.
+/* The forward pass of a decoder-only transformer, one call per chunk of tokens, of one text or of
+ * several.
  *
  * Norms before, after or around the branches, which may read the same input; q/k/v and gate/up in
  * matrices of their own or together; rotary or learned positions, grouped queries, sliding windows,
@@ -81,20 +82,34 @@ typedef struct {
 
 typedef struct cvxq_decoder cvxq_decoder;
 
+enum { CVXQ_TEXTS = 16 }; /* most of a call */
+
+/* `count` tokens of the text that `decoder` holds, at positions start, start + 1, …, whose
+ * predecessors have been read; logits after the last `wanted` of them. */
+typedef struct {
+    cvxq_decoder *decoder;
+    int64_t start;
+    int32_t count, wanted;
+} cvxq_piece;
+
 /* Copies `shape`, its ropes and its `layers` layers, but not their experts; NULL when memory is short. */
 CVXQ_API cvxq_decoder *cvxq_decoder_new(cvxq_pool *pool, const cvxq_decoder_shape *shape,
                                         const cvxq_layer *layers);
 CVXQ_API void cvxq_decoder_free(cvxq_decoder *decoder);
 
-/* Read `count` ≤ chunk tokens at positions start, start + 1, …, whose predecessors have been read,
- * and write the logits (wanted, vocabulary) after the last `wanted` of them. exact: as in
- * cvxq_matmul.
+/* Read 1 to CVXQ_TEXTS pieces, together at most chunk tokens, and write the logits (all that are
+ * wanted, vocabulary). Their decoders are different ones, `decoder` may be among them, and were made
+ * of the same pool, shape and layers. ids: of one piece after the other. exact: as in cvxq_matmul.
  * Returns 0; 1 when memory is short; 2 for tokens, positions or counts out of their range. */
-CVXQ_API int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, int count, int64_t start,
-                               int wanted, int exact, float *logits);
+CVXQ_API int cvxq_decoder_feed(cvxq_decoder *decoder, const int64_t *ids, const cvxq_piece *pieces,
+                               int count, int exact, float *logits);
 
 /* From the next call on, texts are long (1) or not (0); what was read is to be read anew. */
 CVXQ_API void cvxq_decoder_turn(cvxq_decoder *decoder, int is_long);
+
+/* Let `decoder` hold the first `count` positions that `from`, of the same shape, holds.
+ * Returns 0; 1 when memory is short; 2 where `from` has fewer. */
+CVXQ_API int cvxq_decoder_copy(cvxq_decoder *decoder, const cvxq_decoder *from, int64_t count);
 
 /* Nanoseconds spent so far: with matrices, in attention (scores to sums of values), altogether. */
 CVXQ_API void cvxq_decoder_clock(const cvxq_decoder *decoder, int64_t *products, int64_t *attention,

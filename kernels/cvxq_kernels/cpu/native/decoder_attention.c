@@ -1,4 +1,5 @@
 /* Steps of a layer between its products: queries and keys prepared, and attention. */
+#include <stddef.h>
 #include <string.h>
 
 #include "decoder_state.h"
@@ -44,13 +45,15 @@ static void prepare_head(cvxq_decoder *decoder, const cvxq_norm *norm, float *x,
 static void prepare_group(cvxq_decoder *decoder, int row, int head) {
     const cvxq_decoder_shape *s = &decoder->shape;
     const cvxq_layer *layer = layer_of(decoder);
+    const cvxq_span *span = span_of(decoder, row);
+    const cvxq_decoder *text = span->piece.decoder;
     const int width = s->head_dim, group = s->heads / s->kv_heads;
-    const int64_t position = decoder->start + row;
+    const int64_t position = position_of(span, row);
     const int64_t block = position / CVXQ_BLOCK, place = position % CVXQ_BLOCK;
     const int64_t at = ((int64_t)row * s->kv_heads + head) * width;
-    const int64_t index = ((int64_t)decoder->layer * s->kv_heads + head) * decoder->blocks + block;
+    const int64_t index = ((int64_t)decoder->layer * s->kv_heads + head) * text->blocks + block;
     float *key = decoder->key + at;
-    float *keys = (float *)decoder->keys[index], *values = (float *)decoder->values[index];
+    float *keys = (float *)text->keys[index], *values = (float *)text->values[index];
     for (int member = 0; member < group; member++) {
         float *query = decoder->query + at * group + member * width;
         prepare_head(decoder, &layer->q_norm, query, row);
@@ -76,55 +79,69 @@ void cvxq_decoder_prepare(cvxq_decoder *decoder, cvxq_work *work) {
 /* Attention of a call, for threads that may be late: nothing here changes. */
 typedef struct {
     const cvxq_decoder *decoder;
-    const cvxq_layer *layer;
-    const float *const *keys, *const *values; /* of the layer */
-    int64_t start;
-    int count, step; /* rows; those of a key head that are computed together */
+    int layer, step; /* rows of a key head that are computed together, of one piece */
+    cvxq_span spans[CVXQ_TEXTS]; /* as many as the call has, the last to be copied */
 } attention_job;
 
-/* Number of steps in which the rows of one key head are taken. */
-static int attention_steps(const attention_job *job) {
+/* Some rows of one key head: of a piece, `count` of its queries from `begin` on. */
+typedef struct {
+    const cvxq_span *span;
+    int head, begin, count;
+} attention_part;
+
+/* Number of chunks in which the rows of a piece are taken. */
+static int64_t attention_chunks(const attention_job *job, const cvxq_span *span) {
     const cvxq_decoder_shape *s = &job->decoder->shape;
-    return (job->count * (s->heads / s->kv_heads) + job->step - 1) / job->step;
+    return s->kv_heads * ceil_div(span->piece.count * (s->heads / s->kv_heads), job->step);
 }
 
-/* The rows of a chunk: places of their queries, later of their results. Returns their number. */
-static int attention_rows(const attention_job *job, int64_t chunk, float **places,
-                          int64_t *positions) {
+static attention_part part_of(const attention_job *job, int64_t chunk) {
+    const cvxq_decoder_shape *s = &job->decoder->shape;
+    const cvxq_span *span = job->spans;
+    for (int64_t own; chunk >= (own = attention_chunks(job, span)); span++) chunk -= own;
+    const int begin = (int)(chunk / s->kv_heads) * job->step;
+    const int all = span->piece.count * (s->heads / s->kv_heads);
+    return (attention_part){span, (int)(chunk % s->kv_heads), begin,
+                            (int)min_of(all - begin, job->step)};
+}
+
+/* Places of the queries, later of their results. */
+static void find_rows(const attention_job *job, const attention_part *part, float **places,
+                      int64_t *positions) {
     const cvxq_decoder *decoder = job->decoder;
     const cvxq_decoder_shape *s = &decoder->shape;
-    const int group = s->heads / s->kv_heads, all = job->count * group;
-    const int head = (int)(chunk % s->kv_heads), begin = (int)(chunk / s->kv_heads) * job->step;
-    const int rows = all - begin < job->step ? all - begin : job->step;
-    for (int r = 0; r < rows; r++) {
-        const int row = (begin + r) / group, member = (begin + r) % group;
-        positions[r] = job->start + row;
-        places[r] = decoder->query +
-                    ((int64_t)row * s->heads + head * group + member) * s->head_dim;
+    const int group = s->heads / s->kv_heads;
+    for (int r = 0; r < part->count; r++) {
+        const int64_t row = part->span->first + (part->begin + r) / group;
+        const int member = (part->begin + r) % group;
+        positions[r] = position_of(part->span, row);
+        places[r] = decoder->query + (row * s->heads + part->head * group + member) * s->head_dim;
     }
-    return rows;
 }
 
 static void attend_rows(const void *context, int64_t chunk, int thread) {
     const attention_job *job = context;
     const cvxq_decoder *decoder = job->decoder;
-    const int width = decoder->shape.head_dim, head = (int)(chunk % decoder->shape.kv_heads);
-    const int64_t window = job->layer->window, index = (int64_t)head * decoder->blocks;
+    const cvxq_decoder_shape *s = &decoder->shape;
+    const cvxq_layer *layer = decoder->layers + job->layer;
+    const attention_part part = part_of(job, chunk);
+    const cvxq_decoder *text = part.span->piece.decoder;
+    const int width = s->head_dim, group = s->heads / s->kv_heads;
+    const int64_t window = layer->window;
+    const int64_t index = ((int64_t)job->layer * s->kv_heads + part.head) * text->blocks;
     float *tile = decoder->parts + thread * decoder->part_floats;
-    const int group = decoder->shape.heads / decoder->shape.kv_heads;
-    const int begin = (int)(chunk / decoder->shape.kv_heads) * job->step;
     float *out[ROWS], sinks[ROWS];
     int64_t first[ROWS], last[ROWS];
-    const int rows = attention_rows(job, chunk, out, last);
-    for (int r = 0; r < rows; r++) {
+    find_rows(job, &part, out, last);
+    for (int r = 0; r < part.count; r++) {
         memcpy(tile + r * width, out[r], (size_t)width * sizeof *tile);
         out[r] = tile + r * width; /* read before it is written */
         first[r] = window > 0 && last[r] >= window ? last[r] - window + 1 : 0;
-        if (job->layer->sinks != NULL)
-            sinks[r] = job->layer->sinks[head * group + (begin + r) % group];
+        if (layer->sinks != NULL)
+            sinks[r] = layer->sinks[part.head * group + (part.begin + r) % group];
     }
-    decoder->math->attend(tile, rows, width, job->keys + index, job->values + index, first, last,
-                          job->layer->cap, job->layer->sinks != NULL ? sinks : NULL, out,
+    decoder->math->attend(tile, part.count, width, text->keys + index, text->values + index, first,
+                          last, layer->cap, layer->sinks != NULL ? sinks : NULL, out,
                           tile + span(ROWS, width));
 }
 
@@ -135,24 +152,30 @@ static void commit_rows(const void *context, int64_t chunk, int thread) {
     const float *tile = job->decoder->parts + thread * job->decoder->part_floats;
     float *out[ROWS];
     int64_t positions[ROWS];
-    const int rows = attention_rows(job, chunk, out, positions);
-    for (int r = 0; r < rows; r++) memcpy(out[r], tile + r * width, (size_t)width * sizeof *tile);
+    const attention_part part = part_of(job, chunk);
+    find_rows(job, &part, out, positions);
+    for (int r = 0; r < part.count; r++)
+        memcpy(out[r], tile + r * width, (size_t)width * sizeof *tile);
 }
 
 void cvxq_decoder_attend(cvxq_decoder *decoder, cvxq_work *work) {
     const cvxq_decoder_shape *s = &decoder->shape;
-    const int64_t seen = decoder->start + decoder->count;
-    const int alone = seen * decoder->count * s->heads * s->head_dim * 2 < SERIAL_PRODUCTS;
+    const size_t spans = (size_t)decoder->span_count * sizeof *decoder->spans;
+    int64_t scores = 0, chunks = 0;
+    for (const cvxq_span *at = decoder->spans; at < decoder->spans + decoder->span_count; at++)
+        scores += (at->piece.start + at->piece.count) * at->piece.count * s->heads;
+    const int alone = scores * s->head_dim * 2 < SERIAL_PRODUCTS;
     const int parts = alone ? 1 : decoder->threads, all = decoder->count * s->heads;
-    const int64_t index = (int64_t)decoder->layer * s->kv_heads * decoder->blocks;
-    attention_job job = {decoder, layer_of(decoder), decoder->keys + index, decoder->values + index,
-                         decoder->start, decoder->count,
+    attention_job job = {.decoder = decoder,
+                         .layer = decoder->layer,
                          /* few enough that every thread has some */
-                         (int)min_of((all + parts - 1) / parts, ROWS)};
-    const int64_t chunks = (int64_t)s->kv_heads * attention_steps(&job);
+                         .step = (int)min_of((all + parts - 1) / parts, ROWS)};
+    memcpy(job.spans, decoder->spans, spans);
+    for (int i = 0; i < decoder->span_count; i++) chunks += attention_chunks(&job, job.spans + i);
     cvxq_decoder_start_clock(decoder, &decoder->attended);
     if (!alone) {
-        cvxq_work_fill(work, attend_rows, commit_rows, chunks, &job, sizeof job);
+        cvxq_work_fill(work, attend_rows, commit_rows, chunks, &job,
+                       offsetof(attention_job, spans) + spans);
         return;
     }
     for (int64_t chunk = 0; chunk < chunks; chunk++) {

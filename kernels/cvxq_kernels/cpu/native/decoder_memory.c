@@ -139,6 +139,16 @@ int cvxq_decoder_hold(cvxq_decoder *decoder, int64_t positions) {
     return 0;
 }
 
+int cvxq_decoder_copy(cvxq_decoder *decoder, const cvxq_decoder *from, int64_t count) {
+    const int blocks = (int)ceil_div(count, CVXQ_BLOCK);
+    if (count < 0 || blocks > from->held || block_floats(decoder) != block_floats(from)) return 2;
+    if (cvxq_decoder_hold(decoder, count)) return 1;
+    for (int i = 0; i < blocks; i++)
+        memcpy(decoder->memory[i], from->memory[i], (size_t)block_floats(from) * sizeof(float));
+    decoder->is_long = from->is_long;
+    return 0;
+}
+
 int64_t cvxq_decoder_bytes(const cvxq_decoder *decoder) {
     return (decoder->held * block_floats(decoder) + decoder->scratch_floats) *
            (int64_t)sizeof(float);

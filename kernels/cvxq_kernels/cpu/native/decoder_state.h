@@ -10,6 +10,12 @@
 #define LOGITS 8192 /* that one thread finishes together */
 #define TOGETHER (MOST_FACTORS / 2) /* experts that one token goes through together */
 
+/* The rows of a call that are of one piece: from `first` on. */
+typedef struct {
+    cvxq_piece piece;
+    int first;
+} cvxq_span;
+
 struct cvxq_decoder {
     cvxq_decoder_shape shape;
     cvxq_layer *layers;
@@ -36,8 +42,10 @@ struct cvxq_decoder {
     /* this call, and how far it has come */
     const int64_t *ids;
     float *logits;
-    int count, layer, exact, wanted;
-    int64_t start, step;
+    cvxq_span spans[CVXQ_TEXTS];
+    int span_count, count, layer, exact, wanted;
+    const float *last; /* (wanted, hidden): what comes before the logits */
+    int64_t step;
     cvxq_product product;      /* under way, or done */
     int64_t since, *spent_on;  /* when the clock of products or attention began to run */
     const cvxq_norm *norms[4]; /* of branch, branch + stream, the next input, the one beside it */
@@ -55,6 +63,17 @@ int cvxq_decoder_hold(cvxq_decoder *decoder, int64_t positions);
 
 static inline const cvxq_layer *layer_of(const cvxq_decoder *decoder) {
     return decoder->layers + decoder->layer;
+}
+
+/* The piece that a row is of, and its position there. */
+static inline const cvxq_span *span_of(const cvxq_decoder *decoder, int64_t row) {
+    const cvxq_span *span = decoder->spans;
+    while (row >= span->first + span->piece.count) span++;
+    return span;
+}
+
+static inline int64_t position_of(const cvxq_span *span, int64_t row) {
+    return span->piece.start + row - span->first;
 }
 
 /* The decoder of a chunk that cvxq_decoder_share gave out. */
