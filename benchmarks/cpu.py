@@ -17,8 +17,9 @@ thrown away. Rounds are kept in the work folder, and a later run adds to them un
 have changed; the page has medians over all of them.
 
 `--real` takes a folder of real models' files, NAME-3.2.cvxq and NAME-4.25.cvxq, and measures them
-beside `--gguf` FOLDER/NAME.gguf and what llama-quantize makes of that. `--load` takes one file, and
-measures it on one thread and on several while other processes keep processors busy.
+beside `--gguf` FOLDER/NAME.gguf and what llama-quantize makes of that; then widths, and the
+smallest model as `--load` does. That takes one file, and measures it on one thread and on several
+while other processes keep processors busy.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from pathlib import Path
 
 from cpu_kernel import DEPTHS, Product, measure_products, measure_widths, read_bandwidth
 from cpu_load import load_page
-from cpu_page import Model, Round, Sample, page
+from cpu_page import Model, Round, Sample, page, width_lines
+from cpu_real import models as real_models
 from cpu_real import real_page
 from cpu_runs import Amount, measure_ours, measure_theirs, run, say
 from cvxq_kernels.cpu import Pool, isa
@@ -204,7 +206,16 @@ def own_page(options: argparse.Namespace) -> str:
     if options.load:
         return load_page(options.load, *common)
     options.work.mkdir(parents=True, exist_ok=True)
-    return real_page(options.real, *common, options.work)
+    parts = [real_page(options.real, *common, options.work)]
+    say("products of several widths")
+    widths = width_lines(measure_widths(options.threads))
+    parts.append("\n".join(["## Widths that are no multiple of 64 or 256", "", *widths]) + "\n")
+    name, files = min(
+        real_models(options.real).items(), key=lambda item: item[1][-1].stat().st_size
+    )
+    theirs = options.gguf and options.gguf / f"{name}.gguf"
+    parts.append(load_page(files[-1], theirs, *common[1:]))
+    return "\n".join(parts)
 
 
 def main() -> int:

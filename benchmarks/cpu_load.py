@@ -64,7 +64,7 @@ def load_page(
     peer: LlamaCpp | None,
     machine: str,
 ) -> str:
-    """The document: decoding at each load, and whether several threads pay there."""
+    """A section: decoding at each load, and whether several threads pay there."""
     names = ["cvxq", *(["llama.cpp"] if theirs is not None and peer is not None else [])]
     columns = [f"{name}, {n} threads" for name in names for n in (1, threads)]
     rows, judged = [], []
@@ -81,6 +81,6 @@ def load_page(
             f"- {load}: {threads} threads decode {gain:.2f} times as fast as one "
             f"(wanted {AIMS[load]}): {verdict}."
         )
-    lines = [f"# Decoding beside busy processes: {ours.name}", "", f"{machine}. Tokens/s, medians"]
+    lines = [f"## Decoding beside busy processes: {ours.name}", "", f"{machine}. Tokens/s, medians"]
     lines[-1] += f" of {rounds} rounds ± their deviation, {amount.tokens} tokens each."
     return "\n".join([*lines, "", *head(["load", *columns]), *rows, "", *judged]) + "\n"

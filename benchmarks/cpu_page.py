@@ -166,9 +166,7 @@ def page(
         lines += [product_line(depth, several) for depth, several in products.items()]
         lines += ["", KERNEL_READING]
     if widths:
-        lines += ["", *head(["width", "next", *(f"depth {depth}" for depth in WIDTH_DEPTHS)])]
-        lines += [width_line(index, widths) for index in range(len(WIDTHS))]
-        lines += ["", WIDTH_READING]
+        lines += ["", *width_lines(widths)]
     if rounds:
         lines += ["", f"## Whole models, beside llama.cpp (of llama-cpp-python {peer})", ""]
         lines += ["128 tokens of prompt, 64 generated.", ""]
@@ -185,6 +183,13 @@ def page(
         lines += ["", "## What was aimed at", "", *kernel_claims(products)]
         lines += [*claims(rounds, by_name), "", BOUNDS]
     return "\n".join(lines) + "\n"
+
+
+def width_lines(widths: dict[str, list[float]]) -> list[str]:
+    """What measure_widths found, as a table and how to read it."""
+    columns = ["width", "next", *(f"depth {depth}" for depth in WIDTH_DEPTHS)]
+    rows = [width_line(index, widths) for index in range(len(WIDTHS))]
+    return [*head(columns), *rows, "", WIDTH_READING]
 
 
 def head(columns: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from cpu_runs import Amount, measure_ours, measure_theirs, run, say
 from peers.llamacpp import LlamaCpp
 
 KINDS = ("Q2_K", "Q3_K_M", "Q4_K_M")  # that llama-quantize makes of a published file
+AIMS = {"decoding": ((4.0, 2.0), (0.0, 2.5)), "prefill": ((0.0, 1.5),)}  # from these bits on
 COLUMNS = ("file", "bytes", "decode, tokens/s", "prefill, tokens/s", "resident, MB", "load, s")
 
 
@@ -78,6 +79,24 @@ def line(path: Path, name: str, samples: list[Sample]) -> str:
     )
 
 
+def beside(ours: Path, theirs: Path, samples: dict[Path, list[Sample]]) -> str:
+    """One row of a file beside another: shares of bytes, of both speeds, and what was aimed at."""
+
+    def share(speed: str) -> float:
+        one, other = (
+            statistics.median(getattr(sample, speed) for sample in samples[path])
+            for path in (ours, theirs)
+        )
+        return one / other
+
+    name, _, rate = ours.stem.rpartition("-")
+    cells = [f"{name}, {rate} bits", f"{ours.stat().st_size / theirs.stat().st_size:.2f}"]
+    for part, value in (("decoding", share("decode")), ("prefill", share("prefill"))):
+        aim = next(aim for bits, aim in AIMS[part] if float(rate) >= bits)
+        cells.append(f"{value:.2f}, wanted {aim}: {'met' if value >= aim else '**missed**'}")
+    return f"| {' | '.join(cells)} |"
+
+
 def real_page(
     folder: Path,
     gguf: Path | None,
@@ -88,17 +107,22 @@ def real_page(
     machine: str,
     work: Path,
 ) -> str:
-    """The document: a table for every model."""
+    """The document: every file beside llama.cpp's Q4_K_M, then a table for every model."""
     peer_text = f", llama.cpp of llama-cpp-python {peer.version}" if peer else ""
-    parts = [
-        f"# Speed of real models on the CPU\n\n{machine}, {threads} threads{peer_text}. "
-        f"{amount.prompt} tokens of prompt, {amount.tokens} generated; medians of {rounds} rounds "
-        "± their deviation."
-    ]
+    shares, tables = [], []
     for name, ours in models(folder).items():
         say(f"measuring {name}")
-        files = [*ours, *peers_of(name, gguf, work, peer)]
-        samples = measure(files, threads, rounds, amount, peer)
-        rows = [line(path, name, samples[path]) for path in files]
-        parts.append("\n".join([f"## {name}", "", *head(COLUMNS), *rows]))
-    return "\n\n".join(parts) + "\n"
+        peers = peers_of(name, gguf, work, peer)
+        samples = measure([*ours, *peers], threads, rounds, amount, peer)
+        shares += [beside(path, peers[-1], samples) for path in ours if peers]
+        rows = [line(path, name, samples[path]) for path in [*ours, *peers]]
+        tables.append("\n".join([f"## {name}", "", *head(COLUMNS), *rows]))
+    parts = [
+        "# Speed of real models on the CPU",
+        f"{machine}, {threads} threads{peer_text}. {amount.prompt} tokens of prompt, "
+        f"{amount.tokens} generated; medians of {rounds} rounds ± their deviation.",
+    ]
+    if shares:
+        columns = (f"cvxq beside llama.cpp's {KINDS[-1]}", "file", "decode", "prefill")
+        parts.append("\n".join([*head(columns), *shares]))
+    return "\n\n".join([*parts, *tables]) + "\n"

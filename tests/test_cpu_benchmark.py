@@ -65,9 +65,12 @@ def test_real_models_stand_beside_their_published_and_smaller_files(
     files: Path, tmp_path: Path, peer: LlamaCpp
 ) -> None:
     text = real_page(files, files, 1, 1, LITTLE, peer, "a machine", tmp_path)
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[4:]]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
     labels = [row[0] for row in rows if row]
-    assert labels[2:] == [
+    assert labels[2:4] == ["tiny, 3.2 bits", "tiny, 4.25 bits"]
+    aims = [[cell.partition("wanted ")[2][:3] for cell in row[2:]] for row in rows if len(row) == 4]
+    assert aims[2:] == [["2.5", "1.5"], ["2.0", "1.5"]]
+    assert labels[6:] == [
         "cvxq 3.2 bits",
         "cvxq 4.25 bits",
         "llama.cpp as published",
