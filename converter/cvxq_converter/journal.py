@@ -11,7 +11,6 @@ Results are mapped from their files (`result_file`), so that they need no memory
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -25,6 +24,11 @@ from cvxq_converter.errors import ConversionError, CutShortError
 from cvxq_converter.ranks import ALONE, Ranks
 from cvxq_converter.result_file import dump, load
 from cvxq_converter.stages import Done
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 SHORTEST = 0.05  # seconds of a step that is worth a file
 _JOB = "job.json"  # what the steps are of
@@ -282,10 +286,15 @@ def _prepare(folder: Path, job: Mapping[str, Any], say: Callable[[str], None], a
         (folder / _JOB).write_text(json.dumps(job, sort_keys=True))
 
 
-def _locked(folder: Path) -> int:
-    """Make the folder unless it is there, and keep other processes out until this is closed."""
+def _locked(folder: Path) -> int | None:
+    """Make the folder unless it is there, and keep other processes out until this is closed.
+
+    None on Windows, where nobody is kept out.
+    """
     while True:
         folder.mkdir(mode=0o700, exist_ok=True)
+        if fcntl is None:
+            return None
         lock = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

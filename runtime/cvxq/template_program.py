@@ -10,6 +10,7 @@ end.  So it runs in a process of its own, which `main` is; `cvxq.rendering` star
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -63,8 +64,9 @@ def _limit_memory(memory: int) -> None:
         import resource
     except ImportError:  # Windows
         return
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError, OSError):  # macOS knows this limit, and refuses it
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
 def render_chat(
