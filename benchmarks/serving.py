@@ -8,6 +8,7 @@ line is JSON.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -26,6 +27,7 @@ import httpx
 CLIENTS = 64
 LONG_WORDS = 600
 REPEATS = 5
+SAMPLES = 200  # of the memory, under load
 
 
 @click.command()
@@ -92,11 +94,32 @@ def measure(http: httpx.Client, process: int, seconds: float) -> dict[str, Any]:
             if status == 429:
                 time.sleep(0.2)
 
-    with ThreadPoolExecutor(CLIENTS) as pool:
+    with ThreadPoolExecutor(CLIENTS + 1) as pool:
+        watching = pool.submit(watch, process, end, seconds / SAMPLES)
         list(pool.map(client, range(CLIENTS)))
+    held = watching.result()
     figures["answers"] = {str(status): count for status, count in sorted(statuses.items())}
     figures["resident_mb_after"] = resident_mb(process)
+    figures["in_use_mb_by_tenths"] = [round(max(tenth), 1) for tenth in tenths(held)]
+    steady = held[len(held) // 10 :]  # by then every session has been used
+    figures["in_use_growth"] = f"{max(steady) / steady[0] - 1:.2%}"
     return figures
+
+
+def watch(process: int, end: float, pause: float) -> list[float]:
+    """Return the megabytes in use at regular moments until the end."""
+    held = []
+    while time.monotonic() < end:
+        held.append(resident_mb(process, "RssAnon"))
+        time.sleep(pause)
+    return held
+
+
+def tenths(values: list[float]) -> list[list[float]]:
+    """Cut a list into ten parts, or as many as it has values."""
+    parts = min(10, len(values))
+    edges = [len(values) * part // parts for part in range(parts + 1)]
+    return [values[low:high] for low, high in itertools.pairwise(edges)]
 
 
 def chat(content: str, max_tokens: int) -> dict[str, Any]:
@@ -133,12 +156,12 @@ def median(measured: Callable[[], float]) -> float:
     return round(statistics.median(measured() for _ in range(REPEATS)), 4)
 
 
-def resident_mb(process: int) -> int:
-    """Return the megabytes of a process that are in memory."""
+def resident_mb(process: int, kind: str = "VmRSS") -> float:
+    """Return the megabytes of a process that are in memory; RssAnon: without mapped files."""
     status = Path(f"/proc/{process}/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+)", status)
+    found = re.search(rf"{kind}:\s+(\d+)", status)
     assert found is not None
-    return int(found[1]) // 1000
+    return int(found[1]) / 1000
 
 
 if __name__ == "__main__":
