@@ -47,15 +47,23 @@ class _Worker:
         self.process: BaseProcess = context.Process(target=_work, args=arguments)
         self.process.start()
         theirs.close()
-        self.began = time.monotonic()
+        self.began, self.waited = time.monotonic(), self._waited()
 
     def take(self, result: Result) -> None:
         self.indices.remove(result.number)
-        self.began = time.monotonic()
+        self.began, self.waited = time.monotonic(), self._waited()
 
     @property
     def is_late(self) -> bool:
-        return time.monotonic() - self.began > SECONDS
+        spent = time.monotonic() - self.began
+        return spent > SECONDS and spent - (self._waited() - self.waited) > SECONDS
+
+    def _waited(self) -> float:
+        """Seconds in which it could have run, while others had the processors."""
+        try:
+            return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) / 1e9
+        except (OSError, IndexError):
+            return 0.0
 
     def end(self) -> str:
         """Stop the child; return why it did not come to its end, and its last words."""
