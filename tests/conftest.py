@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -123,6 +124,43 @@ def live_bytes() -> Any:
             self.now -= size
 
     return LiveBytes
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Callable[..., Callable[..., dict[str, Any]]]]:
+    """Return a function that gives runs of a command which end early, see tests/faulty_runs.py.
+
+    one = runs("export", file, folder), then one("kill", 0.2) → code, said, seconds. Further words
+    with names are the environment of the process that they are forked from.
+    """
+    program = str(Path(__file__).with_name("faulty_runs.py"))
+    started: dict[Any, subprocess.Popen[str]] = {}
+
+    def begin(command: str, *words: object, **environment: str) -> Callable[..., dict[str, Any]]:
+        key = (command, *environment.items())
+        if key not in started:
+            started[key] = subprocess.Popen(
+                [sys.executable, program, command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **environment},
+            )
+        process = started[key]
+
+        def one(how: str, number: float = 0) -> dict[str, Any]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps([how, number, [*map(str, words)]]) + "\n")
+            process.stdin.flush()
+            ended: dict[str, Any] = json.loads(process.stdout.readline())
+            return ended
+
+        return one
+
+    yield begin
+    for process in started.values():
+        process.communicate(timeout=60)  # closes its stdin, at whose end it ends
 
 
 @pytest.fixture

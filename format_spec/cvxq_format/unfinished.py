@@ -1,8 +1,8 @@
-"""A file that is being written, beside the one that it is going to replace.
+"""A file or a folder that is being written, beside the one that it is going to become.
 
 Its name says what it is: model.cvxq.3f2a9c1b.unfinished.  Whoever writes it holds a lock on it, so
 that the next run for the same target can tell what a killed process left behind from what another
-process is writing, and removes the former.
+process is writing, and removes the former.  On Windows, without such locks, folders stay.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import glob
 import os
 import secrets
+import shutil
 import time
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +22,7 @@ except ImportError:  # Windows, where a file that is open cannot be removed anyw
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".unfinished"
-_JUST_MADE = 60  # seconds in which an empty file may not have been locked yet
+_JUST_MADE = 60  # seconds in which an empty one may not have been locked yet
 
 
 class Unfinished:
@@ -33,7 +34,7 @@ class Unfinished:
         self.target = target
         self.path = target.with_name(f"{target.name}.{secrets.token_hex(4)}{SUFFIX}")
         self.file: BinaryIO = self.path.open("xb")
-        _lock(self.file)
+        _lock(self.file.fileno())
 
     @property
     def is_open(self) -> bool:
@@ -57,21 +58,70 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
 
+class UnfinishedFolder:
+    """An unfinished folder: write into `path`, then `finish` or `abandon`."""
+
+    def __init__(self, target: Path) -> None:
+        """Remove what killed processes left of `target`, and begin; raises OSError."""
+        remove_left_behind(target)
+        self.target = target
+        self.path = target.with_name(f"{target.name}.{secrets.token_hex(4)}{SUFFIX}")
+        self.path.mkdir()
+        self._handle = None if fcntl is None else os.open(self.path, os.O_RDONLY)
+        if self._handle is not None:
+            _lock(self._handle)
+
+    def finish(self) -> None:
+        """Put it in the place of the target, which is not there, or an empty folder."""
+        self.path.replace(self.target)
+        self._unlock()
+        _sync_folder(self.target.parent)
+
+    def abandon(self) -> None:
+        """Remove it, and whatever it holds."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+
+
 def remove_left_behind(target: Path) -> None:
-    """Remove unfinished files of `target` that no process is writing."""
+    """Remove unfinished files and folders of `target` that no process is writing."""
     for path in target.parent.glob(f"{glob.escape(target.name)}.*{SUFFIX}"):
-        with contextlib.suppress(OSError), path.open("rb+") as file:
-            state = os.fstat(file.fileno())
-            if _lock(file) and (state.st_size or time.time() - state.st_mtime > _JUST_MADE):
-                path.unlink()
+        with contextlib.suppress(OSError):
+            (_remove_folder if path.is_dir() else _remove_file)(path)
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Lock a file until it is closed; False where another process has."""
+def _remove_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        state = os.fstat(file.fileno())
+        if _lock(file.fileno()) and (state.st_size or _is_old(state)):
+            path.unlink()
+
+
+def _remove_folder(path: Path) -> None:
+    if fcntl is None:
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if _lock(handle) and (any(path.iterdir()) or _is_old(os.fstat(handle))):
+            shutil.rmtree(path)
+    finally:
+        os.close(handle)
+
+
+def _is_old(state: os.stat_result) -> bool:
+    return time.time() - state.st_mtime > _JUST_MADE
+
+
+def _lock(handle: int) -> bool:
+    """Lock a file or a folder until it is closed; False where another process has."""
     if fcntl is None:
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

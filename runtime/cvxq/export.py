@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from cvxq_format import RawTensor, Reader
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 from cvxq_format.entries import CompandedEntry
+from cvxq_format.unfinished import UnfinishedFolder
 from cvxq_kernels.cpu import crc32
 
 from cvxq.errors import ArgumentError
@@ -49,19 +50,19 @@ _DTYPES = {
 def export(file: Path, folder: Path) -> None:
     """Write the folder of a `.cvxq` file, complete or not at all.
 
+    What a killed run left beside it goes away first.
     Raises ArgumentError where there is something already, and what `export_rest` raises.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ArgumentError(f"{folder} exists and is not an empty folder; name another")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    made = UnfinishedFolder(folder)
     try:
-        made.chmod(0o777 & ~_umask())
-        export_rest(file, made)
-        _link(file.resolve(), made / MODEL_FILE)
-        made.replace(folder)
+        export_rest(file, made.path)
+        _link(file.resolve(), made.path / MODEL_FILE)
+        made.finish()
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        made.abandon()
         raise
 
 
@@ -85,7 +86,7 @@ def export_rest(file: Path, folder: Path) -> None:
 
 
 def _write_unquantized(reader: Reader, target: Path) -> None:
-    from safetensors import TensorSpec, serialize_file
+    from safetensors import SafetensorError, TensorSpec, serialize_file
 
     held, specs = [], {}  # what the specifications point at has to stay
     for name in reader.names:
@@ -101,7 +102,14 @@ def _write_unquantized(reader: Reader, target: Path) -> None:
             data_ptr=data.ctypes.data,
             data_len=data.nbytes,
         )
-    serialize_file(specs, str(target), {"format": "pt"})
+    try:
+        serialize_file(specs, str(target), {"format": "pt"})
+    except SafetensorError as error:  # of a disk that is full, for one
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(target)) from error
 
 
 def _link(source: Path, target: Path) -> None:
@@ -110,9 +118,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,6 @@ from cvxq_converter.options import ConversionOptions
 from cvxq_format import verify
 
 Save = Callable[..., Path]
-RUNS = Path(__file__).with_name("faulty_runs.py")
 OLD = b"an older file"
 KILLS = 2
 OPTIONS = ConversionOptions.of(bits=4.0, group_size=16, sequences=3, length=12, gain=0.5)
@@ -36,10 +33,8 @@ def arguments(command: str, model: Path, output: Path) -> list[str]:
     return [command, str(model), "-o", str(output), *LITTLE, *bits]
 
 
-def runs(kind: str, numbers: list[float], command: list[str]) -> list[dict[str, Any]]:
-    program = [sys.executable, str(RUNS), kind, *map(str, numbers), "--", *command]
-    done = subprocess.run(program, stdout=subprocess.PIPE, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def beside(output: Path) -> list[str]:
+    return sorted(path.name for path in output.parent.iterdir())
 
 
 @pytest.fixture(params=["convert", "measure"])
@@ -64,32 +59,55 @@ def is_whole(path: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(command: str, save_network: Save, output: Path) -> None:
+def test_killed_at_any_moment(
+    command: str, save_network: Save, output: Path, runs: Callable[..., Any]
+) -> None:
     rng = Random(7)
     moments = [rng.uniform(0, 2) for _ in range(KILLS)]
     model = save_network("llama")
-    for run in runs("kill", moments, arguments(command, model, output)):
-        assert run["code"] in (-9, 0)
-        others = [name for name in run["beside"] if name != output.name]
+    one = runs(*arguments(command, model, output))
+    for moment in moments:
+        assert one("kill", moment)["code"] in (-9, 0)
+        others = [name for name in beside(output) if name != output.name]
         assert all(name.endswith((".unfinished", ".journal")) for name in others)
         assert len(others) <= 2, "what an earlier run left is still there"
     assert output.read_bytes() == OLD or is_whole(output)
-    (last,) = runs("run", [0], arguments(command, model, output))
+    last = one("run")
     assert last["code"] == 0, last["said"]
-    assert last["beside"] == [output.name]
+    assert beside(output) == [output.name]
     assert is_whole(output)
 
 
 @pytest.mark.slow
-def test_no_room_for_the_file(command: str, save_network: Save, output: Path) -> None:
-    sizes: list[float] = [100, 9000]
-    for run in runs("limit", sizes, arguments(command, save_network("llama"), output)):
+def test_no_room_for_the_file(
+    command: str, save_network: Save, output: Path, runs: Callable[..., Any]
+) -> None:
+    one = runs(*arguments(command, save_network("llama"), output))
+    for size in (100, 9000):
+        run = one("limit", size)
         assert run["code"] in (3, 6), run
         last = run["said"].splitlines()[-1]
         assert last.startswith("cvxq: ")
         assert "unexpected" not in last
-        assert set(run["beside"]) <= {output.name, f"{output.name}.journal"}
+        assert set(beside(output)) <= {output.name, f"{output.name}.journal"}
         assert output.read_bytes() == OLD
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written(
+    command: str, save_network: Save, output: Path, runs: Callable[..., Any]
+) -> None:
+    one = runs(*arguments(command, save_network("llama"), output))
+    output.parent.chmod(0o555)
+    try:
+        run = one("obey")
+    finally:
+        output.parent.chmod(0o755)
+    assert run["code"] == 3, run
+    assert "Permission denied" in run["said"].splitlines()[-1]
+    assert run["said"].splitlines()[-1].startswith("cvxq: ")
+    assert beside(output) == [output.name]
+    assert output.read_bytes() == OLD
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no second file system")

@@ -27,6 +27,8 @@ def command(file: str, repo: str, base: str | None, private: bool) -> None:
       cvxq push model.cvxq me/SmolLM2-135M-Instruct-cvxq --base HuggingFaceTB/SmolLM2-135M-Instruct
     """
     path = model_file(file)
+    from cvxq_format.unfinished import UnfinishedFolder
+
     from cvxq.card import base_of, model_card
     from cvxq.export import export_rest
     from cvxq.hub import upload
@@ -37,9 +39,12 @@ def command(file: str, repo: str, base: str | None, private: bool) -> None:
     if base is None:
         click.echo("the card names no base model; give its hub id with --base", err=True)
     card = model_card(summary, repo, base)
-    with tempfile.TemporaryDirectory() as folder:
-        export_rest(path, Path(folder))
-        result = upload(path, Path(folder), repo, card, private=private)
+    made = UnfinishedFolder(Path(tempfile.gettempdir()) / "cvxq-push")
+    try:
+        export_rest(path, made.path)
+        result = upload(path, made.path, repo, card, private=private)
+    finally:
+        made.abandon()
     if not result.card_written:
         click.echo("README.md of the repository is not of cvxq push, and stays as it is", err=True)
     click.echo(result.url)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import cvxq.transformers  # noqa: F401 - registers what loads an exported folder
@@ -236,3 +240,42 @@ def test_defaults_of_the_command_are_the_converters() -> None:
     assert conversion_command("a/b", {"size_bytes": 1200}) == f"{plain} --size 1200B"
     options = {"max_perplexity_increase": 0.01}
     assert conversion_command("a/b", options) == f"{plain} --max-perplexity-increase 1%"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that is loaded")
+def test_an_upload_that_is_killed_or_finds_no_room(
+    hub: Any, told_file: Path, tmp_path: Path, runs: Callable[..., Any]
+) -> None:
+    """The repository has all of the file or nothing, and the next upload clears up."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_secret",
+        "TMPDIR": str(scratch),
+    }
+    one, rng, killed = runs("push", told_file, "me/tiny", **environment), Random(5), 0
+    whole = one("run")
+    assert whole["code"] == 0, whole["said"]
+    expected = hub.repositories.pop("me/tiny")
+    for _ in range(20):
+        killed += one("kill", rng.uniform(0, whole["seconds"]))["code"] == -9
+        files = hub.repositories.pop("me/tiny", {})
+        assert files.keys() in ({}.keys(), expected.keys())
+        left = list(scratch.iterdir())
+        assert len(left) <= 1, "what an earlier run left is still there"
+        assert all(re.fullmatch(r"cvxq-push\.[0-9a-f]{8}\.unfinished", p.name) for p in left)
+        for path in left:
+            os.utime(path, (0, 0))  # an empty one could be just made, for a minute
+    assert killed > 10
+    full = one("limit", 100)
+    assert (full["code"], full["said"].count("\n")) == (3, 1), full
+    assert "File too large" in full["said"]
+    assert not list(scratch.iterdir())
+    assert not hub.repositories.get("me/tiny")
+    assert one("run")["code"] == 0
+    assert hub.repositories["me/tiny"].keys() == expected.keys()
+    assert hub.repositories["me/tiny"]["model.cvxq"] == told_file.read_bytes()
+    assert not list(scratch.iterdir())
