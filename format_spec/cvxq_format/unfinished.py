@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import io
 import os
 import secrets
 import shutil
 import time
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -25,6 +26,17 @@ SUFFIX = ".unfinished"
 _JUST_MADE = 60  # seconds in which an empty one may not have been locked yet
 
 
+class _Named(io.FileIO):
+    """A file whose errors say which one it is, that of a full disk for one."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = os.fspath(self.name)  # type: ignore[arg-type]
+            raise
+
+
 class Unfinished:
     """An unfinished file: write to `file` or to `path`, then `finish` or `abandon`."""
 
@@ -33,7 +45,7 @@ class Unfinished:
         remove_left_behind(target)
         self.target = target
         self.path = target.with_name(f"{target.name}.{secrets.token_hex(4)}{SUFFIX}")
-        self.file: BinaryIO = self.path.open("xb")
+        self.file: BinaryIO = io.BufferedWriter(_Named(self.path, "xb"))
         _lock(self.file.fileno())
 
     @property

@@ -11,10 +11,12 @@ the whole checkpoint, and make up the weights that it lacks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +80,13 @@ def export_rest(file: Path, folder: Path) -> None:
                 continue
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(reader.file(name))
+            with _naming(target):
+                target.write_bytes(reader.file(name))
         config = json_part(reader, "config.json")
         config["quantization_config"] = {"quant_method": METHOD, "file": MODEL_FILE}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        target = folder / "config.json"
+        with _naming(target):
+            target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _write_unquantized(reader, folder / UNQUANTIZED_FILE)
 
 
@@ -117,4 +122,15 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        with _naming(target):
+            shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Let an error of writing say where, that of a full disk for one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(target), None
+        raise

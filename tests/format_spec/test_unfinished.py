@@ -127,6 +127,15 @@ def test_no_room_at_any_write(
     assert verify(target) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+def test_a_disk_that_is_full_is_told_with_the_file(target: Path) -> None:
+    made = Unfinished(target)
+    raw: Any = made.file.raw  # type: ignore[attr-defined]
+    with type(raw)("/dev/full", "wb") as file, pytest.raises(OSError, match="/dev/full"):
+        file.write(b"some")
+    made.abandon()
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_disk_that_fails_at_the_end(
     call: str,

@@ -80,6 +80,7 @@ def test_an_export_without_room(model_file: Path, folder: Path, runs: Runs) -> N
         assert [*folder.parent.iterdir()] == []
     assert "unquantized.safetensors" in written
     assert len(written) > 1
+    assert "" not in written, "a message without the file"
 
 
 def test_an_export_into_a_folder_that_cannot_be_written(
