@@ -1,10 +1,11 @@
-"""Conversions that are killed at random moments, and what they end with.
+"""Conversions and measurements that are killed at random moments, and what they end with.
 
     python benchmarks/interruptions.py MODEL [--kills 20] [--seed 0] -- --bits 3 --threads 1
+    python benchmarks/interruptions.py MODEL --command measure -- --sequences 16 --length 64
 
-converts MODEL once without interruption; then anew, killed (SIGKILL) so many times at moments drawn
-so that the kills are spread over the work, the same command each time, and once to the end. Prints
-when it was killed, what the next try began with, and whether the bytes are the same.
+converts or measures MODEL once without interruption; then anew, killed (SIGKILL) so many times at
+moments drawn so that the kills are spread over the work, the same command each time, and once to the
+end. Prints when it was killed, what the next try began with, and whether the bytes are the same.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from pathlib import Path
 STARTING = 12.0  # seconds until a try gets on, at most, with a small model
 
 
-def command(model: str, output: Path, options: list[str]) -> list[str]:
-    """The conversion to run again and again."""
-    return [sys.executable, "-m", "cvxq.cli", "convert", model, "-o", str(output), *options]
+def command(name: str, model: str, output: Path, options: list[str]) -> list[str]:
+    """The command to run again and again."""
+    return [sys.executable, "-m", "cvxq.cli", name, model, "-o", str(output), *options]
 
 
 def run(arguments: list[str], seconds: float | None) -> tuple[bool, float, str]:
@@ -43,23 +44,26 @@ def run(arguments: list[str], seconds: float | None) -> tuple[bool, float, str]:
 
 
 def main() -> None:
-    """Convert, kill, compare."""
+    """Run, kill, compare."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
+    parser.add_argument("--command", choices=("convert", "measure"), default="convert")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments, options = parser.parse_known_args()
     options = [option for option in options if option != "--"]
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as place:
-        expected, output = Path(place) / "expected.cvxq", Path(place) / "found.cvxq"
-        _, whole, _ = run(command(arguments.model, expected, options), None)
+        suffix = {"convert": "cvxq", "measure": "stats.safetensors"}[arguments.command]
+        expected, output = Path(place) / f"expected.{suffix}", Path(place) / f"found.{suffix}"
+        job = (arguments.command, arguments.model)
+        _, whole, _ = run(command(*job, expected, options), None)
         print(f"without interruption: {whole:.0f} s", flush=True)
         kills, spent = 0, 0.0
         while True:
             longest = STARTING + 2 * whole / arguments.kills
             limit = draw.uniform(0, longest) if kills < arguments.kills else None
-            is_done, seconds, found = run(command(arguments.model, output, options), limit)
+            is_done, seconds, found = run(command(*job, output, options), limit)
             spent += seconds
             ending = "ended" if is_done else "killed"
             print(f"{ending} after {seconds:.1f} s; began with: {found or 'nothing'}", flush=True)
