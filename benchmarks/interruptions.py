@@ -4,8 +4,9 @@
     python benchmarks/interruptions.py MODEL --command measure -- --sequences 16 --length 64
 
 converts or measures MODEL once without interruption; then anew, killed (SIGKILL) so many times at
-moments drawn so that the kills are spread over the work, the same command each time, and once to the
-end. Prints when it was killed, what the next try began with, and whether the bytes are the same.
+moments drawn so that the kills are spread over the work, the same command each time, and once to
+the end. Prints when it was killed, what the next try began with, and whether the bytes are the
+same.
 """
 
 from __future__ import annotations
