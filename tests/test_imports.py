@@ -18,7 +18,7 @@ FILES = {
 }
 ROOMS = ("source", "measure", "allocate", "quantize", "write")
 BELOW_ALL_ROOMS = ("errors", "journal", "options", "ranks", "result_file", "stages")
-EXTERNAL = ("numpy", "torch", "triton", "transformers")
+EXTERNAL = ("numpy", "torch", "triton", "transformers", "vllm")
 
 
 def imported(module: str) -> set[str]:

@@ -33,7 +33,7 @@ class _Named(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            error.filename = os.fspath(self.name)  # type: ignore[arg-type]
+            error.filename = os.fspath(self.name)
             raise
 
 

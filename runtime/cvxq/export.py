@@ -2,7 +2,8 @@
 
     model.cvxq                  the file itself, linked where the disk can
     config.json                 as the file carries it, naming model.cvxq
-    unquantized.safetensors     the tensors that are not packed, by their names in the file
+    unquantized.safetensors     the tensors that are not packed, by their names in the file; of
+                                NAME.weight that is packed its number there, as NAME.cvxq
     tokenizer.json and others   as the file carries them
 
 No file of it is called model.safetensors: programs that do not know of cvxq would take that for
@@ -18,9 +19,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from cvxq_format import RawTensor, Reader
+from cvxq_format import RawTensor, Reader, dequantize
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 from cvxq_format.entries import CompandedEntry
 from cvxq_format.unfinished import UnfinishedFolder
@@ -32,9 +34,14 @@ from cvxq.parts import json_part, needed_part
 
 METHOD = "cvxq"  # the quant_method of config.json
 UNQUANTIZED_FILE = "unquantized.safetensors"
+NUMBER = "cvxq"  # what follows a module's name in the name of its matrix's number
+FOLDER_VERSION = 1  # of what a folder holds, the file apart; every change raises it
 
 _OWN_PARTS = ("provenance.json", "report.json", DECODER_FILE)  # which only cvxq reads
 _CODE = (".py", ".pyc")
+_WEIGHT = ".weight"
+# Tables of positions are plain embeddings to vLLM, which has no packed form of those.
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)\.weight$")
 _DTYPES = {
     "bool": "bool",
     "u8": "uint8",
@@ -94,16 +101,11 @@ def _write_unquantized(reader: Reader, target: Path) -> None:
     from safetensors import SafetensorError, TensorSpec, serialize_file
 
     held, specs = [], {}  # what the specifications point at has to stay
-    for name in reader.names:
-        if isinstance(reader.entry(name), CompandedEntry):
-            continue
-        value = reader.read(name)
-        assert isinstance(value, RawTensor)
-        data = np.ascontiguousarray(value.data)
+    for name, dtype, data in _unquantized(reader):
         held.append(data)
         specs[name] = TensorSpec(
-            dtype=_DTYPES[value.dtype],
-            shape=list(value.shape),
+            dtype=dtype,
+            shape=list(data.shape),
             data_ptr=data.ctypes.data,
             data_len=data.nbytes,
         )
@@ -115,6 +117,26 @@ def _write_unquantized(reader: Reader, target: Path) -> None:
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(target)) from error
+
+
+def _unquantized(reader: Reader) -> Iterator[tuple[str, str, np.ndarray[Any, Any]]]:
+    """Yield name, type and values of what the folder holds beside the file.
+
+    transformers reads the file, and wants no more than that there is something; vLLM finds raw
+    tensors here, and numbers that say which of its layers get which packed matrix. Added biases
+    are left out: it has no place for them, see `cvxq.integrations.vllm.layers`.
+    """
+    for number, name in enumerate(reader.names):
+        packed = isinstance(reader.entry(name), CompandedEntry)
+        if packed and name.endswith(_WEIGHT) and not _POSITIONS.search(name):
+            yield name.removesuffix("weight") + NUMBER, "int64", np.array(number, np.int64)
+        elif name not in reader.added_biases:
+            value = reader.read(name)
+            if isinstance(value, RawTensor):
+                data = np.ascontiguousarray(value.data).reshape(value.shape)
+                yield name, _DTYPES[value.dtype], data
+            elif _POSITIONS.search(name):
+                yield name, "float32", dequantize(value, reader.codebook(value.codebook))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -179,10 +179,17 @@ KINDS = (
 )
 
 
-def random_network(kind: str, seed: int = 0) -> PreTrainedModel:
-    """Network with random weights and biases, large enough for every path to matter."""
+def random_network(
+    kind: str, seed: int = 0, sizes: dict[str, int] | None = None
+) -> PreTrainedModel:
+    """Network with random weights and biases, large enough for every path to matter.
+
+    sizes: fields of its configuration in place of the tiny ones.
+    """
     torch.manual_seed(seed)
     config = tiny_config(kind)
+    for field, value in (sizes or {}).items():
+        setattr(config, field, value)
     chosen = attention_options(config.to_dict())
     network = AutoModelForCausalLM.from_config(config, **chosen).eval()
     with torch.no_grad():
@@ -271,12 +278,19 @@ def write_file(
 def make_file(
     tmp_path: Path, random_companded: Callable[..., CompandedTensor]
 ) -> Callable[..., MadeFile]:
-    """Return a function that writes a tiny model of a kind: make_file("opt", files=…)."""
+    """Return a function that writes a tiny model of a kind: make_file("opt", files=…).
+
+    config: fields of the configuration that is written; sizes: of the network's own.
+    """
 
     def make(
-        kind: str, name: str = "model.cvxq", config: dict[str, Any] | None = None, **options: Any
+        kind: str,
+        name: str = "model.cvxq",
+        config: dict[str, Any] | None = None,
+        sizes: dict[str, int] | None = None,
+        **options: Any,
     ) -> MadeFile:
-        network = random_network(kind)
+        network = random_network(kind, sizes=sizes)
         for field, value in (config or {}).items():
             setattr(network.config, field, value)
         return write_file(tmp_path / name, network, random_companded, **options)

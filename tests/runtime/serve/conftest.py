@@ -58,6 +58,12 @@ def tokenizer_files(template: str = TEMPLATE, special: Sequence[str] = SPECIAL) 
 
 
 @pytest.fixture
+def tokenizer_parts() -> dict[str, bytes]:
+    """Files of the tokenizer, by their names in a `.cvxq` file."""
+    return tokenizer_files()
+
+
+@pytest.fixture
 def chat_file(make_file: Callable[..., Any]) -> Path:
     """A Llama of some ten thousand parameters that writes nonsense."""
     path: Path = make_file("llama", name="tiny.cvxq", files=tokenizer_files()).path
@@ -134,6 +140,12 @@ def running(
         uvicorn_server.should_exit = True
         thread.join()
         listening.close()
+
+
+@pytest.fixture
+def serving() -> Any:
+    """`running`, for tests that bring a model of their own."""
+    return running
 
 
 @pytest.fixture
