@@ -58,6 +58,13 @@ def peak_bytes(device: torch.device | str) -> int:
     return torch.cuda.max_memory_allocated(resolve(device))
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that tensors can still have on `device`."""
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused
+
+
 def mark() -> Callable[[], None]:
     """Return a function that waits until the device has done what was launched so far."""
     event = torch.cuda.Event()

@@ -55,9 +55,13 @@ def norm_kernel(
 def rotate_kernel(
     qkv, cosine, sine, positions, q_weight, k_weight, queries, keys, values,
     heads, kv_heads, capacity, width, half, q_eps, k_eps,
-    TURN: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    TURN: tl.constexpr, NORM: tl.constexpr, TEXTS: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token of `rotate_and_store`; heads are those of q, of k, of v."""
+    """One head of one token of `rotate_and_store`; heads are those of q, of k, of v.
+
+    TEXTS: every token is of a text of its own.
+    """
     wait_for_the_kernel_before(OVERLAP)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = tl.arange(0, BLOCK)
@@ -83,6 +87,9 @@ def rotate_kernel(
             c = tl.load(cosine + angle, mask=turns, other=1)
             s = tl.load(sine + angle, mask=turns, other=0)
             value = value * c + tl.where(is_first, -partner, partner) * s
+    if TEXTS:
+        keys += token * kv_heads * capacity * width
+        values += token * kv_heads * capacity * width
     if head < heads:
         target = queries + (token * heads + head) * width
         tl.store(target + place, value.to(queries.dtype.element_ty), mask=inside)
@@ -97,15 +104,18 @@ def rotate_kernel(
 @triton.jit
 def attend_kernel(
     q, keys, values, position, largest, total, partial,
-    capacity, width, group, window, scale, cap,
+    kv_heads, capacity, width, group, window, scale, cap,
     SPLITS: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Softmax and weighted sum of one key head's share of the text, for the heads that use it."""
+    """Softmax and weighted sum of one key head's share of its text, for the heads that use it.
+
+    Key heads are those of one text after the other, kv_heads of each.
+    """
     wait_for_the_kernel_before(OVERLAP)
     head, split = tl.program_id(0), tl.program_id(1)
-    end = tl.load(position).to(tl.int32) + 1
+    end = tl.load(position + head // kv_heads).to(tl.int32) + 1
     begin = 0
     if WINDOW:
         begin = tl.maximum(end - window, 0)

@@ -58,9 +58,10 @@ def rotate_and_store(
     norms: HeadNorms,
     keys: torch.Tensor,
     values: torch.Tensor,
+    texts: int = 1,
 ) -> torch.Tensor:
     """Norm and turn queries and keys, fill the cache; return queries (M, H, D)."""
-    kv_heads, capacity, width = keys.shape
+    kv_heads, capacity, width = keys.shape[0] // texts, *keys.shape[1:]
     tokens, heads = len(qkv), qkv.shape[1] // width - 2 * kv_heads
     queries = torch.empty((tokens, heads, width), dtype=keys.dtype, device=keys.device)
     if norms != (None, None) and not all(map(_is_plain, norms)):
@@ -73,7 +74,7 @@ def rotate_and_store(
         queries, keys, values, heads, kv_heads, capacity, width,
         0 if cosine is None else cosine.shape[1],
         0.0 if q_norm is None else q_norm.eps, 0.0 if k_norm is None else k_norm.eps,
-        TURN=cosine is not None, NORM=q_norm is not None,
+        TURN=cosine is not None, NORM=q_norm is not None, TEXTS=texts > 1,
         BLOCK=triton.next_power_of_2(width), num_warps=1, **early(qkv.device),
     )  # fmt: skip
     return queries
@@ -92,20 +93,21 @@ def attend_one(
     window: int | None,
     scale: float,
     softcap: float | None,
+    texts: int = 1,
 ) -> torch.Tensor:
-    """Attend from the token q (1, H, D) at `position` to the cache; return (1, H·D)."""
-    kv_heads, capacity, width = keys.shape
-    heads = q.shape[1]
-    group = heads // kv_heads
-    splits = triton.next_power_of_2(max(1, min(_MOST_SPLITS, _PROGRAMS // kv_heads)))
+    """Attend from one token of each text, q (texts, H, D), to the cache; return (texts, H·D)."""
+    key_heads, capacity, width = keys.shape
+    heads = texts * q.shape[1]
+    group = heads // key_heads
+    splits = triton.next_power_of_2(max(1, min(_MOST_SPLITS, _PROGRAMS // key_heads)))
     block = max(_SMALLEST_TILE, triton.next_power_of_2(width))
     largest = torch.empty((heads, splits), dtype=torch.float32, device=q.device)
     total = torch.empty_like(largest)
     partial = torch.empty((heads, splits, width), dtype=torch.float32, device=q.device)
-    out = torch.empty((1, heads * width), dtype=q.dtype, device=q.device)
-    kernel.attend_kernel[(kv_heads, splits)](
+    out = torch.empty((texts, q.shape[1] * width), dtype=q.dtype, device=q.device)
+    kernel.attend_kernel[(key_heads, splits)](
         q, keys, values, position, largest, total, partial,
-        capacity, width, group, window or 0, scale, softcap or 1.0,
+        key_heads // texts, capacity, width, group, window or 0, scale, softcap or 1.0,
         SPLITS=splits, WINDOW=window is not None, CAP=softcap is not None,
         ROWS=max(_SMALLEST_TILE, triton.next_power_of_2(group)),
         BLOCK=block, LENGTH=_TEXT_BLOCK, num_warps=4, **early(q.device),

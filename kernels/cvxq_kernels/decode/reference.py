@@ -64,22 +64,30 @@ def rotate_and_store(
     norms: HeadNorms,
     keys: torch.Tensor,
     values: torch.Tensor,
+    texts: int = 1,
 ) -> torch.Tensor:
     """Norm and turn queries and keys, put keys and values in the cache; return the queries.
 
     qkv: (M, (H + 2·KV)·D), queries first; cosine, sine: (positions, R/2) float32 tables, None in a
     layer that does not turn; positions: (M,) int64; norms: over each head, or None; keys, values:
-    (KV, capacity, D), written at `positions`.  Returns (M, H, D) in the cache's type.
+    (texts · KV, capacity, D), written at `positions`; with several texts, row m is of text m.
+    Returns (M, H, D) in the cache's type.
     """
-    kv_heads, _, width = keys.shape
+    kv_heads, width = keys.shape[0] // texts, keys.shape[2]
     heads = qkv.shape[1] // width - 2 * kv_heads
     qkv = normalize_heads(qkv, norms, kv_heads, width, over_one=True)
     q, k, v = qkv.view(len(qkv), -1, width).split([heads, kv_heads, kv_heads], dim=1)
     if cosine is not None and sine is not None:
         at = cosine.index_select(0, positions)[:, None], sine.index_select(0, positions)[:, None]
         q, k = _turn(q, *at), _turn(k, *at)
-    keys.index_copy_(1, positions, k.transpose(0, 1).to(keys.dtype))
-    values.index_copy_(1, positions, v.transpose(0, 1).to(values.dtype))
+    if texts == 1:
+        keys.index_copy_(1, positions, k.transpose(0, 1).to(keys.dtype))
+        values.index_copy_(1, positions, v.transpose(0, 1).to(values.dtype))
+    else:
+        row = torch.arange(texts, device=keys.device)
+        for cache, new in ((keys, k), (values, v)):
+            own = cache.unflatten(0, (texts, kv_heads))
+            own[row, :, positions] = new.to(cache.dtype)
     return q.to(keys.dtype)
 
 
@@ -139,14 +147,17 @@ def attend_one(
     window: int | None,
     scale: float,
     softcap: float | None,
+    texts: int = 1,
 ) -> torch.Tensor:
-    """Attend from the token q (1, H, D) at `position` (1,) int64 to keys and values (KV, C, D).
+    """Attend from one token of each text, q (texts, H, D) at `position` (texts,) int64.
 
-    Which of the C places are seen follows from `position` on the device, so that one captured
-    graph serves every length.  Returns (1, H·D).
+    keys, values: (texts · KV, C, D).  Which of the C places are seen follows from `position` on the
+    device, so that one captured graph serves every length.  Returns (texts, H·D).
     """
     places = torch.arange(keys.shape[1], device=keys.device)
-    return attend(q, keys, values, visible(places, position, window), scale, softcap)
+    parts = zip(q.split(1), keys.chunk(texts), values.chunk(texts), position.split(1), strict=True)
+    found = [attend(*own, visible(places, at, window), scale, softcap) for *own, at in parts]
+    return found[0] if texts == 1 else torch.cat(found)
 
 
 def visible(places: torch.Tensor, positions: torch.Tensor, window: int | None) -> torch.Tensor:

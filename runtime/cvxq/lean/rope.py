@@ -20,6 +20,11 @@ class Turning:
         self._text: list[int] = []
         self.is_long = False
 
+    @property
+    def switches(self) -> bool:
+        """Whether there is a length from which on texts are turned in another way."""
+        return self._switch is not None
+
     def crosses(self, length: int) -> bool:
         """Whether a text of so many tokens is turned in another way than the present one."""
         return self._switch is not None and (length > self._switch) != self.is_long

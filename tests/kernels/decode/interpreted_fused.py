@@ -104,6 +104,29 @@ def test_attention(
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_token_of_each_of_several_texts(window: int | None) -> None:
+    """Each goes to its own text's cache, and looks at that one alone."""
+    texts, heads, kv_heads, width, capacity = 3, 6, 2, 12, 128
+    positions = torch.tensor([3, 0, 99])
+    qkv = random(texts, (heads + 2 * kv_heads) * width)
+    angles = random(capacity, width // 2, seed=3)
+    tables = angles.cos(), angles.sin()
+    caches = [random(texts * kv_heads, capacity, width, seed=seed) for seed in (1, 2)]
+    alone = [cache.clone() for cache in caches]
+    q = launch.rotate_and_store(qkv, *tables, positions, (None, None), *caches, texts)
+    found = launch.attend_one(q, *caches, positions, window, 0.3, None, texts)
+    for text in range(texts):
+        one = slice(text, text + 1)
+        own = [cache[text * kv_heads : (text + 1) * kv_heads] for cache in alone]
+        query = reference.rotate_and_store(qkv[one], *tables, positions[one], (None, None), *own)
+        assert_close(q[one], query)
+        expected = reference.attend_one(query, *own, positions[one], window, 0.3, None)
+        assert_close(found[one], expected)
+    for cache, expected in zip(caches, alone, strict=True):
+        assert_close(cache, expected)
+
+
 def test_attention_in_half_precision() -> None:
     """Weights of the sum are rounded to the cache's type: a few roundings of the result.
 

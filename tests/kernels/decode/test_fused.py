@@ -43,7 +43,7 @@ COMPILED: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
             **dict.fromkeys(("heads", "kv_heads", "capacity", "width", "half"), INT),
             "q_eps": "fp32", "k_eps": "fp32",
         },
-        {"TURN": True, "NORM": True, "BLOCK": 128},
+        {"TURN": True, "NORM": True, "TEXTS": True, "BLOCK": 128},
     ),
     "attend": (
         kernel.attend_kernel,
@@ -51,7 +51,7 @@ COMPILED: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
             **dict.fromkeys(("q", "keys", "values"), HALF),
             **dict.fromkeys(("largest", "total", "partial"), FLOAT),
             "position": LONG,
-            **dict.fromkeys(("capacity", "width", "group", "window"), INT),
+            **dict.fromkeys(("kv_heads", "capacity", "width", "group", "window"), INT),
             "scale": "fp32", "cap": "fp32",
         },
         {"SPLITS": 8, "WINDOW": True, "CAP": True, "ROWS": 16, "BLOCK": 256, "LENGTH": 32},

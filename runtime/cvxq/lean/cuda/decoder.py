@@ -20,7 +20,9 @@ from weakref import ReferenceType
 import torch
 
 from cvxq import cuda
+from cvxq.cache_size import bytes_per_token
 from cvxq.errors import ContextError
+from cvxq.lean.cuda.batch import PLACES_STEP, TEXTS, TorchBatch
 from cvxq.lean.cuda.network import KeyValueCache, TorchNetwork
 from cvxq.lean.cuda.sample import DeviceSampler
 from cvxq.lean.rope import Turning
@@ -29,7 +31,6 @@ from cvxq.sample import SamplingSettings
 PREFILL_TOKENS = 512  # read at a time
 FIRST_PLACES = 1024  # of the cache
 LOGITS = 1 << 24  # of several tokens at once, 64 MiB of float32
-PLACES_STEP = 64  # the cache's size is a multiple of this
 _ALIGNMENT = 16  # and the places that a prompt looks at of this, since kernels like aligned masks
 
 
@@ -83,7 +84,8 @@ class TorchDecoder:
             self._token.fill_(ids[0])
             self._step()
         else:
-            for logits in self._prefill(ids, last_only=True):
+            for length, logits in self._prefill(ids, True, self.cache, self.length):
+                self.length = length
                 self._logits.copy_(logits[-1])
         return self._logits
 
@@ -104,8 +106,9 @@ class TorchDecoder:
         self._turning.extend(self.length, text)
         start = self.length
         result = torch.empty(len(text), self.vocabulary)
-        for logits in self._prefill(text, last_only=False):
-            result[self.length - start - len(logits) : self.length - start] = logits
+        for length, logits in self._prefill(text, False, self.cache, start):
+            self.length = length
+            result[length - start - len(logits) : length - start] = logits
         return result[-len(ids) :]
 
     def _cross(self, ids: Sequence[int]) -> list[int]:
@@ -124,6 +127,24 @@ class TorchDecoder:
         other = TorchDecoder(self.network, self.prefill_tokens, self._notify)
         other.capacity = self.capacity
         return other
+
+    def batch(self, texts: int, tokens: int) -> TorchBatch | None:
+        """Return up to `texts` texts of `tokens` tokens, as many as half of free memory holds.
+
+        None for a model whose long texts are turned in another way: they would have to be read
+        anew.
+        """
+        if self._turning.switches:
+            return None
+        per_text = tokens * bytes_per_token(self.network.record) // 4 * self.network.dtype.itemsize
+        free = cuda.free_bytes(self.network.device) if self._is_cuda else texts * 2 * per_text
+        texts = max(1, min(texts, TEXTS, free // (2 * per_text)))
+        return TorchBatch(self.network, texts, tokens, self._read_into, self._captured)
+
+    def _read_into(self, cache: KeyValueCache, ids: Sequence[int], length: int) -> torch.Tensor:
+        """Read `ids` after the `length` tokens in a cache; return logits (V,) after the last."""
+        *_, (_, logits) = self._prefill(ids, True, cache, length)
+        return logits[-1]
 
     @torch.inference_mode()
     def draw(self, settings: SamplingSettings, ids: Sequence[int]) -> Iterator[int]:
@@ -173,17 +194,21 @@ class TorchDecoder:
         logits = self.network.forward(self._token, self._position, self.cache, length)
         self._logits.copy_(logits[0])
 
-    def _prefill(self, ids: Sequence[int], last_only: bool) -> Iterator[torch.Tensor]:
-        """Read `ids` in chunks; yield the logits of each chunk, or of its last token."""
+    def _prefill(
+        self, ids: Sequence[int], last_only: bool, cache: KeyValueCache, length: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Read `ids` after `length` tokens of a text in `cache`, chunk by chunk.
+
+        Yields the text's length and the logits of each chunk, or of its last token.
+        """
         device = self.network.device
         tokens = torch.tensor(ids, device=device)
         most = self.prefill_tokens if last_only else max(1, LOGITS // self.vocabulary)
         for chunk in tokens.split(min(self.prefill_tokens, most)):
-            positions = torch.arange(self.length, self.length + len(chunk), device=device)
-            seen = -(-(self.length + len(chunk)) // _ALIGNMENT) * _ALIGNMENT
-            logits = self.network.forward(chunk, positions, self.cache, seen, last_only)
-            self.length += len(chunk)
-            yield logits
+            positions = torch.arange(length, length + len(chunk), device=device)
+            length += len(chunk)
+            seen = -(-length // _ALIGNMENT) * _ALIGNMENT
+            yield length, self.network.forward(chunk, positions, cache, seen, last_only)
 
     def _make_room(self, count: int) -> None:
         """Let the cache have room for `count` tokens more."""

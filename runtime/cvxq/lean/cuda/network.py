@@ -9,6 +9,7 @@ computed at the end of the layer before.
 
 from __future__ import annotations
 
+from copy import copy
 from types import ModuleType
 
 import torch
@@ -21,7 +22,7 @@ from cvxq.lean.cuda.weights import Block, Layer, TorchWeights
 
 
 class KeyValueCache:
-    """Keys and values of all layers, each (KV, places, D), and the tables of the ropes.
+    """Keys and values of all layers, each (texts · KV, places, D), and the tables of the ropes.
 
     tables: of each rope cosine and sine, (places, R/2) float32, of short texts or of long ones.
     Places beyond the text hold zeros or what a rewound text left: finite, so that a weight of zero
@@ -29,10 +30,16 @@ class KeyValueCache:
     """
 
     def __init__(
-        self, record: DecoderRecord, places: int, device: torch.device, dtype: torch.dtype
+        self,
+        record: DecoderRecord,
+        places: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        texts: int = 1,
     ) -> None:
-        """Allocate for `places` tokens."""
-        shape = (record.kv_heads, places, record.head_dim)
+        """Allocate for `places` tokens of each text."""
+        self.texts = texts
+        shape = (texts * record.kv_heads, places, record.head_dim)
         layers = range(len(record.layers))
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
@@ -44,6 +51,15 @@ class KeyValueCache:
         device = self.keys[0].device
         made = [_tables(rope, self.places, self._is_long) for rope in self._ropes]
         self.tables = [(cosine.to(device), sine.to(device)) for cosine, sine in made]
+
+    def text(self, index: int) -> KeyValueCache:
+        """Return the part of one text, which shares its memory."""
+        part = copy(self)
+        heads = self.keys[0].shape[0] // self.texts
+        own = slice(index * heads, (index + 1) * heads)
+        part.keys, part.values = [k[own] for k in self.keys], [v[own] for v in self.values]
+        part.texts = 1
+        return part
 
     def turn(self, is_long: bool) -> None:
         """Fill the tables for long texts or for short ones; they stay where they are."""
@@ -114,8 +130,8 @@ class TorchNetwork:
         """Read ids (M,) at positions (M,), both int64 on the device, into the cache.
 
         length: how many places of the cache are looked at, the last position included; None, for
-        a single token, lets the device find it in `positions`, so that the same launches serve
-        every length.  Returns logits (M, V) float32, (1, V) if `last_only`.
+        a single token of every text of the cache, lets the device find it in `positions`, so that
+        the same launches serve every length.  Returns logits (M, V) float32, (1, V) if `last_only`.
         """
         weights, layers = self.weights, self.record.layers
         masks = {} if length is None else self._masks(positions, length)
@@ -167,9 +183,11 @@ class TorchNetwork:
             heads, width = self.record.kv_heads, self.record.head_dim
             qkv = reference.normalize_heads(qkv, norms, heads, width, over_one=False)
             norms = None, None
-        q = ops.rotate_and_store(qkv, *tables, positions, norms, keys, values)
+        texts = cache.texts
+        q = ops.rotate_and_store(qkv, *tables, positions, norms, keys, values, texts)
         if not masks:
-            y = ops.attend_one(q, keys, values, positions, told.window, told.scale, told.softcap)
+            rules = told.window, told.scale, told.softcap
+            y = ops.attend_one(q, keys, values, positions, *rules, texts)
         else:
             mask = masks[told.window]
             seen = mask.shape[1]
