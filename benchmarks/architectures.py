@@ -103,20 +103,58 @@ _EXPERTS = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
 }
+_LATENT = {  # attention through a narrow copy of keys and values
+    "num_key_value_heads": 4,
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 16),
+}
+_WIDE_HEADS = {
+    **_COMMON,
+    "head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "per_layer_config": {"01": {"head_dim": 32}, "03": {"head_dim": 32}},
+    "sliding_window": 16,
+}
 # Configurations whose sizes hang together in ways of their own.
 BY_HAND: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {
+    "cohere_compass_text": {
+        **_COMMON,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "layer_types": ["full_attention"] * 4,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "dbrx": {
+        **dict.fromkeys(("d_model", "max_seq_len"), 64),
+        **dict.fromkeys(("n_heads", "n_layers"), 4),
+        "vocab_size": VOCABULARY,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": 64,
+            "ffn_hidden_size": 32,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+        },
+    },
+    "deepseek_v2": {**_COMMON, **_EXPERTS, **_LATENT, "topk_method": "greedy"},
+    "dots1": {**_COMMON, **_EXPERTS, "head_dim": 16},
+    "dots3_note_text": {
         **_COMMON,
         **_EXPERTS,
-        "num_key_value_heads": 4,
-        "topk_method": "greedy",
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
+        **_LATENT,
+        "head_dim": 32,
+        "index_topk": 8,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "shared_experts_intermediate_size": 32,
+        "sliding_window": 16,
+        "mlp_layer_types": ["dense"] + ["sparse"] * 3,
+        "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+        "swa_num_attention_heads": 4,
+        "swa_head_dim": 32,
+        **{f"swa_{size}": value for size, value in _LATENT.items()},
     },
-    "dots1": {**_COMMON, **_EXPERTS, "head_dim": 16},
+    "emu3": {"text_config": _COMMON},
     "falcon_h1": {
         **_COMMON,
         "head_dim": 16,
@@ -127,6 +165,12 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
         "mamba_chunk_size": 8,
     },
+    "gemma4_text": {
+        **_WIDE_HEADS,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "gemma4_unified_text": _WIDE_HEADS,
     "gpt_neo": {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -137,6 +181,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "window_size": 8,
     },
     "hunyuan_v1_dense": {**_COMMON, "head_dim": 16},
+    "hunyuan_v1_moe": {**_COMMON, "head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "lfm2_moe": {
         **_COMMON,
         "moe_intermediate_size": 32,
@@ -156,7 +201,58 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "chunk_size": 8,
     },
     "ministral": {**_COMMON, "head_dim": 16},
+    "mllama": {"text_config": {**_COMMON, "cross_attention_layers": []}},
     "nemotron": {**_COMMON, "head_dim": 16, "partial_rotary_factor": 0.5},
+    "prophetnet": {
+        **dict.fromkeys(("hidden_size", "max_position_embeddings"), 64),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 96),
+        **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 4),
+        **dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
+        "vocab_size": VOCABULARY,
+        "is_decoder": True,
+        "add_cross_attention": False,
+    },
+    "qwen4_exp_text": {
+        **_COMMON,
+        **dict.fromkeys(("head_dim", "indexer_head_dim", "linear_key_head_dim"), 16),
+        **dict.fromkeys(("hc_count", "linear_num_key_heads", "indexer_n_heads"), 2),
+        **dict.fromkeys(("num_experts", "linear_num_value_heads", "indexer_compress_ratio"), 4),
+        **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+        **dict.fromkeys(("hc_lowrank", "indexer_budget"), 8),
+        "linear_value_head_dim": 16,
+        "num_experts_per_tok": 2,
+        "indexer_kv_heads": 1,
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+    },
+    "reformer": {
+        **dict.fromkeys(("hidden_size", "max_position_embeddings"), 64),
+        **dict.fromkeys(("local_attn_chunk_length", "lsh_attn_chunk_length"), 8),
+        "vocab_size": VOCABULARY,
+        "attention_head_size": 16,
+        "num_attention_heads": 4,
+        "feed_forward_size": 96,
+        "attn_layers": ["local", "lsh"] * 2,
+        "axial_pos_embds": False,
+        "num_buckets": 2,
+        "hash_seed": 0,
+        "is_decoder": True,
+    },
+    "xlnet": {"vocab_size": VOCABULARY, "d_model": 64, "n_layer": 4, "n_head": 4, "d_inner": 96},
+    "xlstm": {
+        **dict.fromkeys(("hidden_size", "embedding_dim"), 64),
+        **dict.fromkeys(("num_hidden_layers", "num_blocks", "num_heads"), 4),
+        "vocab_size": VOCABULARY,
+        "chunk_size": 8,
+    },
+    "xmod": {**_COMMON, "is_decoder": True, "default_language": "en_XX"},
+    "zaya": {
+        **_COMMON,
+        **dict.fromkeys(("head_dim", "router_hidden_size"), 16),
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 1,
+        "layer_types": ["hybrid"] * 4,
+    },
     "zamba2": {
         **_COMMON,
         "num_hidden_layers": 6,
@@ -191,6 +287,8 @@ def tiny_config(name: str) -> Any:
     if name in BY_HAND:
         return kind(**BY_HAND[name])
     usual = kind().get_text_config()
+    if usual.model_type in BY_HAND:
+        return type(usual)(**BY_HAND[usual.model_type])
     sizes = {
         field: value
         for field, value in SIZES.items()

@@ -189,9 +189,11 @@ def main() -> int:
     parser.add_argument("--sigma", type=float, default=SIGMA)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--experts", type=int, help="fewer than the shape has")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
-    shape = replace(shape, layers=options.layers or shape.layers)
+    layers, experts = options.layers or shape.layers, options.experts or shape.experts
+    shape = replace(shape, layers=layers, experts=experts)
     dtype = getattr(torch, options.dtype)
     print(json.dumps(make_model(options.folder, shape, options.seed, options.sigma, dtype)))
     return 0
