@@ -9,7 +9,7 @@ import click
 from cvxq.cli.options import model_file
 
 
-@click.command("export", short_help="Write the folder that transformers loads.")
+@click.command("export", short_help="Write the folder that transformers and vLLM load.")
 @click.argument("file")
 @click.argument("folder", type=click.Path(path_type=Path))
 def command(file: str, folder: Path) -> None:
