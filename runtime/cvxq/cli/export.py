@@ -13,10 +13,11 @@ from cvxq.cli.options import model_file
 @click.argument("file")
 @click.argument("folder", type=click.Path(path_type=Path))
 def command(file: str, folder: Path) -> None:
-    """Write FILE as a FOLDER that transformers loads, its weights packed.
+    """Write FILE as a FOLDER that transformers and vLLM load, its weights packed.
 
-    In Python, `import cvxq.transformers` comes first; without it loading fails. The folder holds
-    the file itself, as a hard link where the disk can, so that the rest takes little room.
+    For transformers, `import cvxq.transformers` comes first; without it loading fails. vLLM finds
+    cvxq by itself. The folder holds the file itself, as a hard link where the disk can, so that the
+    rest takes little room.
 
     \b
     Example:
