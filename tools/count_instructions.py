@@ -25,7 +25,8 @@ from typing import Any
 import triton
 from cvxq_kernels.gpu.activations import TURN
 from cvxq_kernels.gpu.expand import expand_kernel, rows_kernel
-from cvxq_kernels.gpu.gemm import gemm_kernel, transpose_kernel
+from cvxq_kernels.gpu.gemm import gemm_kernel, sort_kernel
+from cvxq_kernels.gpu.launch import LANES
 from cvxq_kernels.gpu.layout import ALL_DEPTHS, LOW_DEPTHS
 from cvxq_kernels.gpu.matvec import matvec_kernel
 from cvxq_kernels.gpu.means import WIDTH, means_kernel
@@ -105,9 +106,9 @@ def gemm_variant(depths: int, rows: int, tile_batch: int = TILE_BATCH) -> Varian
     """The GEMM for `tile_batch` rows of input and the depths whose bits are set."""
     constants = {
         "MT": tile_batch, "ROWS": rows, "DEPTHS": depths, "SPLIT": True,
-        "HAS_MEANS": False, "HAS_BIAS": False, "PTX": True,
+        "HAS_MEANS": False, "HAS_BIAS": False, "SORTED": True, "PTX": True,
     }  # fmt: skip
-    return Variant(gemm_kernel, constants)
+    return Variant(gemm_kernel, constants, warps=max(1, rows // LANES))
 
 
 def full_variants(rows: int) -> dict[str, Variant]:
@@ -124,7 +125,7 @@ def full_variants(rows: int) -> dict[str, Variant]:
         "expand": Variant(expand_kernel, tile | {"DEPTHS": ALL_DEPTHS, "NATURAL": True}, 4),
         "rows": Variant(rows_kernel, tile | {"WIDTH": 16}, 4),
         "means": Variant(means_kernel, {"WIDTH": WIDTH}, 4),
-        "transpose": Variant(transpose_kernel, {"BLOCK": 1024}, 4),
+        "sort": Variant(sort_kernel, {"SORTED": True, "BLOCK": 1024}, 4),
     }
 
 

@@ -10,11 +10,30 @@ import cvxq_kernels.gpu.names as names
 
 @triton.jit
 def load_nibbles(pointers, STRIDE: tl.constexpr, DEPTH: tl.constexpr):
-    """Load a chunk of depth 1–4: four words, word v holding columns 8v … 8v + 7 as nibbles.
+    """Load a chunk of depth 1–4 as `nibbles_of` takes it apart; a row's words lie STRIDE apart."""
+    return nibbles_of(load_words(pointers, STRIDE, DEPTH), DEPTH)
 
-    Bits above the depth are zero.  The words of a row lie STRIDE apart.
-    """
+
+@triton.jit
+def load_words(pointers, STRIDE: tl.constexpr, DEPTH: tl.constexpr):
+    """Load the DEPTH words of a chunk of depth 1–4 as four, the first in place of others."""
     first = tl.load(pointers)
+    words = (first,)
+    for i in tl.static_range(1, 4):
+        if i < DEPTH:
+            words += (tl.load(pointers + i * STRIDE),)
+        else:
+            words += (first,)
+    return words
+
+
+@triton.jit
+def nibbles_of(words, DEPTH: tl.constexpr):
+    """Take a chunk of depth 1–4 apart: four words, word v holding columns 8v … 8v + 7 as nibbles.
+
+    Bits above the depth are zero.
+    """
+    first = words[0]
     if DEPTH == 1:
         return (
             first & 0x11111111,
@@ -22,7 +41,7 @@ def load_nibbles(pointers, STRIDE: tl.constexpr, DEPTH: tl.constexpr):
             (first >> 2) & 0x11111111,
             (first >> 3) & 0x11111111,
         )
-    second = tl.load(pointers + STRIDE)
+    second = words[1]
     if DEPTH == 2:
         return (
             first & 0x33333333,
@@ -30,14 +49,13 @@ def load_nibbles(pointers, STRIDE: tl.constexpr, DEPTH: tl.constexpr):
             second & 0x33333333,
             (second >> 2) & 0x33333333,
         )
-    third = tl.load(pointers + 2 * STRIDE)
+    third = words[2]
     if DEPTH == 3:
         fourth = (first >> 3) & 0x11111111
         fourth |= (second >> 2) & 0x22222222
         fourth |= (third >> 1) & 0x44444444
         return first & 0x77777777, second & 0x77777777, third & 0x77777777, fourth
-    fourth = tl.load(pointers + 3 * STRIDE)
-    return first, second, third, fourth
+    return first, second, third, words[3]
 
 
 @triton.jit

@@ -1,11 +1,17 @@
 """y = x · Wᵀ for some dozens of rows of x: tiles decoded into float16 operands of tensor cores.
 
-A program owns a tile of ROWS stored rows, MT rows of x and a share of the cluster's chunks
-(split-K).  A chunk is decoded into a (ROWS, 32) float16 operand; the other operand is gathered from
-the transposed input and multiplied by the group scales; products accumulate in float32.  This is
-also the exact path for few rows of x: nothing is rounded to less than float16.
+A program owns a tile of ROWS stored rows, a lane for each, MT rows of x and a share of the
+cluster's chunks (split-K).  A chunk is decoded into a (ROWS, 32) float16 operand; the other operand
+is the input of its columns times the group scales; products accumulate in float32.  This is also
+the exact path for few rows of x: nothing is rounded to less than float16.
 
-Ranges.  The input is divided by the largest magnitude of each of its rows (`transpose_kernel`), the
+Nothing waits inside a turn: what the next chunk needs is asked for before this one is decoded, and
+its words are in the L2 cache by then, as in `matvec`.  For that the input is sorted once, before:
+`sort_kernel` puts its columns in the order of the chunks, so that where a chunk's inputs lie
+follows from its number.  Clusters with orders of their own would make too many copies; there the
+order is looked up in every turn (SORTED false).
+
+Ranges.  The input is divided by the largest magnitude of each of its rows (`sort_kernel`), the
 scales by the cluster's largest, the levels by the depth's unit; all operands are within ±1 and the
 factors return in float32 at the end.  What float16 then loses is below 2^−24 of the largest
 operand, far under the error of 8-bit codes.
@@ -17,20 +23,21 @@ import triton
 import triton.language as tl
 
 import cvxq_kernels.gpu.names as names
-from cvxq_kernels.gpu.codes import chunk_codes, in_order, load_nibbles
+from cvxq_kernels.gpu.codes import chunk_codes, in_order, load_words, nibbles_of
 from cvxq_kernels.gpu.item import chunks_of_depth, hidden_zeros, read_item
 from cvxq_kernels.gpu.plan import NOT_SPECIALIZED
-from cvxq_kernels.gpu.snippets import permute
+from cvxq_kernels.gpu.snippets import permute, prefetch, prefetch_ahead
 
 
 @triton.jit
-def transpose_kernel(
-    x, x_stride, batch, columns, out, largest, padded_batch, BLOCK: tl.constexpr
+def sort_kernel(
+    x, x_stride, batch, columns, order, places, padded_batch, out, largest,
+    SORTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[k, m] = x[m, k] / largest[m], 0 for m ≥ batch; grid (padded_batch, blocks of columns).
+    """out[m, i] = x[m, order[i]] / largest[m], or x[m, i] unless SORTED; 0 for m ≥ batch.
 
-    x: (batch, columns); out: (columns, padded_batch) float16; largest: (padded_batch,) float32, 1
-    where x is 0.
+    Grid (padded batch, blocks of places).  x: (batch, columns); order: (places,) int32; out:
+    (places, padded_batch) float16; largest: (padded batch,) float32, 1 where x is 0.
     Every program finds the row's largest magnitude itself: cheaper than waiting for another.
     """
     m = tl.program_id(0)
@@ -42,10 +49,13 @@ def transpose_kernel(
         found = tl.maximum(found, tl.abs(value))
     top = tl.max(found, axis=0)
     top = tl.where(top > 1e-36, top, 1.0)
-    column = tl.program_id(1) * BLOCK + lane
-    wanted = (column < columns) & (m < batch)
+    place = tl.program_id(1) * BLOCK + lane
+    column = place
+    if SORTED:
+        column = tl.load(order + place, mask=place < places, other=0)
+    wanted = (column < columns) & (place < places) & (m < batch)
     value = tl.load(x + m * x_stride + column, mask=wanted, other=0).to(tl.float32) / top
-    tl.store(out + column * padded_batch + m, value, mask=column < columns)
+    tl.store(out + place * padded_batch + m, value, mask=place < places)
     tl.store(largest + m, top)
 
 
@@ -87,11 +97,11 @@ def _half_bytes(nibbles, table, DEPTH: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def _operand(
-    pointers, halves, table, ROWS: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr
+    words, pointers, halves, table, ROWS: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
-    """Levels of a chunk of a tile as (ROWS, 32) float16."""
+    """Levels of a chunk of a tile as (ROWS, 32) float16; its words, or at depths 5–8 where."""
     if DEPTH <= names.LOW_DEPTH:
-        n0, n1, n2, n3 = load_nibbles(pointers, ROWS, DEPTH)
+        n0, n1, n2, n3 = nibbles_of(words, DEPTH)
         a0, a1, a2, a3 = _half_words(n0, table, DEPTH, PTX)
         b0, b1, b2, b3 = _half_words(n1, table, DEPTH, PTX)
         c0, c1, c2, c3 = _half_words(n2, table, DEPTH, PTX)
@@ -109,53 +119,94 @@ def _operand(
         return tl.load(halves + (1 << DEPTH) + chunk_codes(pointers, ROWS, DEPTH))
 
 
+@triton.jit
+def _fetch(
+    x, padded_batch, order, first, chunks, scale_codes, words, number,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, SORTED: tl.constexpr,
+):  # fmt: skip
+    """Ask for what a chunk needs: its inputs (32, MT), entry, scale codes (32,), words (ROWS,).
+
+    first: place of the run's first column.
+    """
+    lane = tl.arange(0, names.CHUNK)
+    column = first + names.CHUNK * number + lane
+    if not SORTED:
+        column = tl.load(order + column)
+    pointers = words + number * (DEPTH * ROWS) + tl.arange(0, ROWS)
+    found = ()
+    if DEPTH <= names.LOW_DEPTH:
+        found = load_words(pointers, ROWS, DEPTH)
+    code = tl.load(scale_codes + number * names.CHUNK + lane)
+    return tl.load(x + column[:, None] * padded_batch), tl.load(chunks + number), code, found
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def gemm_kernel(
     items, words, chunks, order, scale_codes, scales, half_words, halves, units, top, row_of,
-    factors, x, largest, batch, padded_batch, means, clusters, tile_count, bias, out, out_stride,
-    partial, arrived, MT: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_MEANS: tl.constexpr, HAS_BIAS: tl.constexpr, PTX: tl.constexpr,
+    factors, x, largest, batch, padded_batch, means, clusters, tile_count, bias, out,
+    out_stride, partial, arrived, MT: tl.constexpr, ROWS: tl.constexpr, DEPTHS: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_MEANS: tl.constexpr, HAS_BIAS: tl.constexpr, SORTED: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """out[m, row_of[i]] for m < batch; grid (items, padded_batch // MT).
 
-    x: (K, padded_batch) float16 and largest: (padded_batch,) float32, from `transpose_kernel`;
+    x: (places, padded_batch) float16 and largest: (padded_batch,) float32, from `sort_kernel`;
     partial: (items, padded_batch, ROWS) float32; arrived: padded_batch // MT · tile_count int32, 0
     before and after; means: (batch, clusters) float32; the rest as in `matvec`.
     """
     tile, cluster, part, parts, sums, chunk, _, word, columns, matrix = read_item(items)
     words += word.to(tl.int64) * ROWS
+    prefetch(words + 32 * tl.arange(0, names.LOOK_AHEAD // 32), PTX)
     row = tl.arange(0, ROWS)
     target = tl.load(row_of + tile * ROWS + row)
     zero = hidden_zeros(target)
-    order += columns
     scales += matrix * names.SCALES
     lane = tl.arange(0, names.CHUNK)
     m = tl.program_id(1) * MT + tl.arange(0, MT)
+    rows_of_x = x + m[None, :]
     peak = tl.load(top + cluster)
     peak = tl.where(peak > 1e-36, peak, 1.0)
+    largest_unit = tl.load(units + names.HALF_UNITS + names.MAX_DEPTH)
     total = tl.zeros([MT, ROWS], tl.float32)
     chunk += chunks_of_depth(items, 0)
     for depth in tl.static_range(1, names.MAX_DEPTH + 1):
         count = chunks_of_depth(items, depth)
-        if (DEPTHS >> depth) & 1:
-            largest_unit = tl.load(units + names.HALF_UNITS + names.MAX_DEPTH)
-            unit = tl.load(units + names.HALF_UNITS + depth) / largest_unit / peak
-            for number in range(count):
-                entry = tl.load(chunks + chunk + number)
-                inside = lane < (entry & names.WIDTH_MASK)
-                column = tl.load(order + (entry >> names.START_SHIFT) + lane, mask=inside, other=0)
-                side = scale_codes + (chunk + number) * names.CHUNK
-                code = tl.load(side + lane).to(tl.int32)
-                scale = (tl.load(scales + code, mask=inside, other=0) * unit).to(tl.float16)
-                acts = tl.load(x + column[:, None] * padded_batch + m[None, :]) * scale[:, None]
-                pointers = words + number * (depth * ROWS) + row
+        if (DEPTHS >> depth) & 1:  # noqa: SIM102 - which is decided when compiling
+            if count > 0:
+                unit = tl.load(units + names.HALF_UNITS + depth) / largest_unit / peak
                 table = half_words + names.HALF_WORDS * depth + zero
-                levels = _operand(pointers, halves, table, ROWS, depth, PTX)
-                total = tl.dot(tl.trans(acts), tl.trans(levels), total)
+                first = columns + (tl.load(chunks + chunk) >> names.START_SHIFT)
+                side, entries = scale_codes + chunk * names.CHUNK, chunks + chunk
+                coming = _fetch(
+                    rows_of_x,
+                    padded_batch,
+                    order,
+                    first,
+                    entries,
+                    side,
+                    words,
+                    0,
+                    ROWS,
+                    depth,
+                    SORTED,
+                )
+                for number in range(count):
+                    acts, entry, code, own = coming
+                    following = tl.minimum(number + 1, count - 1)
+                    coming = _fetch(
+                        rows_of_x, padded_batch, order, first, entries, side, words, following,
+                        ROWS, depth, SORTED,
+                    )  # fmt: skip
+                    pointers = words + number * (depth * ROWS)
+                    prefetch_ahead(pointers, depth * ROWS, PTX)
+                    inside = lane < (entry & names.WIDTH_MASK)
+                    scale = tl.load(scales + code.to(tl.int32), mask=inside, other=0) * unit
+                    acts *= scale.to(tl.float16)[:, None]
+                    levels = _operand(own, pointers + row, halves, table, ROWS, depth, PTX)
+                    total = tl.dot(tl.trans(acts), tl.trans(levels), total)
         words += count * (depth * ROWS)
         chunk += count
     magnitude = tl.load(largest + m)
-    largest_unit = tl.load(units + names.HALF_UNITS + names.MAX_DEPTH)
     total *= (magnitude * (largest_unit * peak))[:, None]
     if SPLIT:
         own = partial + (sums * padded_batch + m)[:, None] * ROWS + row[None, :]

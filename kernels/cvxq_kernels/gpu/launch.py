@@ -9,7 +9,7 @@ import torch
 import triton
 
 from cvxq_kernels.gpu.expand import expand_kernel, rows_kernel
-from cvxq_kernels.gpu.gemm import gemm_kernel, transpose_kernel
+from cvxq_kernels.gpu.gemm import gemm_kernel, sort_kernel
 from cvxq_kernels.gpu.layout import ALL_DEPTHS, CHUNK, EIGHTHS, LOW_DEPTHS, MAX_DEPTH, PAIRS
 from cvxq_kernels.gpu.matrix import BLOCK_WEIGHTS, DeviceMatrix
 from cvxq_kernels.gpu.matvec import matvec_kernel
@@ -20,7 +20,9 @@ from cvxq_kernels.gpu.repack import places_on
 from cvxq_kernels.gpu.shares import Shares
 from cvxq_kernels.gpu.workspace import Workspace
 
-TRANSPOSE_BLOCK = 1024
+SORT_BLOCK = 1024
+SORTED_ORDERS = 4  # orders of columns at most for which inputs are sorted: of fused matrices
+LANES = 32  # of a warp
 ROW_CHUNKS = 16  # chunks of a row that a program of `rows` reads
 
 
@@ -88,17 +90,22 @@ def gemm(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) ->
     """Multiply with float16 operands, M ≤ 256."""
     x, shares = product.x, matrix.shares("gemm", plan.programs)
     batch = max(triton.next_power_of_2(len(x)), plan.tile_batch)
-    transposed = work.take("transposed", matrix.inputs * batch, torch.float16)
+    is_sorted = len(matrix.order) <= SORTED_ORDERS * matrix.inputs + CHUNK
+    places = len(matrix.order) if is_sorted else matrix.inputs
+    ordered = work.take("sorted", places * batch, torch.float16)
     largest = work.take("largest", batch, torch.float32)
-    transpose_kernel[(batch, triton.cdiv(matrix.inputs, TRANSPOSE_BLOCK))](
+    sort_kernel[(batch, triton.cdiv(places, SORT_BLOCK))](
         x=x,
         x_stride=x.stride(0),
         batch=len(x),
         columns=matrix.inputs,
-        out=transposed,
-        largest=largest,
+        order=matrix.order,
+        places=places,
         padded_batch=batch,
-        BLOCK=TRANSPOSE_BLOCK,
+        out=ordered,
+        largest=largest,
+        SORTED=is_sorted,
+        BLOCK=SORT_BLOCK,
     )
     blocks = batch // plan.tile_batch
     gemm_kernel[(len(shares.items), blocks)](
@@ -107,7 +114,7 @@ def gemm(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) ->
         half_words=matrix.half_words,
         halves=matrix.halves,
         top=matrix.top,
-        x=transposed,
+        x=ordered,
         largest=largest,
         padded_batch=batch,
         means=_means(matrix, work, x),
@@ -115,7 +122,8 @@ def gemm(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) ->
         tile_count=len(matrix.tiles),
         MT=plan.tile_batch,
         DEPTHS=depth_set(matrix.depths),
-        num_warps=1,
+        SORTED=is_sorted,
+        num_warps=max(1, matrix.rows // LANES),
         num_stages=1,
     )
 

@@ -77,6 +77,15 @@ def tune(
     return {bucket(batch): weight.plans[bucket(batch)] for batch in batches}
 
 
+def launch_all(weight: GpuWeight, batch: int, dtype: torch.dtype) -> None:
+    """Launch once whatever `tune` would, for `compiling.recording`."""
+    x = torch.zeros(batch, weight.shape[1], dtype=dtype, device=weight.device)
+    trial = GpuWeight(replace(weight.matrix, _shares={}), Workspace(weight.device))
+    trial.matmul(x.float(), plan=Plan("expand"))
+    for plan in candidates(batch, weight.processors):
+        trial.matmul(x, plan=plan)
+
+
 def _best(weight: GpuWeight, batch: int, dtype: torch.dtype, timer: Timer) -> Plan:
     """The fastest plan whose values are right; the guess where none is."""
     generator = torch.Generator(device=weight.device).manual_seed(0)

@@ -8,7 +8,7 @@ a device holds it to that).  The CUDA context itself, which no tensor shares, co
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from cvxq_format.model_config import text_part
 from cvxq_kernels import PackedWeight
 
 from cvxq import cuda
+from cvxq.lean.cuda.batch import PLACES_STEP
 from cvxq.lean.cuda.decoder import TorchDecoder
-from cvxq.lean.cuda.network import TorchNetwork
+from cvxq.lean.cuda.network import KeyValueCache, TorchNetwork
 from cvxq.lean.cuda.weights import Weight, load_weights
 from cvxq.lean.products import Tensors
 
@@ -53,19 +54,29 @@ def open_torch_decoder(
 
     packs = keep_packed and cuda.runs_kernels(target)
     weights = load_weights(record, tensors, target, dtype, pack if packs else None)
+    network = TorchNetwork(record, weights, target, dtype)
     if packs:
-        tune_alike(weights.multiplied(), dtype)
-    return TorchDecoder(TorchNetwork(record, weights, target, dtype))
+        tune_alike(weights.multiplied(), dtype, lambda: one_step(network))
+    return TorchDecoder(network)
 
 
-def tune_alike(weights: Iterable[Weight], dtype: torch.dtype) -> None:
+def one_step(network: TorchNetwork) -> None:
+    """Compute a token, for the kernels that are launched."""
+    cache = KeyValueCache(network.record, PLACES_STEP, network.device, network.dtype)
+    first = torch.zeros(1, dtype=torch.int64, device=network.device)
+    with torch.inference_mode():
+        network.forward(first, first, cache, 1 if network.waits else None)
+
+
+def tune_alike(weights: Iterable[Weight], dtype: torch.dtype, step: Callable[[], None]) -> None:
     """Choose how packed weights are multiplied by one row, measured once for each shape.
 
-    The first time on a device compiles the kernels, too, and says so; later ones recall what was
-    found.
+    The first time on a device compiles the kernels, those of `step` included, in several processes,
+    and says so; later ones recall what was found.
     """
     from cvxq_kernels.gpu import GpuWeight
-    from cvxq_kernels.gpu.tuning import is_known, tune
+    from cvxq_kernels.gpu.compiling import compile_all, processes_for, recording
+    from cvxq_kernels.gpu.tuning import is_known, launch_all, tune
 
     groups: dict[tuple[object, ...], list[GpuWeight]] = {}
     for weight in weights:
@@ -74,11 +85,17 @@ def tune_alike(weights: Iterable[Weight], dtype: torch.dtype) -> None:
             groups.setdefault(alike, []).append(weight)
     new = [group for group in groups.values() if not is_known(group[0], (1,), dtype)]
     if new:
+        with recording() as sources:
+            for group in new:
+                launch_all(group[0], 1, dtype)
+            step()
+        processes = processes_for(sources)
         logger.warning(
-            "Compiling the kernels and measuring how to launch them, for %d shapes of matrices: "
-            "once for this GPU, up to a minute",
-            len(new),
+            "Compiling %d kernels in %d processes, and measuring how to launch those of %d shapes "
+            "of matrices: once for this GPU, up to a minute",
+            *(len(sources), processes, len(new)),
         )
+        compile_all(sources, processes)
     for first, *others in groups.values():
         tune(first, (1,), dtype)
         for weight in others:

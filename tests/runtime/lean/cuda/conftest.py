@@ -10,6 +10,7 @@ is shown elsewhere, in Triton's interpreter.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -30,12 +31,16 @@ WAITS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "
 
 
 class FakeDevice(TorchFunctionMode):
-    """While entered, `count` devices; `calls` has what was asked of them, in order."""
+    """While entered, `count` devices; `calls` has what was asked of them, in order.
+
+    moved: how often tensors of main memory, by address and bytes, were brought to them.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch, count: int = 1) -> None:
         """Put the fake in place of `torch.cuda`; the test's end takes it out again."""
         super().__init__()
         self.calls: list[str] = []
+        self.moved: Counter[tuple[int, int]] = Counter()
         self.is_capturing = False
         self.count = count
         self._of_thread = threading.local()
@@ -80,6 +85,8 @@ class FakeDevice(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.is_capturing and name in WAITS:
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        if name == "to" and any(self._place(value) is not value for value in args[1:]):
+            self.moved[args[0].data_ptr(), args[0].nbytes] += 1
         if func is torch.device:  # code may name the device; no tensor gets there
             return func(*args, **(kwargs or {}))
         kwargs = {key: self._place(value) for key, value in (kwargs or {}).items()}
@@ -179,7 +186,7 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
     with FakeDevice(monkeypatch) as fake:
         monkeypatch.setattr(
             "cvxq.lean.cuda.opening.tune_alike",
-            lambda weights, dtype: fake.calls.append(f"tune {dtype}"),
+            lambda weights, dtype, step: fake.calls.append(f"tune {dtype}"),
         )
         yield fake
     cuda.runs_kernels.cache_clear()

@@ -139,16 +139,24 @@ def test_one_weight_of_each_kind_is_tuned(
 
     monkeypatch.setattr("cvxq_kernels.gpu.tuning.tune", measure)
     monkeypatch.setattr("cvxq_kernels.gpu.tuning.is_known", lambda *_: known)
+    told: list[object] = []
+    monkeypatch.setattr(
+        "cvxq_kernels.gpu.tuning.launch_all", lambda weight, *_: told.append(weight.shape)
+    )
+    monkeypatch.setattr(
+        "cvxq_kernels.gpu.compiling.compile_all", lambda sources, count: told.append(count)
+    )
     weights = [Stand((8, 4), 3), Stand((8, 4), 3), Stand((8, 4), 7), Stand((4, 4), 3)]
     dense = DenseWeight(torch.zeros(2, 2))
-    tune_alike([*weights, dense], torch.float16)
+    tune_alike([*weights, dense], torch.float16, lambda: told.append("step"))
+    assert told == ([] if known else [(8, 4), (8, 4), (4, 4), "step", 1])
     assert tuned == [
         (shape, depths, (1,), torch.float16)
         for shape, depths in (((8, 4), 3), ((8, 4), 7), ((4, 4), 3))
     ]
     assert [weight.plans[1].programs for weight in weights] == [1, 1, 2, 3]
     said = [record.getMessage() for record in caplog.records]
-    assert said == [] if known else "for 3 shapes of matrices" in said[0]
+    assert said == [] if known else "those of 3 shapes of matrices" in said[0]
 
 
 @pytest.mark.parametrize(
