@@ -13,7 +13,7 @@ C_SOURCES = $(wildcard kernels/cvxq_kernels/cpu/native/*.[chi]*) $(wildcard test
 # A worker holds PyTorch and a share of the tests' models: more than a few would want much memory.
 WORKERS = --numprocesses auto --maxprocesses 4 --dist loadscope
 
-.PHONY: help environment demo chat-demo test static wheel check hashes audit release clean
+.PHONY: help environment demo chat-demo test static wheel bundle check hashes audit release clean
 
 help:
 	@echo 'make demo     convert the demo model to 3 bits, measure what was lost, write some text'
@@ -21,6 +21,7 @@ help:
 	@echo '              convert that model to 4 bits, unless that was done before, and talk with it'
 	@echo 'make test     run the tests'
 	@echo 'make wheel    build the sdist and, from it, the wheel for this platform, into dist/'
+	@echo 'make bundle   what benchmarks/gpu.py takes on a machine without network, into dist/'
 	@echo 'make check    everything CI does: style, types, documents, tests'
 	@echo 'make audit    look for known weaknesses in the packages that are pinned; asks the network'
 	@echo 'make release  check, build twice, compare, list what is inside, and tag (DRY_RUN=1: no tag)'
@@ -61,6 +62,18 @@ wheel: environment
 	  PATH=$(abspath $(RUN)):$$PATH auditwheel repair --wheel-dir dist dist/*-linux_*.whl && \
 	  rm dist/*-linux_*.whl; \
 	fi
+	ls -l dist
+
+# The last commit, the wheel, and what is pinned for this Python but torch and triton, which are bound
+# to the machine's driver.
+bundle: wheel
+	rm -rf build/bundle
+	mkdir -p build
+	git archive --prefix=bundle/ HEAD | tar -x -C build
+	$(RUN)/pip download --quiet --no-deps --prefer-binary --require-hashes -r hashes.txt \
+	  --dest build/bundle/wheels
+	cp dist/*.whl build/bundle/wheels
+	tar -C build -cf dist/cvxq-bundle.tar bundle
 	ls -l dist
 
 # Both fetch a tool into an environment of its own, beside the one that everything else runs in.

@@ -156,7 +156,9 @@ def attend_one(
     """
     places = torch.arange(keys.shape[1], device=keys.device)
     parts = zip(q.split(1), keys.chunk(texts), values.chunk(texts), position.split(1), strict=True)
-    found = [attend(*own, visible(places, at, window), scale, softcap) for *own, at in parts]
+    found = [
+        attend(one, k, v, visible(places, at, window), scale, softcap) for one, k, v, at in parts
+    ]
     return found[0] if texts == 1 else torch.cat(found)
 
 

@@ -18,13 +18,14 @@ def load_nibbles(pointers, STRIDE: tl.constexpr, DEPTH: tl.constexpr):
 def load_words(pointers, STRIDE: tl.constexpr, DEPTH: tl.constexpr):
     """Load the DEPTH words of a chunk of depth 1–4 as four, the first in place of others."""
     first = tl.load(pointers)
-    words = (first,)
-    for i in tl.static_range(1, 4):
-        if i < DEPTH:
-            words += (tl.load(pointers + i * STRIDE),)
-        else:
-            words += (first,)
-    return words
+    second, third, fourth = first, first, first
+    if DEPTH >= 2:
+        second = tl.load(pointers + STRIDE)
+    if DEPTH >= 3:
+        third = tl.load(pointers + 2 * STRIDE)
+    if DEPTH >= 4:
+        fourth = tl.load(pointers + 3 * STRIDE)
+    return first, second, third, fourth
 
 
 @triton.jit
