@@ -149,7 +149,11 @@ class Gathering:
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
-        """Let only the matrices take gradients, each reduced and freed by a hook; undo it after."""
+        """Let gradients come back to what is looked up, and no further; undo it after.
+
+        A matrix that multiplies something needs what goes in and comes back, see `add_felt`; only
+        rows of tables take gradients, reduced and freed by a hook.
+        """
         network = self._streamed.network
         wanted = {p: p.requires_grad for p in network.parameters()}
         training = network.training
@@ -158,8 +162,10 @@ class Gathering:
             network.eval()
             for parameter in wanted:
                 parameter.requires_grad_(False)
+            undo.append(network.get_input_embeddings().register_forward_hook(_take_gradient).remove)
             for matrix in self.matrices:
-                undo += self._watch(matrix)
+                if matrix.kind == "embedding":
+                    undo += self._watch(matrix)
             with _deterministic(self._streamed.device):
                 yield
         finally:
@@ -171,28 +177,26 @@ class Gathering:
             network.train(training)
 
     def _watch(self, matrix: Matrix) -> list[Callable[[], None]]:
-        """Attach the hooks of one matrix and return the steps that undo it."""
-        undo: list[Callable[[], None]] = []
-        if matrix is self.head and matrix.kind != "embedding":
-            return undo  # what it feels is known to `add_head`
+        """Let a table take gradients for the rows that are looked up; return the steps to undo it.
+
+        A dense gradient of the table would be as large as the table, for a few rows of it.
+        """
         table = self._streamed.network.get_submodule(matrix.module_name)
         matrix.parameter.requires_grad_(True)
-        if isinstance(table, nn.Embedding):
-            # A dense gradient of the table would be as large as the table, for a few rows of it.
-            undo.append(_set(table, "sparse", True))
-        hook = partial(self._consume, matrix)
-        undo.append(matrix.parameter.register_post_accumulate_grad_hook(hook).remove)
-        return undo
+        hook = matrix.parameter.register_post_accumulate_grad_hook(partial(self._consume, matrix))
+        return [_set(table, "sparse", True), hook.remove]
 
     def _consume(self, matrix: Matrix, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        sums = self.sums[matrix.name]
-        if not gradient.is_sparse:
-            sums.add(gradient.T if matrix.kind == "conv1d" else gradient)
-            return
         part = gradient.coalesce()
-        sums.add_lookups(part.indices()[0], part.values())
+        self.sums[matrix.name].add_lookups(part.indices()[0], part.values())
+
+
+def _take_gradient(_: Any, __: Any, output: Tensor) -> None:
+    """Have a gradient come back to the input embedding, though its weights may need none."""
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
 
 
 def _set(module: nn.Module, name: str, value: Any) -> Callable[[], None]:

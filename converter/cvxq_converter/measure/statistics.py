@@ -1,14 +1,19 @@
 """How much the output feels each weight: one backward pass per sequence, with random signs.
 
 For one sequence with tokens t, let s_t be a random vector over the vocabulary with known second
-moment. Back-propagating Σ_t ε_t s_t (ε_t = ±1, independent) gives a weight gradient g whose square
-has mean Σ_t E[(∂(s_t·z_t)/∂w)²], because the cross terms between tokens vanish in expectation.
-So a single pass estimates what would otherwise take one pass per token and component.
+moment. Back-propagating Σ_t ε_t s_t (ε_t = ±1, independent) gives gradients whose squares have the
+mean Σ_t E[(∂(s_t·z_t)/∂·)²], because the cross terms between tokens vanish in expectation. So a
+single pass estimates what would otherwise take one pass per token and component.
 
-    metric "kl"      s_t = onehot(y_t) − softmax(z_t) with y_t drawn from softmax(z_t): g² estimates
-                     the diagonal Fisher information F of the sequence. KL ≈ ½ Σ F_ii δ_i².
-    metric "logits"  s_t = a ±1 for every component of the logits z_t: g² estimates Σ_v (∂z_tv/∂w)²,
-                     the squared logit error per squared weight error.
+    metric "kl"      s_t = onehot(y_t) − softmax(z_t) with y_t drawn from softmax(z_t): squares
+                     estimate the diagonal Fisher information F of the sequence. KL ≈ ½ Σ F_ii δ_i².
+    metric "logits"  s_t = a ±1 for every component of the logits z_t: squares estimate
+                     Σ_v (∂z_tv/∂w)², the squared logit error per squared weight error.
+
+A matrix multiplies x_t at every token, and the gradient g_t of what comes out comes back. What the
+output feels of weight (n, k) is taken to be Σ_t g_tn² x_tk², as if every token had the weight for
+itself. Sums over rows and columns of that need no gradient of the weights, which would be a third
+of the way back (docs/decisions/0021-no-gradients-of-weights.md).
 
 Everything is reported per token: divided by the number of tokens, averaged over the sequences.
 

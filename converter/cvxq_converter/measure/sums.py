@@ -34,7 +34,8 @@ _CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # weights squared at once, in float6
 class MatrixStatistics:
     """Sensitivities of one matrix (outputs N, inputs K), per token.
 
-    row_sensitivity[n] = mean over sequences of Σ_k g_nk² / tokens; columns alike with Σ_n.
+    row_sensitivity[n] = Σ_k of the squared gradients of the weights / tokens; columns alike with
+    Σ_n.
     Evidence counts sequences; input_mean is None for a matrix that multiplies no input.
     token_weights[s, t] = Σ_n of the squared gradient of output n at that token. lookup_moment =
     Σ g gᵀ / tokens over what a table's look-ups felt. Each is None where there is no such use.
@@ -124,12 +125,6 @@ class MatrixSums:
 
     # --- one sequence ---------------------------------------------------------------------------
 
-    def add(self, gradient: Tensor) -> None:
-        """Take a (N, K) gradient."""
-        for piece, squares in _row_chunks(gradient):
-            self.sequence_rows[piece] += squares.sum(1)
-            self.sequence_columns += squares.sum(0)
-
     def add_lookups(self, rows: Tensor, gradient: Tensor) -> None:
         """Take the gradients (U, K) of the rows (U,) that one sequence looked up."""
         for piece, squares in _row_chunks(gradient):
@@ -154,11 +149,18 @@ class MatrixSums:
         self.totals["tokens"][s] += len(rows)
 
     def add_felt(self, s: int, inputs: Tensor, gradient: Tensor) -> None:
-        """Take the gradient (M, N) of the outputs for the inputs (M, K) of sequence s."""
+        """Take the gradient (M, N) of the outputs for the inputs (M, K) of sequence s.
+
+        The square of a weight's gradient at one token, g_n x_k, is g_n² x_k²: sums over rows and
+        columns need no gradient of the weights.
+        """
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(gradient, dim=-1, dtype=wide)
+        felt, squares = gradient.to(wide).square(), inputs.to(wide).square()
+        norm = felt.sum(-1)
+        self.sequence_rows += squares.sum(-1) @ felt
+        self.sequence_columns += norm @ squares
         weights = self.totals["token_weights"][s]
-        weights[: len(norm)] = norm.square_().float()
+        weights[: len(norm)] = norm.float()
         self.add_moment(inputs, weights)
 
     def add_moment(self, inputs: Tensor, weights: Tensor) -> None:

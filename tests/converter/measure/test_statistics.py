@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,41 @@ def gradients(network: Any, matrices: list[Matrix], scalar: torch.Tensor) -> Ite
         yield matrix.name, gradient.T if matrix.kind == "conv1d" else gradient
 
 
+class Watched:
+    """What goes into matrices and comes out of them while a network runs."""
+
+    def __init__(self, network: Any, matrices: list[Matrix]) -> None:
+        self._names = [m.name for m in matrices]
+        self._passed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for matrix in matrices:
+            module = network.get_submodule(matrix.input_module_name)
+            module.register_forward_hook(partial(self._note, matrix.name))
+
+    def _note(self, name: str, _: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        self._passed[name] = inputs[0].detach().flatten(0, -2), output.requires_grad_()
+
+    def squares(self, scalar: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(N, K) of each matrix: Σ over the tokens of squared gradient × squared input."""
+        outputs = [self._passed[name][1] for name in self._names]
+        found = torch.autograd.grad(scalar, outputs, retain_graph=True, allow_unused=True)
+        felt = [
+            torch.zeros_like(y) if g is None else g.square()
+            for g, y in zip(found, outputs, strict=True)
+        ]
+        return {
+            name: f.flatten(0, -2).T @ self._passed[name][0].square()
+            for name, f in zip(self._names, felt, strict=True)
+        }
+
+
 def exact_squares(
     network: Any, matrices: list[Matrix], ids: torch.Tensor, metric: str
 ) -> dict[str, np.ndarray]:
-    """Mean over tokens of E[(∂ score / ∂w)²], one backward pass per token and component."""
+    """Mean over tokens of E[(∂ score / ∂w)²], one backward pass per token and component.
+
+    Of every token that a matrix sees its own share: as if it had the weight for itself.
+    """
+    watched = Watched(network, matrices)
     logits = network(input_ids=ids[None]).logits[0]
     logs = torch.log_softmax(logits, -1)
     totals = {m.name: torch.zeros_like(m.weight) for m in matrices}
@@ -56,8 +88,8 @@ def exact_squares(
                 scalar, weight = logs[token, component], logs[token, component].exp().item()
             else:
                 scalar, weight = logits[token, component], 1.0
-            for name, gradient in gradients(network, matrices, scalar):
-                totals[name] += weight * gradient.square()
+            for name, squares in watched.squares(scalar).items():
+                totals[name] += weight * squares
     return {name: (total / len(ids)).detach().numpy() for name, total in totals.items()}
 
 
@@ -271,11 +303,12 @@ def test_sums_by_blocks_are_those_of_whole_backward_passes(
     sequences = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(1))
     found = measure_statistics(network, matrices, sequences, "kl", 5)
     totals = {m.name: torch.zeros_like(m.weight) for m in matrices}
+    watched = Watched(network, matrices)
     for s, ids in enumerate(sequences):
         logits = network(input_ids=ids[None], use_cache=False).logits
         drawn = output_gradient(logits, "kl", generator_of(5, s)).gradient
-        for name, gradient in gradients(network, matrices, (logits * drawn).sum()):
-            totals[name] += gradient.square() / sequences.numel()
+        for name, squares in watched.squares((logits * drawn).sum()).items():
+            totals[name] += squares / sequences.numel()
     for name, total in totals.items():
         rows, columns = total.sum(1).numpy(), total.sum(0).numpy()
         np.testing.assert_allclose(found[name].row_sensitivity, rows, rtol=1e-6, atol=1e-15)
