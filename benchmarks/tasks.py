@@ -1,0 +1,127 @@
+"""How many questions of benchmarks a model answers, and the files that were made of it: one table.
+
+    pip install 'cvxq[eval,convert]' 'lm_eval[hf]' accelerate
+    python benchmarks/tasks.py --original FOLDER --data DOCUMENTS --limit 100 FILE.cvxq ...
+
+DOCUMENTS holds TASK.jsonl for each task, as docs/evaluating.md says.  Files are asked as `cvxq
+evaluate` does, the original through transformers in float32; the questions, and how they are put,
+are the same.  What was found is kept in --results, a line for each model and task, and not asked
+again.  Of ARC-challenge and HellaSwag acc_norm is shown, as is usual, of the others acc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import click
+import cvxq
+from cvxq.documents import tasks_of
+from cvxq.harness import HarnessModel, evaluate
+
+TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande")
+BY_LENGTH = ("arc_challenge", "hellaswag")  # whose acc_norm is usually told
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option("--original", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--tasks", default=",".join(TASKS), show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--threads", type=int, default=2, show_default=True)
+@click.option("--results", type=click.Path(path_type=Path), default=Path("tasks.jsonl"))
+def main(
+    files: Sequence[Path],
+    original: Path | None,
+    data: Path,
+    tasks: str,
+    limit: int,
+    threads: int,
+    results: Path,
+) -> None:
+    """Ask the original and FILES, and print the table."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    names = tasks.split(",")
+    models = [*([original] if original else []), *files]
+    known = kept(results)
+    for model in models:
+        missing = [name for name in names if (model.name, name, limit) not in known]
+        if not missing:
+            continue
+        with contextlib.redirect_stdout(sys.stderr), opened(model, threads) as asked:
+            for name in missing:
+                began = time.monotonic()
+                found = evaluate(asked, tasks_of(data, [name]), limit, None)
+                row = {
+                    "model": model.name,
+                    "task": name,
+                    "limit": limit,
+                    "documents": found["n-samples"][name]["effective"],
+                    "seconds": round(time.monotonic() - began, 1),
+                    **{k: v for k, v in found["results"][name].items() if "," in k},
+                }
+                with results.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+    known = kept(results)
+    for line in table([model.name for model in models], names, limit, known):
+        click.echo(line)
+
+
+def kept(results: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Return what earlier runs found, by model, task and limit."""
+    if not results.exists():
+        return {}
+    rows = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
+    return {(row["model"], row["task"], row["limit"]): row for row in rows}
+
+
+@contextlib.contextmanager
+def opened(model: Path, threads: int) -> Iterator[Any]:
+    """Give the harness's view of a file, or of the original's folder."""
+    if model.is_file():
+        with cvxq.load(model, threads=threads) as loaded:
+            yield HarnessModel(loaded)
+        return
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    torch.set_num_threads(threads)
+    yield HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)
+
+
+def table(
+    models: Sequence[str],
+    names: Sequence[str],
+    limit: int,
+    known: dict[tuple[str, str, int], dict[str, Any]],
+) -> Iterator[str]:
+    """Yield the lines of a Markdown table: percent of the documents, ± one standard error."""
+    yield f"| | {' | '.join(names)} | mean |"
+    yield f"|---|{'---:|' * (len(names) + 1)}"
+    counts = [str(known[models[0], name, limit]["documents"]) for name in names]
+    yield f"| documents | {' | '.join(counts)} | |"
+    for model in models:
+        rows = [known[model, name, limit] for name in names]
+        metrics = ["acc_norm" if name in BY_LENGTH else "acc" for name in names]
+        values = [
+            (100 * row[f"{metric},none"], 100 * row[f"{metric}_stderr,none"])
+            for row, metric in zip(rows, metrics, strict=True)
+        ]
+        mean = sum(value for value, _ in values) / len(values)
+        error = sum(error**2 for _, error in values) ** 0.5 / len(values)
+        texts = [f"{value:.1f} ± {error:.1f}" for value, error in [*values, (mean, error)]]
+        yield f"| {model} | {' | '.join(texts)} |"
+
+
+if __name__ == "__main__":
+    main()
