@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_processors_that_a_rank_is_bound_to() -> None:
 
 
 def test_a_bare_file_gets_a_folder_once(make_file: Callable[..., Any], tmp_path: Path) -> None:
-    made = make_file("gpt2", add_biases=True)
+    made = make_file("llama-tied", add_biases=True)
     cache = tmp_path / "cache"
     folder = folder_of(made.path, cache)
     assert folder_of(made.path, cache) == folder
@@ -133,12 +134,17 @@ def test_a_bare_file_gets_a_folder_once(make_file: Callable[..., Any], tmp_path:
     with Reader(made.path) as reader:
         names, biases = reader.names, reader.added_biases
     tensors = load_file(folder / UNQUANTIZED_FILE)
-    assert tensors["transformer.h.0.attn.c_attn.cvxq"] == names.index(
-        "transformer.h.0.attn.c_attn.weight"
-    )
-    assert biases
+    query = "model.layers.0.self_attn.q_proj"
+    assert tensors[f"{query}.cvxq"] == names.index(f"{query}.weight")
+    assert f"{query}.bias" in biases
     assert not {*biases} & tensors.keys()
+    os.utime(made.path, (0, 0))
+    assert folder_of(made.path, cache) != folder
+
+
+def test_tables_of_positions_are_expanded(make_file: Callable[..., Any], tmp_path: Path) -> None:
+    made = make_file("gpt2")
+    tensors = load_file(folder_of(made.path, tmp_path) / UNQUANTIZED_FILE)
     positions = made.network.transformer.wpe.weight.detach().numpy()
     np.testing.assert_array_equal(tensors["transformer.wpe.weight"], positions)
-    made.path.touch()
-    assert folder_of(made.path, cache) != folder
+    assert "transformer.wpe.cvxq" not in tensors
