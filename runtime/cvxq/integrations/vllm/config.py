@@ -21,6 +21,8 @@ from cvxq.export import METHOD
 from cvxq.hub import MODEL_FILE, HubFile, fetch
 from cvxq.integrations.vllm.layers import PackedMethod
 
+_MARK = "asks_for_cvxq"
+
 
 class CvxqConfig(QuantizationConfig):
     """The `quantization_config` of an exported folder.
@@ -97,7 +99,7 @@ def pack_every_embedding() -> None:
     Its Gemma, Gemma 2, OPT and others make them without one.
     """
     original = VocabParallelEmbedding.__init__
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, _MARK):
         return
     signature = inspect.signature(original)
 
@@ -109,4 +111,5 @@ def pack_every_embedding() -> None:
             bound.arguments["quant_config"] = current
         original(*bound.args, **bound.kwargs)
 
+    setattr(init, _MARK, True)
     VocabParallelEmbedding.__init__ = init

@@ -16,12 +16,13 @@ from vllm.engine.arg_utils import EngineArgs
 from cvxq.integrations.vllm.folder import folder_of
 
 _SUFFIX = ".cvxq"
+_MARK = "accepts_cvxq"
 
 
 def accept_files() -> None:
     """Let the arguments of this process's engines name a file."""
     original = EngineArgs.create_engine_config
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, _MARK):
         return
 
     @functools.wraps(original)
@@ -34,4 +35,5 @@ def accept_files() -> None:
                 self.tokenizer = None
         return original(self, *args, **options)
 
+    setattr(create_engine_config, _MARK, True)
     EngineArgs.create_engine_config = create_engine_config

@@ -170,14 +170,14 @@ def _arranged(
 
 def _product(x: torch.Tensor, handle: torch.Tensor, outputs: int) -> torch.Tensor:
     flat = _products[int(handle)].matmul(x.reshape(-1, x.shape[-1]))
-    return flat.view(*x.shape[:-1], outputs)
+    return flat.contiguous().view(*x.shape[:-1], outputs)  # as compiled code expects
 
 
 def _look_up(
     ids: torch.Tensor, handle: torch.Tensor, inputs: int, dtype: torch.dtype
 ) -> torch.Tensor:
     flat = _products[int(handle)].rows(ids.reshape(-1), dtype)
-    return flat[:, :inputs].view(*ids.shape, inputs)
+    return flat[:, :inputs].contiguous().view(*ids.shape, inputs)
 
 
 def _no_product(x: torch.Tensor, handle: torch.Tensor, outputs: int) -> torch.Tensor:
