@@ -1,4 +1,4 @@
-"""Run models in vLLM, in a process of its own: python run_vllm.py '{"models": …}' > answers.json.
+"""Run models in vLLM, in a process of its own: python run_vllm.py '{"models": …}' > answers.jsonl.
 
 vLLM binds threads, replaces functions of torch and warns of much; none of that is for a test run.
 """
@@ -53,16 +53,16 @@ def answers(model: str, order: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print a list for each model: its answers, or the error that came instead."""
+    """Print a line for each model: its answers, or the error that came instead."""
     order = json.loads(sys.argv[1])
     told, sys.stdout = sys.stdout, sys.stderr
-    found: dict[str, Any] = {}
     for model in order["models"]:
+        found: Any
         try:
-            found[model] = answers(model, order)
+            found = answers(model, order)
         except Exception as error:
-            found[model] = f"{type(error).__name__}: {error}"
-    json.dump(found, told)
+            found = f"{type(error).__name__}: {error}"
+        print(json.dumps(found), file=told, flush=True)
 
 
 if __name__ == "__main__":
