@@ -40,6 +40,16 @@ KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gemma3", {}),
     ("phi3", {}),
 )
+CLASSES = {
+    "llama-tied": "LlamaForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "qwen2": "Qwen2ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
 
 MakeFile = Callable[..., Any]
 
@@ -60,8 +70,7 @@ def run_vllm(models: list[Path], eager: bool = True, ranks: int = 1) -> list[Any
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout)
-    return [found[str(model)] for model in models]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def scores(network: Any, ids: list[int]) -> torch.Tensor:
@@ -100,7 +109,11 @@ def made(make_file: MakeFile) -> Callable[..., list[Any]]:
     """Return a function that makes files of kinds."""
 
     def make(kinds: tuple[tuple[str, dict[str, Any]], ...]) -> list[Any]:
-        return [make_file(kind, f"{kind}.cvxq", sizes=SIZES, **options) for kind, options in kinds]
+        files = []
+        for kind, options in kinds:
+            config = {"architectures": [CLASSES[kind]]}
+            files.append(make_file(kind, f"{kind}.cvxq", config=config, sizes=SIZES, **options))
+        return files
 
     return make
 
