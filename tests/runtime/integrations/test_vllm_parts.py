@@ -19,7 +19,7 @@ from cvxq.integrations.vllm.places import Place, places_of
 from cvxq.integrations.vllm.products import CpuProduct, GpuProduct, Part
 from cvxq.integrations.vllm.threads import bound_processors, pool
 from cvxq_format import Codebook, CompandedTensor, Reader, dequantize
-from cvxq_kernels import cpu
+from cvxq_kernels import PackedWeight, cpu
 from safetensors.numpy import load_file
 
 BOOK = Codebook.default()
@@ -81,8 +81,38 @@ def test_a_gpu_gets_matrices_expanded_that_no_kernel_takes(
     assert product.rows(torch.tensor([8, 0]), torch.float32).equal(whole[[8, 0]])
 
 
-def test_gpu_products_of_the_kernels(run_interpreted: Callable[[Path], str]) -> None:
-    assert "1 passed" in run_interpreted(Path(__file__).with_name("interpreted_vllm_product.py"))
+def test_a_gpu_gets_all_matrices_in_one(
+    random_companded: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels are tested for themselves; here something else multiplies in their place."""
+
+    class Weight:
+        def __init__(self, weights: list[PackedWeight]) -> None:
+            self.whole = torch.cat([weight.dense() for weight in weights])
+            self.shape = self.whole.shape
+
+        @classmethod
+        def fused(cls, weights: list[PackedWeight], device: torch.device) -> Weight:
+            return cls(weights)
+
+        def matmul(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.whole.T
+
+        def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            return self.whole[ids].to(dtype)
+
+    monkeypatch.setattr(products.cuda, "runs_kernels", lambda device: True)
+    monkeypatch.setattr("cvxq_kernels.gpu.GpuWeight", Weight)
+    tensors = [random_companded((12, 56), seed) for seed in (1, 2)]
+    dense = [torch.from_numpy(dequantize(tensor, BOOK)) for tensor in tensors]
+    x = torch.randn(3, 56, generator=torch.Generator().manual_seed(1))
+    for wanted, outputs in ((12, 24), (9, 18), (9, 20)):
+        parts = [Part(tensor, BOOK, wanted) for tensor in tensors]
+        product = GpuProduct(parts, outputs, torch.device("cpu"), torch.float32)
+        whole = torch.cat([part[:wanted] for part in dense])
+        expected = torch.nn.functional.pad(x @ whole.T, (0, outputs - len(whole)))
+        assert (product.matmul(x) - expected).abs().max() < 1e-4
+        assert product.rows(torch.tensor([8, 0]), torch.float32).equal(dense[0][[8, 0]])
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def complete(prompt: str) -> str:
 def file(make_file: Callable[..., Any], tokenizer_parts: dict[str, bytes]) -> Path:
     """A Llama with heads that vLLM can attend with."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
-    path: Path = make_file("llama", name="tiny.cvxq", files=tokenizer_parts, sizes=sizes).path
+    config = {"architectures": ["LlamaForCausalLM"]}
+    made = make_file("llama", "tiny.cvxq", config=config, files=tokenizer_parts, sizes=sizes)
+    path: Path = made.path
     return path
 
 
