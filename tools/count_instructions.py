@@ -26,11 +26,10 @@ import triton
 from cvxq_kernels.gpu.activations import TURN
 from cvxq_kernels.gpu.expand import expand_kernel, rows_kernel
 from cvxq_kernels.gpu.gemm import gemm_kernel, sort_kernel
-from cvxq_kernels.gpu.launch import LANES
 from cvxq_kernels.gpu.layout import ALL_DEPTHS, LOW_DEPTHS
 from cvxq_kernels.gpu.matvec import matvec_kernel
 from cvxq_kernels.gpu.means import WIDTH, means_kernel
-from cvxq_kernels.gpu.plan import UNROLLS
+from cvxq_kernels.gpu.plan import UNROLLS, gemm_warps
 from cvxq_kernels.gpu.repack import repack_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -108,7 +107,7 @@ def gemm_variant(depths: int, rows: int, tile_batch: int = TILE_BATCH) -> Varian
         "MT": tile_batch, "ROWS": rows, "DEPTHS": depths, "SPLIT": True,
         "HAS_MEANS": False, "HAS_BIAS": False, "SORTED": True, "PTX": True,
     }  # fmt: skip
-    return Variant(gemm_kernel, constants, warps=max(1, rows // LANES))
+    return Variant(gemm_kernel, constants, warps=gemm_warps(rows, tile_batch))
 
 
 def full_variants(rows: int) -> dict[str, Variant]:
@@ -121,6 +120,7 @@ def full_variants(rows: int) -> dict[str, Variant]:
         "matvec": matvec_variant(LOW_DEPTHS, rows),
         "matvec of 4": matvec_variant(1 << 4, rows, 4),
         "gemm": gemm_variant(LOW_DEPTHS, rows),
+        "gemm of 64": gemm_variant(LOW_DEPTHS, rows, 64),
         "repack": Variant(repack_kernel, {"ROWS": rows}, 4),
         "expand": Variant(expand_kernel, tile | {"DEPTHS": ALL_DEPTHS, "NATURAL": True}, 4),
         "rows": Variant(rows_kernel, tile | {"WIDTH": 16}, 4),

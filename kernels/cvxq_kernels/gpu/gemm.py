@@ -1,7 +1,7 @@
 """y = x · Wᵀ for some dozens of rows of x: tiles decoded into float16 operands of tensor cores.
 
-A program owns a tile of ROWS stored rows, a lane for each, MT rows of x and a share of the
-cluster's chunks (split-K).  A chunk is decoded into a (ROWS, 32) float16 operand; the other operand
+A program owns a tile of ROWS stored rows, MT rows of x and a share of the cluster's chunks
+(split-K).  A chunk is decoded into a (ROWS, 32) float16 operand; the other operand
 is the input of its columns times the group scales; products accumulate in float32.  This is also
 the exact path for few rows of x: nothing is rounded to less than float16.
 

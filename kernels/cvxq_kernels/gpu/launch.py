@@ -15,14 +15,13 @@ from cvxq_kernels.gpu.matrix import BLOCK_WEIGHTS, DeviceMatrix
 from cvxq_kernels.gpu.matvec import matvec_kernel
 from cvxq_kernels.gpu.means import WIDTH, means_kernel
 from cvxq_kernels.gpu.overlap import early
-from cvxq_kernels.gpu.plan import Plan
+from cvxq_kernels.gpu.plan import Plan, gemm_warps
 from cvxq_kernels.gpu.repack import places_on
 from cvxq_kernels.gpu.shares import Shares
 from cvxq_kernels.gpu.workspace import Workspace
 
 SORT_BLOCK = 1024
 SORTED_ORDERS = 4  # orders of columns at most for which inputs are sorted: of fused matrices
-LANES = 32  # of a warp
 ROW_CHUNKS = 16  # chunks of a row that a program of `rows` reads
 
 
@@ -123,7 +122,7 @@ def gemm(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) ->
         MT=plan.tile_batch,
         DEPTHS=depth_set(matrix.depths),
         SORTED=is_sorted,
-        num_warps=max(1, matrix.rows // LANES),
+        num_warps=gemm_warps(matrix.rows, plan.tile_batch),
         num_stages=1,
     )
 

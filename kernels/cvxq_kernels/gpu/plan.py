@@ -9,6 +9,7 @@ PROGRAMS_PER_PROCESSOR = 16  # warps that hide the latency of memory, where ther
 MATVEC_ROWS = 8  # rows of x that `matvec` takes at a time
 MATVEC_BATCH = 4  # the largest batch for which it is considered: tensor cores take over from there
 UNROLLS = (1, 2)  # of a matvec; for several rows 1, as compiling takes minutes otherwise
+SUMS_OF_A_WARP = 2048  # 64 registers of a lane
 GEMM_ROWS = 256  # rows of x that `gemm` takes at a time
 
 # Sizes that no kernel gains from knowing: without this, Triton compiles anew for many of them.
@@ -36,8 +37,16 @@ def choose_plan(batch: int, processors: int) -> Plan:
     if batch <= MATVEC_BATCH:
         return Plan("matvec", programs, UNROLLS[batch == 1])
     if batch <= 64:
-        return Plan("gemm", programs // 2, 1, 16 if batch <= 16 else 32)
+        return Plan("gemm", programs // 2, 1, max(16, bucket(batch)))
     return Plan("expand")
+
+
+def gemm_warps(rows: int, tile_batch: int) -> int:
+    """Warps of a program of gemm, as few as hold its sums in registers.
+
+    rows: of a tile.  With more warps each would do more of the same: look-ups of the same words.
+    """
+    return max(1, rows * tile_batch // SUMS_OF_A_WARP)
 
 
 def bucket(batch: int) -> int:
