@@ -12,6 +12,8 @@ import pytest
 from tests.fuzz.container import Container
 from tests.fuzz.corpus import VECTORS
 from tests.fuzz.mutations import KINDS, hostile_file
+from tests.fuzz.remembered import forget
+from tests.fuzz.trials import SHARE_OF_COMMANDS, Verdict, look_through, try_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,3 +50,18 @@ def test_a_container_put_together_again_is_sound(name: str, tmp_path: Path) -> N
     path = tmp_path / "again.cvxq"
     path.write_bytes(Container((VECTORS / f"{name}.cvxq").read_bytes()).seal())
     assert verify(path) == []
+
+
+def test_what_is_remembered_changes_no_verdict(tmp_path: Path) -> None:
+    paths = sorted(VECTORS.glob("*.cvxq"))[:12]
+    files = [path.read_bytes() for path in paths]
+    numbers = [number for number in range(1, 150) if number % SHARE_OF_COMMANDS]
+    path = tmp_path / "case.cvxq"
+    judged: dict[bool, list[Verdict]] = {True: [], False: []}
+    for number in numbers:
+        path.write_bytes(hostile_file(2, number, files)[1])
+        judged[True].append(try_files(path, number))
+        forget()
+        judged[False].append(look_through(path))
+    assert judged[True] == judged[False]
+    assert {verdict.outcome for verdict in judged[True]} == {"loaded", "refused"}

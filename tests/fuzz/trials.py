@@ -20,7 +20,7 @@ from tests.fuzz.remembered import forget, remember
 _PROMPT = "The old house stood at the end of the lane"
 _DOCUMENTED = (0, 3, 4, 5)  # that a file can cause
 _LONGEST_LINE = 2000
-_SHARE_OF_COMMANDS = 50
+SHARE_OF_COMMANDS = 50
 
 
 class Verdict(NamedTuple):
@@ -32,11 +32,16 @@ class Verdict(NamedTuple):
 
 def try_files(path: Path, index: int) -> Verdict:
     """Open, verify and inspect; by what the commands call, or now and then by these."""
-    if index % _SHARE_OF_COMMANDS:
+    if index % SHARE_OF_COMMANDS:
         remember()
-        return _judged(lambda: _look_through(path))
+        return look_through(path)
     forget()
     return _commands(path)
+
+
+def look_through(path: Path) -> Verdict:
+    """Do what the commands verify and inspect do."""
+    return _judged(lambda: _look_through(path))
 
 
 def _look_through(path: Path) -> None:
