@@ -3,7 +3,7 @@
 Costs come from the model's shapes and from two short measurements of this machine (arithmetic,
 and the price of one small operation), a fraction of a second. The default amount of calibration
 never depends on a measurement, or two runs would not give the same file: on a CPU it is what a
-nominal machine of that many threads does in `CALIBRATION_SECONDS`.
+nominal machine of that many threads does in `calibration_seconds`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from cvxq_converter.write.proof import MOST_PLACES as PROOF_PLACES
 
 FULL_SEQUENCES, FULL_LENGTH = 128, 2048  # the papers' amount; the default on a GPU
 CPU_LENGTH = 512  # shorter documents cost less per token and sample as many contexts
-CALIBRATION_SECONDS = 180.0  # of sampling and measuring on a CPU, at the nominal speed
+CALIBRATION_SECONDS = 300.0  # of sampling and measuring on a CPU, at the nominal speed,
+CALIBRATION_WEIGHTS = 135e6  # for a model of so many weights or less; in proportion for a larger
+MOST_CALIBRATION_SECONDS = 3600.0
 NOMINAL_FLOPS = 25e9  # float32 operations per second and thread
 NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
 LEAST_SEQUENCES, LEAST_LENGTH = 8, 64
@@ -184,6 +186,12 @@ def refuse_what_cannot_fit(plan: Preflight, output: Path, place: Place, held: in
         )
 
 
+def calibration_seconds(shape: Shape) -> float:
+    """How long calibrating on a CPU may take by default, at the nominal speed."""
+    share = max(1.0, shape.matrix_weights / CALIBRATION_WEIGHTS)
+    return min(CALIBRATION_SECONDS * share, MOST_CALIBRATION_SECONDS)
+
+
 def calibration_amount(
     source: Source, device: str, sequences: int | None = None, length: int | None = None
 ) -> tuple[int, int]:
@@ -201,7 +209,7 @@ def calibration_amount(
     def holds(count: int, tokens: int) -> bool:
         sampling = _sampling_seconds(source, shape, nominal, count, tokens, torch.float32)
         total = sampling + count * _backward_seconds(shape, nominal, tokens)
-        return total <= CALIBRATION_SECONDS
+        return total <= calibration_seconds(shape)
 
     count = sequences or FULL_SEQUENCES
     tokens = min(length or CPU_LENGTH, limit)
@@ -263,12 +271,11 @@ def _best_seconds(work: Callable[[], Any], device: str) -> float:
 
 
 def _backward_seconds(shape: Shape, speed: Speed, tokens: int) -> float:
-    """Forward and backward over one sequence: 6 operations per weight and token."""
+    """Forward, again, and back over one sequence: 6 operations per weight and token."""
     attention = 12 * shape.layers * shape.hidden * tokens**2
     flops = 6.0 * shape.weights_for_a_token * tokens + attention
     calls = 3 * _operations(shape) * speed.call_seconds
-    squares = 4 * shape.matrix_weights / speed.elements / 8  # far cheaper than a bucketize pass
-    return flops / speed.flops + calls + squares
+    return flops / speed.flops + calls
 
 
 def _operations(shape: Shape) -> int:
