@@ -25,7 +25,7 @@ pytestmark = [
 ]
 PORT = 18_217
 EXACT = {"quantization_config": {"quant_method": "cvxq", "exact": True}}
-STARTS = 600  # seconds
+STARTS = 1200  # seconds, on a busy machine
 CLIENTS = 16
 
 
@@ -76,7 +76,11 @@ def log(file: Path, tmp_path: Path) -> Iterator[Path]:
         yield told
     finally:
         server.terminate()
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 def test_sixteen_clients_get_what_each_would_alone(log: Path, file: Path) -> None:
