@@ -282,8 +282,14 @@ def _prepare(folder: Path, job: Mapping[str, Any], say: Callable[[str], None], a
     for path in folder.iterdir():
         if other or anew or path.suffix == _UNFINISHED:
             path.unlink()
-    if not (folder / _JOB).exists():
-        (folder / _JOB).write_text(json.dumps(job, sort_keys=True))
+    described = folder / _JOB
+    if not described.exists():
+        try:
+            described.write_text(json.dumps(job, sort_keys=True))
+        except OSError as error:  # of a disk that is full: say which, and leave no half of it
+            described.unlink(missing_ok=True)
+            error.filename = str(described)
+            raise
 
 
 def _locked(folder: Path) -> int | None:
