@@ -55,6 +55,10 @@ def answers(model: str, order: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     """Print a line for each model: its answers, or the error that came instead."""
     order = json.loads(sys.argv[1])
+    if order["ranks"] > 1:  # which vLLM by itself puts on nodes of memory, a rank each
+        allowed = sorted(os.sched_getaffinity(0))
+        chosen = [str(allowed[rank % len(allowed)]) for rank in range(order["ranks"])]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(chosen))
     told, sys.stdout = sys.stdout, sys.stderr
     for model in order["models"]:
         found: Any
