@@ -59,7 +59,8 @@ def main() -> None:
         allowed = sorted(os.sched_getaffinity(0))
         chosen = [str(allowed[rank % len(allowed)]) for rank in range(order["ranks"])]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(chosen))
-    told, sys.stdout = sys.stdout, sys.stderr
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # ranks are processes that write to it, too
     for model in order["models"]:
         found: Any
         try:
