@@ -38,7 +38,7 @@ COUNT_MASK = (1 << COUNT_BITS) - 1
 # Instructions of a lane per chunk of depth 0 … 8 in tiles of 64 rows on sm_90, prologue included,
 # as `tools/count_instructions.py` finds them; for depth 0, what its means cost.
 MATVEC_COSTS = (40, 91, 95, 102, 135, 499, 495, 537, 415)
-GEMM_COSTS = (1, 220, 212, 223, 308, 574, 572, 590, 532)
+GEMM_COSTS = (1, 276, 268, 281, 377, 593, 591, 627, 559)
 # Least of a program: fewer do not repay its prologue, and a single deep chunk would unbalance them.
 LEAST_COST = 1800
 LEAST_PARTS = 3  # of a tile on average

@@ -60,3 +60,24 @@ def test_the_page_has_the_models_figures(model: ModuleType) -> None:
     page = (ROOT / "docs" / "gpu.md").read_text()
     for row in model.table(tokens):
         assert row in page
+
+
+@pytest.fixture
+def gemm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("model_gemm")
+
+
+@pytest.mark.parametrize(("batch", "goal"), [(8, 0.52), (16, 0.52), (64, 1.0)])
+def test_the_small_gemm_is_no_slower_than_it_was(gemm: ModuleType, batch: int, goal: float) -> None:
+    """Over cuBLAS in float16, all matrices of a layer, at 3 bits on an H100, by the model."""
+    found = gemm.products(3, batch, gemm.DEVICES[0])
+    ours, theirs = (sum(getattr(p, n) for p in found) for n in ("microseconds", "dense_us"))
+    assert ours <= goal * theirs
+
+
+@pytest.mark.slow
+def test_the_page_has_the_small_gemms_figures(gemm: ModuleType) -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    for row in gemm.table(gemm.DEVICES[:1], (3, 4), (8, 16, 64)):
+        assert row in page
