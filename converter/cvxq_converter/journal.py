@@ -210,6 +210,7 @@ class Journal:
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                error.filename, error.filename2 = str(unfinished), None
                 raise
             raise CutShortError(
                 f"{self.folder}: no room for what is done so far ({error.strerror}); "
