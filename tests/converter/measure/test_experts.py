@@ -36,7 +36,7 @@ def test_sums_are_those_of_the_stacks_gradients(
     network = build_mixture(family)
     network.save_pretrained(tmp_path)
     loaded = load_model(open_source(str(tmp_path)), ConversionOptions.of(bits=4))
-    sequences = torch.randint(3, 96, (1, 10))
+    sequences = torch.randint(3, 96, (1, 1))  # of several tokens squares are summed one by one
     found = measure_statistics(loaded.streamed, loaded.matrices, sequences, "logits")
     logits = network(sequences, use_cache=False).logits
     signs = torch.empty_like(logits)
@@ -50,7 +50,7 @@ def test_sums_are_those_of_the_stacks_gradients(
         wanted = (*both[expert].chunk(2), down[expert])
         for role, gradient in zip(NAMES[family], wanted, strict=True):
             stats = found[f"model.layers.1.{block}.experts.{expert}.{role}.weight"]
-            squares = gradient.double().square().numpy() / 10
+            squares = gradient.double().square().numpy()
             np.testing.assert_allclose(stats.row_sensitivity, squares.sum(1), rtol=1e-4, atol=1e-12)
             np.testing.assert_allclose(
                 stats.column_sensitivity, squares.sum(0), rtol=1e-4, atol=1e-12
@@ -59,7 +59,7 @@ def test_sums_are_those_of_the_stacks_gradients(
             assert (stats.routed_tokens.sum() == 0) == (not squares.any())
             assert np.count_nonzero(stats.token_weights) <= stats.routed_tokens.sum()
             unseen += not squares.any()
-    assert unseen or family == "Mixtral"  # of six experts some see none of ten tokens
+    assert unseen  # one token comes to few of the experts
 
 
 def test_hessians_are_of_the_tokens_that_came_and_help_each_other(
