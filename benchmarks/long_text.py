@@ -77,7 +77,7 @@ def main() -> int:
             for _tenth in range(10):
                 for _ in islice(tokens, options.tokens // 10):
                     pass
-                now, kept = in_use(), decoder._native.nbytes
+                now, kept = in_use(), decoder.native.nbytes
                 beside.append(now - kept)
                 figures = [f"{value / 1e6:.1f}" for value in (now, kept, now - kept)]
                 row = (decoder.length, *figures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -404,4 +405,5 @@ def test_comparison_runs_without_other_environments(
     assert page.count("| **cvxq** `--tune 1` |") == 1
     assert page.count("| RTN, 3 bits, group 32 |") == 2
     again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.stdout == done.stdout
+    busy = re.compile(r"\d+ jobs at a time")  # of other programs, too
+    assert busy.sub("", again.stdout) == busy.sub("", done.stdout)

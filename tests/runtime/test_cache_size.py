@@ -48,10 +48,10 @@ def test_sizes_are_those_that_the_native_decoder_holds(make_file: MakeFile) -> N
     with cvxq.load(path, context=300) as model:
         decoder: Any = model.decoder
         decoder.feed([1])
-        before = decoder._native.nbytes  # with a block of 64 places
+        before = decoder.native.nbytes  # with a block of 64 places
         decoder.feed([1] * 64)
         assert size is not None
-        assert decoder._native.nbytes - before == 64 * size.bytes_per_token
+        assert decoder.native.nbytes - before == 64 * size.bytes_per_token
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("cvxq.cli.evaluate", "Score benchmarks by lm-evaluation-harness."),
     "inspect": ("cvxq.cli.inspect", "Show where every byte went, depths and provenance."),
     "verify": ("cvxq.cli.verify", "Check every checksum and invariant of a file."),
-    "export": ("cvxq.cli.export", "Write the folder that transformers loads."),
+    "export": ("cvxq.cli.export", "Write the folder that transformers and vLLM load."),
     "push": ("cvxq.cli.push", "Put a file onto the Hugging Face hub, with a card."),
     "bench": ("cvxq.cli.bench", "Measure loading, prefill, decoding and memory."),
 }

@@ -8,23 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from cvxq_kernels.cpu.decoder import TEXTS, Piece
-
-if TYPE_CHECKING:
-    from cvxq.lean.native_decoder import NativeDecoder
+from cvxq_kernels.cpu.decoder import TEXTS, Decoder, Piece
 
 Floats = npt.NDArray[np.float32]
+
+
+class Reader(Protocol):
+    """What is asked of a native decoder here; its own file imports this one."""
+
+    native: Decoder
+    vocabulary: int
+    chunk: int
+    exact: bool
+    length: int
+    capacity: int
+
+    def sibling(self) -> Any:
+        """Return an empty one of the same matrices."""
+
+    def begin(self, ids: Sequence[int], wanted: int) -> Reading:
+        """Return what is to be read, checked."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first tokens."""
+
+    def copy(self, other: Any, length: int) -> None:
+        """Hold the first tokens of another."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
     """Tokens ids (n,) int64 that `decoder` is to read, with logits after the last `wanted`."""
 
-    decoder: NativeDecoder
+    decoder: Reader
     ids: npt.NDArray[np.int64]
     wanted: int
 
@@ -32,7 +52,7 @@ class Reading:
 class NativeBatch:
     """Texts beside each other; see `cvxq.lean.decoder.Batch`."""
 
-    def __init__(self, decoder: NativeDecoder, texts: int) -> None:
+    def __init__(self, decoder: Reader, texts: int) -> None:
         """Start with empty texts."""
         self._decoders = [decoder.sibling() for _ in range(texts)]
         self.capacity = decoder.capacity

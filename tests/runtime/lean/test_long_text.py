@@ -41,7 +41,7 @@ def test_a_long_text_takes_its_keys_and_values_and_no_more(
     with cvxq.load(path, threads=1) as model:
         decoder: Any = model.decoder
         assert decoder.capacity == CONTEXT
-        native = decoder._native
+        native = decoder.native
         tokens = model.session().draw([1], settings)
         assert len(list(islice(tokens, SETTLED))) == SETTLED
         held, beside = native.nbytes, in_use() - native.nbytes
