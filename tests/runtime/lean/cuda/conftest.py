@@ -41,6 +41,7 @@ class FakeDevice(TorchFunctionMode):
         super().__init__()
         self.calls: list[str] = []
         self.moved: Counter[tuple[int, int]] = Counter()
+        self._held: list[torch.Tensor] = []  # what was moved, so that no address is given out anew
         self.is_capturing = False
         self.count = count
         self._of_thread = threading.local()
@@ -86,6 +87,7 @@ class FakeDevice(TorchFunctionMode):
         if self.is_capturing and name in WAITS:
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
         if name == "to" and any(self._place(value) is not value for value in args[1:]):
+            self._held.append(args[0])
             self.moved[args[0].data_ptr(), args[0].nbytes] += 1
         if func is torch.device:  # code may name the device; no tensor gets there
             return func(*args, **(kwargs or {}))

@@ -16,7 +16,10 @@ import torch
 from cvxq.lean.cuda import decoder as cuda_decoder
 from cvxq.lean.cuda import opening
 from cvxq.sample import SamplingSettings
+from cvxq_kernels import gpu
 from cvxq_kernels.decode import reference
+from cvxq_kernels.gpu import repack
+from cvxq_kernels.gpu.weight import GpuWeight
 
 MakeFile = Callable[..., Any]
 SMALLER = 1 << 14
@@ -50,6 +53,26 @@ def test_prompts_scores_and_answers_take_the_working_bytes_at_most(
             logits = decoder.logits(IDS)  # in main memory, which the account cannot tell apart
     # The stand-ins for packed weights expand a matrix to bfloat16 at every use, the largest here.
     assert account.most <= allowed + logits.nbytes + expanded // 2
+
+
+def test_packed_bytes_go_to_the_device_once(
+    make_file: MakeFile, fake_device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real way of arranging, but for the kernel that moves codes."""
+
+    class NoKernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *arguments, **named: None
+
+    monkeypatch.setattr(gpu, "GpuWeight", GpuWeight)
+    monkeypatch.setattr(repack, "repack_kernel", NoKernel())
+    made = make_file("llama")
+    with cvxq.load(made.path, device="cuda") as model:
+        weights = model.decoder.network.weights
+        assert any(isinstance(weight, GpuWeight) for weight in weights.multiplied())
+        packed = {name: count for name, count in fake_device.moved.items() if name[1] >= 256}
+    assert packed
+    assert set(packed.values()) == {1}
 
 
 def test_the_account_of_moves_counts_them(fake_device: Any) -> None:
