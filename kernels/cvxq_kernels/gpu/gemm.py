@@ -31,13 +31,13 @@ from cvxq_kernels.gpu.snippets import permute, prefetch, prefetch_ahead
 
 @triton.jit
 def sort_kernel(
-    x, x_stride, batch, columns, order, places, padded_batch, out, largest,
+    x, x_stride, batch, columns, order, length, padded_batch, out, largest,
     SORTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[m, i] = x[m, order[i]] / largest[m], or x[m, i] unless SORTED; 0 for m ≥ batch.
 
-    Grid (padded batch, blocks of places).  x: (batch, columns); order: (places,) int32; out:
-    (places, padded_batch) float16; largest: (padded batch,) float32, 1 where x is 0.
+    Grid (padded batch, ⌈length / BLOCK⌉).  x: (batch, columns); order: (length,) int32; out:
+    (length, padded_batch) float16; largest: (padded batch,) float32, 1 where x is 0.
     Every program finds the row's largest magnitude itself: cheaper than waiting for another.
     """
     m = tl.program_id(0)
@@ -52,10 +52,10 @@ def sort_kernel(
     place = tl.program_id(1) * BLOCK + lane
     column = place
     if SORTED:
-        column = tl.load(order + place, mask=place < places, other=0)
-    wanted = (column < columns) & (place < places) & (m < batch)
+        column = tl.load(order + place, mask=place < length, other=0)
+    wanted = (column < columns) & (place < length) & (m < batch)
     value = tl.load(x + m * x_stride + column, mask=wanted, other=0).to(tl.float32) / top
-    tl.store(out + place * padded_batch + m, value, mask=place < places)
+    tl.store(out + place * padded_batch + m, value, mask=place < length)
     tl.store(largest + m, top)
 
 
@@ -150,7 +150,7 @@ def gemm_kernel(
 ):  # fmt: skip
     """out[m, row_of[i]] for m < batch; grid (items, padded_batch // MT).
 
-    x: (places, padded_batch) float16 and largest: (padded_batch,) float32, from `sort_kernel`;
+    x: (length, padded_batch) float16 and largest: (padded_batch,) float32, from `sort_kernel`;
     partial: (items, padded_batch, ROWS) float32; arrived: padded_batch // MT · tile_count int32, 0
     before and after; means: (batch, clusters) float32; the rest as in `matvec`.
     """

@@ -90,16 +90,16 @@ def gemm(matrix: DeviceMatrix, work: Workspace, product: Product, plan: Plan) ->
     x, shares = product.x, matrix.shares("gemm", plan.programs)
     batch = max(triton.next_power_of_2(len(x)), plan.tile_batch)
     is_sorted = len(matrix.order) <= SORTED_ORDERS * matrix.inputs + CHUNK
-    places = len(matrix.order) if is_sorted else matrix.inputs
-    ordered = work.take("sorted", places * batch, torch.float16)
+    length = len(matrix.order) if is_sorted else matrix.inputs
+    ordered = work.take("sorted", length * batch, torch.float16)
     largest = work.take("largest", batch, torch.float32)
-    sort_kernel[(batch, triton.cdiv(places, SORT_BLOCK))](
+    sort_kernel[(batch, triton.cdiv(length, SORT_BLOCK))](
         x=x,
         x_stride=x.stride(0),
         batch=len(x),
         columns=matrix.inputs,
         order=matrix.order,
-        places=places,
+        length=length,
         padded_batch=batch,
         out=ordered,
         largest=largest,

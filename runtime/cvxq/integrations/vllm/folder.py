@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from pathlib import Path
+
+from cvxq_format.unfinished import UnfinishedFolder
 
 from cvxq.export import FOLDER_VERSION, export_rest
 from cvxq.hub import MODEL_FILE
@@ -21,14 +20,13 @@ def folder_of(file: Path, cache: Path) -> Path:
     if folder.exists():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=cache))
+    made = UnfinishedFolder(folder)
     try:
-        export_rest(file, made)
-        (made / MODEL_FILE).symlink_to(file)
-        os.rename(made, folder)  # noqa: PTH104 a process that was faster makes it fail
-    except OSError:
-        if not folder.exists():
+        export_rest(file, made.path)
+        (made.path / MODEL_FILE).symlink_to(file)
+        made.finish()
+    except BaseException as error:
+        made.abandon()
+        if not (isinstance(error, OSError) and folder.exists()):  # another process was faster
             raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return folder
