@@ -18,6 +18,10 @@ import numpy as np
 import pytest
 from cvxq_format import CompandedTensor, pack_codes
 
+# Otherwise each of hundreds of processes would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 
 def pytest_configure() -> None:
     """Let child processes feel Ctrl-C: a shell's background jobs start with it ignored."""
@@ -126,7 +130,7 @@ def live_bytes() -> Any:
     return LiveBytes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs() -> Iterator[Callable[..., Callable[..., dict[str, Any]]]]:
     """Return a function that gives runs of a command which end early, see tests/faulty_runs.py.
 
@@ -137,10 +141,11 @@ def runs() -> Iterator[Callable[..., Callable[..., dict[str, Any]]]]:
     started: dict[Any, subprocess.Popen[str]] = {}
 
     def begin(command: str, *words: object, **environment: str) -> Callable[..., dict[str, Any]]:
-        key = (command, *environment.items())
+        loaded = "convert" if command == "measure" else command
+        key = (loaded, *environment.items())
         if key not in started:
             started[key] = subprocess.Popen(
-                [sys.executable, program, command],
+                [sys.executable, program, loaded],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -151,7 +156,7 @@ def runs() -> Iterator[Callable[..., Callable[..., dict[str, Any]]]]:
         def one(how: str, number: float = 0) -> dict[str, Any]:
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(json.dumps([how, number, [*map(str, words)]]) + "\n")
+            process.stdin.write(json.dumps([how, number, [command, *map(str, words)]]) + "\n")
             process.stdin.flush()
             ended: dict[str, Any] = json.loads(process.stdout.readline())
             return ended

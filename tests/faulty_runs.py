@@ -2,9 +2,11 @@
 
     python tests/faulty_runs.py COMMAND
 
-reads JSON lines, [how, number, the command's arguments]: "run" it; "obey" the permissions of files,
-which root need not; "kill" it after so many seconds; or "limit" files to so many bytes.
-Answers each with a JSON line: exit code (negative: signal), stderr, and seconds.
+reads JSON lines, [how, number, the command and its arguments]: "run" it; "obey" the permissions of
+files, which root need not; "kill" it after so many seconds; "limit" files to so many bytes; or let
+the file of its journal with this number be the "last" thing that it writes.
+Answers each with a JSON line: exit code (negative: signal), stderr, and seconds. What COMMAND
+imports is loaded once; `measure` needs what `convert` does.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ import time
 
 from cvxq.cli.application import application
 
-CONVERTING = ("convert", "measure")
-
-
 MODULES = {
+    "convert": (
+        "cvxq_converter.job",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+    ),
     "serve": ("cvxq.lean.fast_codec", "cvxq.lean.native_decoder", "cvxq.serve.run"),
     "export": ("cvxq.export",),
     "push": ("cvxq.card", "cvxq.export", "cvxq.hub", "cvxq.summary", "huggingface_hub.hf_api"),
@@ -32,7 +37,7 @@ MODULES = {
 
 def load(command: str) -> None:
     """Import what a command would import anew in every run."""
-    if command in CONVERTING:
+    if command == "convert":
         import torch
 
         torch.set_num_threads(1)
@@ -52,6 +57,8 @@ def run(how: str, number: float, arguments: list[str]) -> dict[str, object]:
             obey_permissions()
         if how == "limit":
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(number), int(number)))
+        if how == "last":
+            die_at_file(int(number))
         try:
             application.main(arguments)
         except SystemExit as error:
@@ -75,13 +82,28 @@ def obey_permissions() -> None:
         raise OSError("capset failed")
 
 
+def die_at_file(number: int) -> None:
+    """Be killed when the journal's file of this number has been written; every step has one."""
+    from cvxq_converter import journal
+
+    write, left = journal.Journal._write, number
+
+    def write_or_die(self: journal.Journal, name: str) -> None:
+        nonlocal left
+        write(self, name)
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    journal.Journal._write = write_or_die  # type: ignore[method-assign]
+    journal.SHORTEST = 0.0
+
+
 def main() -> None:
     """Run as the lines of stdin say."""
-    command = sys.argv[1]
-    load(command)
+    load(sys.argv[1])
     for line in sys.stdin:
-        how, number, arguments = json.loads(line)
-        print(json.dumps(run(how, number, [command, *arguments])), flush=True)
+        print(json.dumps(run(*json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -338,13 +337,16 @@ def test_provenance_tells_no_time_path_or_host(save_network: Save, tmp_path: Pat
 # --- the way there ------------------------------------------------------------------------------
 
 
-def test_two_processes_write_the_same_bytes(save_network: Save, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has PyTorch loaded")
+def test_two_processes_write_the_same_bytes(
+    save_network: Save, tmp_path: Path, runs: Callable[..., Any]
+) -> None:
     folder, here, there = save_network("llama-gqa"), tmp_path / "a.cvxq", tmp_path / "b.cvxq"
     run(folder, here, bits=4.0, seed=3, iterations=2)
-    command = [sys.executable, "-m", "cvxq.cli", "convert", folder, "-o", there, "--bits", "4"]
-    command += ["--group-size", "16", "--sequences", "3", "--length", "12", "--seed", "3"]
-    command += ["--iterations", "2", "--threads", "1"]
-    subprocess.run([str(c) for c in command], check=True, capture_output=True, timeout=120)
+    amounts = ("--bits", "4", "--group-size", "16", "--sequences", "3", "--length", "12")
+    more = ("--seed", "3", "--iterations", "2", "--threads", "1")
+    again = runs("convert", folder, "-o", there, *amounts, *more)("run")
+    assert again["code"] == 0, again["said"]
     assert here.read_bytes() == there.read_bytes()
     run(folder, there, bits=4.0, seed=4, iterations=2)
     assert here.read_bytes() != there.read_bytes()

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -362,41 +361,17 @@ def test_another_model_or_option_begins_anew(
         copy.rename(kept)
 
 
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-from cvxq_converter import journal
-from cvxq_converter.job import convert
-from cvxq_converter.options import ConversionOptions
-
-write, left = journal.Journal._write, int(sys.argv[3])
-def last(self, name):
-    global left
-    write(self, name)
-    left -= 1
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-journal.Journal._write, journal.SHORTEST = last, 0.0
-convert(sys.argv[1], Path(sys.argv[2]), ConversionOptions.of(bits=4.0, group_size=16, sequences=4,
-        length=12), announce=print)
-"""
-
-
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has PyTorch loaded")
 def test_killed_processes_leave_what_the_next_one_goes_on_from(
-    save_network: Save, tmp_path: Path
+    save_network: Save, tmp_path: Path, runs: Callable[..., Any]
 ) -> None:
     folder, output = save_network("llama-tied"), tmp_path / "found.cvxq"
     convert(str(folder), tmp_path / "expected.cvxq", options())
-    for left, found in ((6, None), (12, "measured"), (8, "measured 100%"), (-1, "of 15 matrices")):
-        done = subprocess.run(
-            [sys.executable, "-c", _KILLED, folder, output, str(left)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == (0 if left < 0 else -signal.SIGKILL), done.stderr
-        assert found is None or found in done.stdout
+    amounts = ("--bits", "4", "--group-size", "16", "--sequences", "4", "--length", "12")
+    one = runs("convert", folder, "-o", output, *amounts, "--threads", "1")
+    for last, found in ((6, None), (12, "measured"), (8, "measured 100%"), (-1, "of 15 matrices")):
+        done = one("last", last)
+        assert done["code"] == (0 if last < 0 else -signal.SIGKILL), done["said"]
+        assert found is None or found in done["said"]
     assert output.read_bytes() == (tmp_path / "expected.cvxq").read_bytes()
     assert not output.with_name("found.cvxq.journal").exists()

@@ -194,6 +194,7 @@ def test_perplexity_of_the_file_against_the_original(toy: Toy, tmp_path: Path) -
     shutil.which("make") is None or not (Path(sys.prefix) / "bin" / "cvxq").exists(),
     reason="needs make, and cvxq installed in this environment",
 )
+@pytest.mark.slow
 def test_make_chat_demo_converts_a_folder_once_and_talks(toy: Toy, tmp_path: Path) -> None:
     file = tmp_path / "toy.cvxq"
     words = ["make", "-o", "environment", "chat-demo", f"VENV={sys.prefix}"]
