@@ -26,25 +26,17 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from cvxq_converter.job import convert
-from cvxq_converter.options import ConversionOptions
 from gpu_bring_up import STAGES, bring_up
-from gpu_decoding import (
-    DISTINCT_LAYERS,
-    Decoding,
-    Setting,
-    copy_bandwidth,
-    measure_lean,
-    measure_transformers,
-    open_repeated,
-)
-from random_model import SHAPES, Shape, histogram_line, make_model
+
+if TYPE_CHECKING:  # what takes seconds to load is imported where there is something to measure
+    import torch
+    from gpu_decoding import Decoding, Setting
+    from random_model import Shape
 
 HERE = Path(__file__).resolve().parent
-TINY = Shape(hidden=64, layers=4, heads=4, kv_heads=2, ffn=96, vocabulary=128, context=128)
+TINY = {"hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 128}
 BITS = (3, 4, 8)
 GOALS = {3: 0.4, 4: 0.5}  # share of the bandwidth bound that decoding is to reach
 GIGABYTE = 1e9
@@ -65,6 +57,9 @@ def say(text: str) -> None:
 
 def convert_to(bits: int, model: Path, output: Path, **options: Any) -> dict[str, float]:
     """Convert; return the seconds of every stage."""
+    from cvxq_converter.job import convert
+    from cvxq_converter.options import ConversionOptions
+
     report = convert(str(model), output, ConversionOptions.of(bits=bits, **options))
     return report.stage_seconds
 
@@ -85,6 +80,15 @@ def measure_kernels(dry: bool, seconds: float) -> None:
 
 def measure_decoding(shape: Shape, setting: Setting, device: str, work: Path) -> None:
     """Convert a few layers at each rate, decode with all layers, print the table."""
+    from gpu_decoding import (
+        DISTINCT_LAYERS,
+        copy_bandwidth,
+        measure_lean,
+        measure_transformers,
+        open_repeated,
+    )
+    from random_model import histogram_line, make_model
+
     few = replace(shape, layers=min(DISTINCT_LAYERS, shape.layers))
     begin = time.perf_counter()
     make_model(work / "model", few)
@@ -132,6 +136,8 @@ def half_on(device: str) -> str:
 
 def dtype_on(device: str) -> torch.dtype:
     """The type that conversions compute in."""
+    import torch
+
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
@@ -147,6 +153,8 @@ def table_row(row: Decoding, bandwidth: float) -> str:
 
 def measure_conversion(shape: Shape, sequences: int, length: int, device: str, work: Path) -> None:
     """Convert the whole shape with full calibration and print the minutes of every stage."""
+    from random_model import histogram_line, make_model
+
     begin = time.perf_counter()
     make_model(work / "model", shape)
     say(f"Made the random model in {time.perf_counter() - begin:.0f} s.")
@@ -172,6 +180,8 @@ def measure_conversion(shape: Shape, sequences: int, length: int, device: str, w
 
 def heading(device: str, dry: bool) -> None:
     """Say what was run, on what."""
+    import torch
+
     machine = torch.cuda.get_device_name(device) if device != "cpu" else "CPU"
     today = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "triton"))
@@ -198,11 +208,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def has_device() -> bool:
+    """Say whether there is a GPU to measure."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main() -> int:
     options = arguments()
     end = time.monotonic() + 60 * options.minutes
     dry = options.dry_run
-    if not dry and not torch.cuda.is_available():
+    if not dry and not has_device():
         print(
             "gpu: there is no CUDA device here; --dry-run shows that the script works",
             file=sys.stderr,
@@ -212,8 +229,12 @@ def main() -> int:
         chosen = [stage for stage in STAGES if stage.name in options.stages]
         work = options.work or Path("build") / "gpu-bring-up"
         return 0 if bring_up(chosen, work, options.file, dry, say) else 1
+
+    from gpu_decoding import Setting
+    from random_model import SHAPES, Shape
+
     device = "cpu" if dry else "cuda"
-    shape = TINY if dry else SHAPES["7b"]
+    shape = Shape(**TINY, context=128) if dry else SHAPES["7b"]
     setting = Setting(16, 8, 2) if dry else Setting(128, 256, 5)
     work = options.work or Path(tempfile.mkdtemp(prefix="cvxq-gpu-"))
     heading(device, dry)

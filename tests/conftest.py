@@ -185,13 +185,16 @@ def disassemble(tmp_path: Path) -> Callable[[Any], str]:
 
 
 @pytest.fixture(scope="session")
-def run_interpreted() -> Callable[[Path], str]:
-    """Run a file of tests in Triton's interpreter, which is chosen before Triton loads."""
+def run_interpreted() -> Callable[..., str]:
+    """Run files of tests in Triton's interpreter, which is chosen before Triton loads."""
+    plugin = Path(__file__).with_name("quick_interpreter.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(plugin.parent)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin.stem]
 
-    def run(file: Path) -> str:
+    def run(*words: object) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
+            [*command, *map(str, words)],
+            env=environment,
             capture_output=True,
             text=True,
             check=False,

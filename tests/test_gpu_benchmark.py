@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,20 +17,25 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
 
 
-def run(*options: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), "--dry-run", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "A dry run with tiny shapes: none of these figures means anything." in done.stdout
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return run(*options): what a dry run prints; here, where what it loads is loaded already."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    script = importlib.import_module("gpu")
+
+    def dry(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--dry-run", *options])
+        status = script.main()
+        printed, said = capfd.readouterr()
+        assert status == 0, said
+        assert "A dry run with tiny shapes: none of these figures means anything." in printed
+        return printed
+
+    return dry
 
 
 @pytest.mark.slow
-def test_decoding() -> None:
+def test_decoding(run: Callable[..., str]) -> None:
     """All ways of decoding have a row with finite speeds; depths are printed beside them."""
     page = run("--part", "decoding")
     rows = re.findall(
@@ -56,7 +62,7 @@ def test_decoding() -> None:
 
 
 @pytest.mark.slow
-def test_conversion() -> None:
+def test_conversion(run: Callable[..., str]) -> None:
     page = run("--conversion")
     stages = re.findall(r"^\| (\w[\w ,]*) \| ([\d.]+) \|$", page, re.M)
     assert {"load", "calibrate", "measure", "allocate", "quantize", "correct", "write", "all"} <= {

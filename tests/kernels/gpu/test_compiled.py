@@ -1,7 +1,6 @@
 """Every kernel compiled for GPUs that are not there, and what the machine code costs.
 
-Compiling happens in one process of its own, since these tests' own may have Triton's interpreter
-switched on.  The limits are the instruction budgets of the project: what lets a GPU stream packed
+The limits are the instruction budgets of the project: what lets a GPU stream packed
 weights at full bandwidth, the prologue included; a change that breaks one is a regression.
 """
 
@@ -9,9 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,27 +27,50 @@ EXACT_LIMITS = {
 OTHER_LIMITS = {3: 1.8, 8: 6.5}  # of matvec on sm_80 and sm_100
 
 
-def count(*flags: str) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(TOOL), "--json", *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the tool."""
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return importlib.import_module("count_instructions")
+
+
+@pytest.fixture
+def count(
+    tool: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., list[dict[str, Any]]]:
+    """Return count(*flags): what the tool finds."""
+
+    def found(*flags: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), "--json", *flags])
+        tool.main()
+        kernels: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+        return kernels
+
     return found
 
 
-@pytest.fixture(scope="module")
-def counts() -> dict[tuple[str, int], dict[str, Any]]:
-    found = count("--arch", "90", "--rows", "64", "--depth", *map(str, MATVEC_LIMITS))
-    return {(kernel["kernel"], kernel["depth"]): kernel for kernel in found}
+@pytest.fixture
+def count_one(
+    count: Callable[..., list[dict[str, Any]]],
+) -> Callable[[str, int], dict[str, Any]]:
+    """Return count_one(kernel, depth), for sm_90 and tiles of 64 rows."""
+
+    def found(kernel: str, depth: int) -> dict[str, Any]:
+        flags = ("--arch", "90", "--rows", "64", "--depth", str(depth), "--kernel", kernel)
+        (one,) = count(*flags)
+        assert (one["kernel"], one["depth"]) == (kernel, depth)
+        return one
+
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", MATVEC_LIMITS)
 def test_matvec_stays_within_its_budget(
-    counts: dict[tuple[str, int], dict[str, Any]], depth: int
+    count_one: Callable[[str, int], dict[str, Any]], depth: int
 ) -> None:
-    found, (limit, alu_limit) = counts["matvec", depth], MATVEC_LIMITS[depth]
+    found, (limit, alu_limit) = count_one("matvec", depth), MATVEC_LIMITS[depth]
     assert found["total"] + found["prologue"] <= limit
     assert found["alu"] + found["prologue_alu"] <= alu_limit
     assert found["spills"] == 0
@@ -59,15 +80,10 @@ def test_matvec_stays_within_its_budget(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "width"), [("gfx942", 64), ("gfx1100", 32)])
-def test_the_plain_twins_compile_for_amd(
-    architecture: str, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_the_plain_twins_compile_for_amd(tool: Any, architecture: str, width: int) -> None:
     backends = pytest.importorskip("triton.backends")
     if "amd" not in backends.backends:
         pytest.skip("this Triton has no AMD backend")
-    tool = importlib.import_module("count_instructions")
     variants = [tool.matvec_variant(1 << 3, 16), tool.full_variants(16)["rows"]]
     for variant in variants:
         off = {name: False for name in variant.constants if name == "PTX"}
@@ -77,13 +93,8 @@ def test_the_plain_twins_compile_for_amd(
 
 
 @pytest.mark.slow
-def test_a_matvec_that_starts_early_touches_nothing_before_its_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_matvec_that_starts_early_touches_nothing_before_its_wait(tool: Any) -> None:
     """Nothing but what says what to multiply, and requests; the inputs' rows come after."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    tool = importlib.import_module("count_instructions")
     compiled = tool.compile_for(tool.matvec_variant(1 << 3, 64, overlap=True), 90)
     listing = tool.run_tool("nvdisasm", compiled.asm["cubin"], "-c")
     before, wait, after = listing.partition("ACQBULK")
@@ -97,26 +108,25 @@ def test_a_matvec_that_starts_early_touches_nothing_before_its_wait(
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", MATVEC_LIMITS)
 def test_the_model_of_devices_has_these_counts(
-    counts: dict[tuple[str, int], dict[str, Any]], depth: int, monkeypatch: pytest.MonkeyPatch
+    count_one: Callable[[str, int], dict[str, Any]], depth: int
 ) -> None:
-    monkeypatch.syspath_prepend(str(TOOL.parent))
+    found = count_one("matvec", depth)
     known = importlib.import_module("model_gpu").INSTRUCTIONS[90][depth - 1]
-    found = counts["matvec", depth]
     assert 64 * (found["total"] + found["prologue"]) == pytest.approx(known, rel=0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "depth"), EXACT_LIMITS)
 def test_exact_paths_stay_within_their_budgets(
-    counts: dict[tuple[str, int], dict[str, Any]], kernel: str, depth: int
+    count_one: Callable[[str, int], dict[str, Any]], kernel: str, depth: int
 ) -> None:
-    found = counts[kernel, depth]
+    found = count_one(kernel, depth)
     assert found["total"] + found["prologue"] <= EXACT_LIMITS[kernel, depth]
     assert found["spills"] == 0
 
 
 @pytest.mark.slow
-def test_the_same_code_serves_other_gpus() -> None:
+def test_the_same_code_serves_other_gpus(count: Callable[..., list[dict[str, Any]]]) -> None:
     """Budgets with a tenth to spare: schedules differ, the work does not."""
     flags = ("--arch", "80", "100", "--rows", "64", "--depth", *map(str, OTHER_LIMITS))
     for found in count(*flags, "--kernel", "matvec"):
@@ -125,7 +135,9 @@ def test_the_same_code_serves_other_gpus() -> None:
 
 
 @pytest.mark.slow
-def test_all_kernels_compile_without_spills_for_all_depths_together() -> None:
+def test_all_kernels_compile_without_spills_for_all_depths_together(
+    count: Callable[..., list[dict[str, Any]]],
+) -> None:
     found = count("--compile-only", "--arch", "90")
     assert {kernel["kernel"] for kernel in found} == {
         "matvec", "matvec of 4", "gemm", "gemm of 64", "repack", "expand", "rows", "means", "sort",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,9 @@ import torch
 FILES = sorted(str(file) for file in Path(__file__).parent.glob("interpreted_*.py"))
 
 
-def run(environment: dict[str, str], *flags: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *flags, *FILES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    said = run({**os.environ, "TRITON_INTERPRET": "1"}, "-m", "not gpu")
+def test_in_the_interpreter(run_interpreted: Callable[..., str]) -> None:
+    said = run_interpreted("-m", "not gpu", *FILES)
     assert " passed" in said
     assert "skipped" not in said
 
@@ -32,4 +26,7 @@ def test_on_the_device() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    assert " passed" in run(environment)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout

@@ -99,12 +99,10 @@ def test_the_wheel_runs_in_a_fresh_environment(
     run(found, "-m", "venv", "--without-pip", tmp_path / "venv")
     binaries = tmp_path / "venv" / "bin"
     pip = (sys.executable, "-m", "pip", "--python", binaries / "python")
-    install = (*pip, "install", "--quiet", "--no-compile")
-    pins = ("-c", ROOT / "constraints.txt")
-    needed = [text for text in metadata(wheel, "Requires-Dist") if "extra ==" not in text]
-    if run(*install, *pins, *needed, check=False).returncode:
+    install = (*pip, "install", "--quiet", "--no-compile", "--disable-pip-version-check")
+    if run(*install, "-c", ROOT / "constraints.txt", wheel, check=False).returncode:
+        run(*install, "--no-deps", "--no-index", wheel)
         pytest.skip("pip could not install what the wheel needs")
-    run(*install, "--no-deps", "--no-index", wheel)
     run(*pip, "check")
     (site,) = (tmp_path / "venv").glob("lib/*/site-packages")
     run(binaries / "python", "-m", "compileall", "-q", *site.glob("cvxq*"))
@@ -119,7 +117,7 @@ def test_the_wheel_runs_in_a_fresh_environment(
         assert done.stdout == model.generate("ab", settings).text + "\n"
     assert "transformers" not in done.stderr
     generate = (binaries / "cvxq", "generate", chat_file, "ab", "--max-tokens", 1)
-    assert min(seconds(lambda: run(*generate)) for _ in range(3)) < START_SECONDS
+    assert any(seconds(lambda: run(*generate)) < START_SECONDS for _ in range(3))
 
 
 def seconds(work: Callable[[], object]) -> float:

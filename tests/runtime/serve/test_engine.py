@@ -189,11 +189,20 @@ def test_a_client_that_leaves_the_queue_is_not_answered(
     assert len(drawn) == 1
 
 
-@pytest.mark.usefixtures("slow")
-def test_a_full_queue_says_when_to_come_back(model: Any, serve: Any, until: Until) -> None:
+def test_a_full_queue_says_when_to_come_back(
+    model: Any, serve: Any, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, feed = threading.Event(), NativeDecoder.feed
+
+    def held(self: NativeDecoder, ids: Sequence[int]) -> Any:
+        release.wait(60)
+        return feed(self, ids)
+
+    monkeypatch.setattr(NativeDecoder, "feed", held)
+    short = {**ENDLESS, "max_tokens": 20}
     with serve(model, limits=Limits(waiting=1)) as tiny, ThreadPoolExecutor(2) as pool:
         streams = [
-            pool.submit(tiny.http.post, "/v1/chat/completions", json=ENDLESS) for _ in range(2)
+            pool.submit(tiny.http.post, "/v1/chat/completions", json=short) for _ in range(2)
         ]
         until(lambda: len(tiny.server.engine._queue) == 1)
         for path in ("chat/completions", "completions", "responses"):
@@ -203,6 +212,7 @@ def test_a_full_queue_says_when_to_come_back(model: Any, serve: Any, until: Unti
             assert answer.status_code == 429
             assert int(answer.headers["Retry-After"]) >= 1
             assert answer.json()["error"]["code"] == "queue_full"
+        release.set()
         assert [stream.result().status_code for stream in streams] == [200, 200]
 
 
