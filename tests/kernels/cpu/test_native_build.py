@@ -69,19 +69,9 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     absent = [name for name, flag in SPECIAL.items() if flag not in flags]
     sources = [source for source in kernel_sources() if Path(source).name not in absent]
     plain = [str(tmp_path / f"{name}.o") for name in absent]
+    plainly = [compiler("cc"), *FLAGS, "-DONE_INPUT", f"-I{NATIVE}", "-c"]
     for name, made in zip(absent, plain, strict=True):
-        run(
-            [
-                compiler("cc"),
-                *FLAGS,
-                "-DONE_INPUT",
-                f"-I{NATIVE}",
-                "-c",
-                str(NATIVE / name),
-                "-o",
-                made,
-            ]
-        )
+        run([*plainly, str(NATIVE / name), "-o", made])
     run([*command, *sources, *plain, str(DRIVER), "-lm", "-o", driver])
     run([driver])
 

@@ -17,7 +17,7 @@ pytest.importorskip("starlette", reason="needs the extra `serve`")
 
 import httpx
 
-KILLS = 12  # one in each part of the time, so that none is left out
+KILLS = 20  # one in each part of the time, so that none is left out
 LONGEST = 120  # seconds that a start may take
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that is loaded")
