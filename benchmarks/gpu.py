@@ -36,7 +36,6 @@ if TYPE_CHECKING:  # what takes seconds to load is imported where there is somet
     from random_model import Shape
 
 HERE = Path(__file__).resolve().parent
-TINY = {"hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 128}
 BITS = (3, 4, 8)
 GOALS = {3: 0.4, 4: 0.5}  # share of the bandwidth bound that decoding is to reach
 GIGABYTE = 1e9
@@ -233,8 +232,9 @@ def main() -> int:
     from gpu_decoding import Setting
     from random_model import SHAPES, Shape
 
+    tiny = Shape(hidden=64, layers=4, heads=4, kv_heads=2, ffn=96, vocabulary=128, context=128)
     device = "cpu" if dry else "cuda"
-    shape = Shape(**TINY, context=128) if dry else SHAPES["7b"]
+    shape = tiny if dry else SHAPES["7b"]
     setting = Setting(16, 8, 2) if dry else Setting(128, 256, 5)
     work = options.work or Path(tempfile.mkdtemp(prefix="cvxq-gpu-"))
     heading(device, dry)

@@ -38,17 +38,8 @@ def test_the_oldest_versions_that_are_allowed_will_do(tmp_path: Path) -> None:
         if installed.returncode:
             pytest.skip(f"pip could not install {', '.join(wanted)}")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not slow",
-        *TESTS,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    command += TESTS
     options = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": path}}
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stdout[-4000:]

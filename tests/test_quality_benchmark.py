@@ -412,3 +412,5 @@ def test_comparison_runs_without_other_environments(
     assert page.count("| **cvxq** |") == 2
     assert page.count("| **cvxq** `--tune 1` |") == 1
     assert page.count("| RTN, 3 bits, group 32 |") == 2
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.stdout == done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 
@@ -36,6 +37,8 @@ def run(
 
     port 0 takes a free one.  Raises ArgumentError for an address that cannot be had.
     """
+    # Or the first request waits until all installed packages were asked for plugins of pydantic.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     listening = _listen(host, port)
     metrics = Metrics()
     served = {name: Served(name, model, sessions, metrics) for name, model in models.items()}

@@ -7,7 +7,6 @@ machine and is ignored.  Anything else is refused, since an answer that ignores 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -18,9 +17,6 @@ from cvxq.sample import SamplingSettings
 MOST_CHOICES = 32  # of a request
 MOST_TOP_LOGPROBS = 20
 _COMPLETION_TOKENS = 16  # the default of OpenAI's completions
-
-# Or the first request waits until all installed packages were asked for plugins of pydantic.
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
 class Schema(BaseModel):

@@ -51,10 +51,9 @@ def test_sums_are_those_of_the_stacks_gradients(
         for role, gradient in zip(NAMES[family], wanted, strict=True):
             stats = found[f"model.layers.1.{block}.experts.{expert}.{role}.weight"]
             squares = gradient.double().square().numpy()
-            np.testing.assert_allclose(stats.row_sensitivity, squares.sum(1), rtol=1e-3, atol=1e-12)
-            np.testing.assert_allclose(
-                stats.column_sensitivity, squares.sum(0), rtol=1e-3, atol=1e-12
-            )
+            near = {"rtol": 1e-4, "atol": 1e-8}  # sums of up to 6, of float32 gradients
+            np.testing.assert_allclose(stats.row_sensitivity, squares.sum(1), **near)
+            np.testing.assert_allclose(stats.column_sensitivity, squares.sum(0), **near)
             routed = 1 if stats.routed_tokens is None else stats.routed_tokens.sum()  # None: all
             assert (routed == 0) == (not squares.any())
             assert np.count_nonzero(stats.token_weights) <= routed
