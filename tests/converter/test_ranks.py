@@ -15,7 +15,9 @@ import pytest
 from cvxq_converter.job import convert
 from cvxq_converter.measure.sums import laps, shards_of
 from cvxq_converter.options import ConversionOptions
+from cvxq_converter.preflight import preflight
 from cvxq_converter.ranks import ALONE, Ranks
+from cvxq_converter.source.checkpoint import open_source
 
 Save = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,22 +70,32 @@ def test_laps_deal_every_shard_to_one_rank(world: int, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_and_four_ranks_write_what_one_does(save_network: Save, tmp_path: Path) -> None:
-    """Two under torchrun, which has processes of its own, four that the command starts."""
-    folder = save_network("gpt2")
+def test_two_and_four_ranks_write_what_one_does(
+    build_mixture: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Two under torchrun, which has processes of its own, four that the command starts.
+
+    The four have a smaller disk, for which Hessians of some experts are gathered at a time.
+    """
+    folder = tmp_path / "model"
+    build_mixture("Mixtral", num_hidden_layers=2).save_pretrained(folder)
+    ample = options(disk=1 << 40)
+    disk = preflight(open_source(str(folder)), ample).scratch_bytes * 3 // 4
+    parts = preflight(open_source(str(folder)), ample.having(disk=disk))
+    assert parts.room is not None
     one, two, four = (tmp_path / f"{n}.cvxq" for n in (1, 2, 4))
-    convert(str(folder), one, options())
+    convert(str(folder), one, ample)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for arguments in (
         [*launcher, *command(folder, two)[1:]],
-        command(folder, four, "--ranks", "4"),
+        command(folder, four, "--ranks", "4", "--disk", f"{disk}B"),
     ):
         done = run(arguments)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         assert done.stderr.count("calibration 12 × 16 tokens") == 1  # only the first one speaks
     assert one.read_bytes() == two.read_bytes() == four.read_bytes()
-    assert {path.suffix for path in tmp_path.iterdir()} == {".cvxq"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".cvxq", ""}
 
 
 def children(parent: int) -> list[int]:
