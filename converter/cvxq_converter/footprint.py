@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvxq_converter.measure.calibration import cache_bytes, sampling_batch
+from cvxq_converter.measure.calibration import cache_bytes, copy_batch, sampling_batch
 from cvxq_converter.measure.quality import LOGIT_LIMIT
 from cvxq_converter.measure.sums import shards_of
 from cvxq_converter.measure.teaching import KEPT
@@ -65,8 +65,11 @@ def peak_memory(
         stages.append(in_memory + logits + result + plans + shape.largest_weights)
     if count and options.calibration.source == "self":
         stages.append(sampling_bytes(source, shape, options, count, tokens))
-    if count and options.calibration.source == "copy":  # packed, and the decoder's own
-        stages.append(2 * COPY_BITS * shape.quantized_weights // 8 + 10 * shape.largest_weights)
+    if count and options.calibration.source == "copy":
+        packed = 2 * COPY_BITS * shape.quantized_weights // 8  # and again as the decoder has it
+        texts = min(count, copy_batch(source.config, tokens))
+        cache = texts * (cache_bytes(source.config, tokens, 4) + 8 * shape.vocabulary)
+        stages.append(packed + 10 * shape.largest_weights + cache)
     is_made = source.has_names_of_network or source.scales or source.mxfp4
     if is_made:  # read as a whole, then put into files
         stages.append(4 * shape.parameters)

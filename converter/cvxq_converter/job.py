@@ -30,7 +30,7 @@ from cvxq_converter.beginning import Announce, begin, load
 from cvxq_converter.errors import ConversionError, NotDescribedError, one_line
 from cvxq_converter.footprint import COPY_BITS, proving_bytes
 from cvxq_converter.journal import Journal
-from cvxq_converter.measure.calibration import make_sequences, sample_copy
+from cvxq_converter.measure.calibration import Batch, make_sequences, sample_copy
 from cvxq_converter.measure.curve import Curve, Trial
 from cvxq_converter.measure.forward import InputHessians
 from cvxq_converter.measure.hessian import Feedback, Hessians
@@ -447,8 +447,8 @@ def calibrate(
     """The sequences; sampling them takes the network whole, or a copy."""
     tokenizer = load_tokenizer(loaded.source)
     if calibration.source == "copy":
-        decoder = partial(_open_copy, loaded, stages)
-        return sample_copy(decoder, loaded.hollow, tokenizer, calibration, done, journal)
+        texts = partial(_open_copy, loaded, stages)
+        return sample_copy(texts, loaded.hollow, tokenizer, calibration, done, journal)
     if calibration.source != "self":
         return make_sequences(loaded.hollow, tokenizer, calibration, done)
 
@@ -464,14 +464,15 @@ def calibrate(
     return sequences
 
 
-def _open_copy(loaded: LoadedModel, stages: Stages) -> Decoder:
-    """The decoder of a copy in 4 bits; ConversionError for a model that has no such decoder."""
+def _open_copy(loaded: LoadedModel, stages: Stages, texts: int) -> Batch:
+    """Texts of a decoder of a copy in 4 bits; ConversionError where there is no such decoder."""
     from cvxq.lean import NotLeanError, open_native
+    from cvxq.lean.native_batch import NativeBatch
 
     made = quantize_network_rtn(loaded, Target(bits=COPY_BITS), Method(), stages, "copy")
     try:
         record, tensors = loaded.describe(()), StoredTensors(loaded, made)
-        return open_native(record, tensors, torch.get_num_threads())
+        return NativeBatch(open_native(record, tensors, torch.get_num_threads()), texts)
     except (NotDescribedError, NotLeanError) as error:
         raise ConversionError(
             f"{loaded.source.name}: a copy cannot be sampled from: {one_line(error)}; "

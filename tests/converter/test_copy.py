@@ -22,24 +22,31 @@ Save = Callable[..., Path]
 
 
 class Counter:
-    """A decoder that is sure of the next token: one more than the last, 2 (the end) after 6."""
+    """Texts that are sure of the next token: one more than the last, 2 (the end) after 6."""
 
-    def __init__(self) -> None:
-        self.text: list[int] = []
+    def __init__(self, texts: int) -> None:
+        self.lengths = [0] * texts
 
-    def rewind(self, length: int) -> None:
-        del self.text[length:]
+    def rewind(self, text: int, length: int) -> None:
+        self.lengths[text] = length
 
-    def feed(self, ids: Sequence[int]) -> np.ndarray:
-        self.text += ids
-        logits = np.full(12, -1e9, np.float32)
-        logits[2 if ids[-1] == 6 else ids[-1] + 1] = 0
+    def read(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
+        logits = np.full((len(pieces), 12), -1e9, np.float32)
+        for row, (text, ids) in zip(logits, pieces, strict=True):
+            self.lengths[text] += len(ids)
+            row[2 if ids[-1] == 6 else ids[-1] + 1] = 0
+        assert len(set(self.lengths)) == 1  # all are as long, none goes on from another sequence
         return logits
 
 
 def network_of(bos: int | None) -> Any:
     text = SimpleNamespace(
-        bos_token_id=bos, eos_token_id=2, to_dict=lambda: {"max_position_embeddings": 64}
+        bos_token_id=bos,
+        eos_token_id=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        hidden_size=1,
+        to_dict=lambda: {"max_position_embeddings": 64},
     )
     table = SimpleNamespace(weight=torch.zeros(12, 1))
     return SimpleNamespace(
@@ -57,15 +64,15 @@ def test_documents_begin_anew_after_an_end() -> None:
 
 def test_a_seed_draws_the_same_sequence_whatever_their_number() -> None:
     class Even(Counter):
-        def feed(self, ids: Sequence[int]) -> np.ndarray:
-            return np.zeros(12, np.float32)
+        def read(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> np.ndarray:
+            return np.zeros((len(pieces), 12), np.float32)
 
     some, more = (
         sample_copy(Even, network_of(1), None, Calibration("copy", count, 20, seed=4))
-        for count in (2, 5)
+        for count in (2, 20)  # more than are drawn side by side
     )
     assert torch.equal(some, more[:2])
-    assert len({tuple(row) for row in more.tolist()}) == 5
+    assert len({tuple(row) for row in more.tolist()}) == 20
 
 
 def converted(folder: Path, path: Path, lines: list[str] | None = None, **options: Any) -> Any:

@@ -11,11 +11,11 @@ text begins with the start token, too, where the tokenizer puts one before a tex
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from cvxq_format.model_config import context_length
@@ -24,11 +24,23 @@ from torch import Tensor
 
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.journal import Journal
-from cvxq_converter.measure.seeds import draw_one, generator_of
+from cvxq_converter.measure.seeds import draw_each, draw_one, generator_of
 from cvxq_converter.options import Calibration
 from cvxq_converter.stages import Done
 
 _CACHE_BYTES = 1 << 31  # keys and values of one sampling batch
+_COPY_CACHE_BYTES = 1 << 30  # of one that a copy draws
+_TEXTS = 16  # most that it draws side by side
+
+
+class Batch(Protocol):
+    """What drawing needs of several texts beside each other; see `cvxq.lean.decoder.Batch`."""
+
+    def read(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Any:
+        """Read tokens after the texts named; return logits (pieces, V) after the last of each."""
+
+    def rewind(self, text: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a text."""
 
 
 def make_sequences(
@@ -224,48 +236,61 @@ def _sample(
     return torch.cat(parts)
 
 
+def copy_batch(config: Any, length: int) -> int:
+    """Sequences that a copy draws side by side; a function of shapes only, as `sampling_batch`."""
+    return max(1, min(_TEXTS, _COPY_CACHE_BYTES // cache_bytes(config, length, 4)))
+
+
 def sample_copy(
-    open_decoder: Callable[[], Any],
+    open_batch: Callable[[int], Batch],
     network: Any,
     tokenizer: Any | None,
     calibration: Calibration,
     progress: Done | None = None,
     journal: Journal | None = None,
 ) -> Tensor:
-    """Return tokens (S, L) int64 that a copy of the network draws, one sequence after the other.
+    """Return tokens (S, L) int64 that a copy of the network draws, some sequences side by side.
 
-    open_decoder: gives that of the copy, as in `cvxq.lean`, and is called when a sequence is to be
+    open_batch: gives so many texts of a decoder of the copy, and is called when a sequence is to be
     drawn. network: tells the special tokens; it does not run.
     """
     count, length = calibration.sequences or 0, calibration.length or 0
     length = min(length, context_length(network.config.get_text_config().to_dict()) or length)
+    together = min(count, copy_batch(network.config, length))
     specials = _special_tokens(network, tokenizer)
     vocabulary = network.get_input_embeddings().weight.shape[0]
-    opened: list[Any] = []
+    opened: list[Batch] = []
 
-    def sample(s: int) -> Tensor:
+    def start(generator: torch.Generator) -> int:
+        if specials.start is not None:
+            return specials.start
+        return int(torch.randint(vocabulary, (), generator=generator))
+
+    def sample(numbers: range) -> Tensor:
         if not opened:
-            opened.append(open_decoder())
-        (decoder,), generator = opened, generator_of(calibration.seed, s)
-
-        def start() -> int:
-            if specials.start is not None:
-                return specials.start
-            return int(torch.randint(vocabulary, (), generator=generator))
-
-        sequence = torch.empty(length, dtype=torch.int64)
-        decoder.rewind(0)
-        sequence[0] = previous = start()
+            opened.append(open_batch(together))
+        (batch,), texts = opened, range(len(numbers))
+        generators = [generator_of(calibration.seed, s) for s in numbers]
+        sequences = torch.empty(len(numbers), length, dtype=torch.int64)
+        for text in texts:
+            batch.rewind(text, 0)
+            sequences[text, 0] = start(generators[text])
         for position in range(1, length):
-            logits = torch.as_tensor(decoder.feed([previous])).float()
-            ends = previous in specials.ends and previous != specials.start
-            drawn = int(draw_one(logits.softmax(-1)[None], generator))
-            sequence[position] = previous = start() if ends else drawn
-        return sequence
+            previous = sequences[:, position - 1].tolist()
+            logits = torch.as_tensor(batch.read([(text, [previous[text]]) for text in texts]))
+            sequences[:, position] = draw_each(logits.float().softmax(-1), generators)
+            for text in texts:
+                if previous[text] in specials.ends and previous[text] != specials.start:
+                    sequences[text, position] = start(generators[text])
+            if progress is not None and (position % 16 == 15 or position == length - 1):
+                drawn = numbers.start * length + len(numbers) * (position + 1)
+                progress(drawn, count * length)
+        return sequences
 
-    names, ways = zip(*((f"sequence.{s}", partial(sample, s)) for s in range(count)), strict=True)
-    tell = None if progress is None else lambda n, of: progress(n * length, of * length)
-    return torch.stack([*(journal or Journal()).each(names, ways, tell)])
+    groups = [range(first, min(first + together, count)) for first in range(0, count, together)]
+    names = [f"sequences.{numbers.start}" for numbers in groups]
+    found = (journal or Journal()).each(names, [partial(sample, numbers) for numbers in groups])
+    return torch.cat([*found])
 
 
 @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,8 +23,17 @@ def draw_one(shares: Tensor, generator: torch.Generator) -> Tensor:
     """
     if shares.device.type != "cpu":
         return torch.multinomial(shares, 1, generator=generator)[:, 0]
+    return _chosen(shares, torch.rand(len(shares), 1, generator=generator))
+
+
+def draw_each(shares: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """The same on a CPU, where each row has a generator of its own."""
+    return _chosen(shares, torch.stack([torch.rand(1, generator=own) for own in generators]))
+
+
+def _chosen(shares: Tensor, places: Tensor) -> Tensor:
+    """The indices (M,) where rows of shares (M, V) have reached `places` (M, 1) of their sums."""
     sums = shares.cumsum(-1)
     total = sums[:, -1:]
-    place = torch.rand(total.shape, generator=generator) * total
-    place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.minimum(places * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(sums, place, right=True)[:, 0]
