@@ -197,34 +197,36 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def own_page(options: argparse.Namespace) -> str:
-    """The page of files that the user has; llama.cpp is built only to be compared with."""
+def own_page(options: argparse.Namespace) -> Iterator[str]:
+    """The page of files that the user has, part by part; llama.cpp is only built for comparison."""
     machine = f"{cpu_name()}, {isa()} kernels"
     peer = build(FOLDER) if options.gguf else None
     amount = Amount(options.prompt_tokens, options.tokens)
     common = (options.gguf, options.threads, options.rounds, amount, peer, machine)
     if options.load:
-        return load_page(options.load, *common)
+        yield load_page(options.load, *common)
+        return
     options.work.mkdir(parents=True, exist_ok=True)
-    parts = [real_page(options.real, *common, options.work)]
+    yield real_page(options.real, *common, options.work)
     say("products of several widths")
     widths = width_lines(measure_widths(options.threads))
-    parts.append("\n".join(["## Widths that are no multiple of 64 or 256", "", *widths]) + "\n")
+    yield "\n".join(["## Widths that are no multiple of 64 or 256", "", *widths]) + "\n"
     name, files = min(
         real_models(options.real).items(), key=lambda item: item[1][-1].stat().st_size
     )
     theirs = options.gguf and options.gguf / f"{name}.gguf"
-    parts.append(load_page(files[-1], theirs, *common[1:]))
-    return "\n".join(parts)
+    yield load_page(files[-1], theirs, *common[1:])
 
 
 def main() -> int:
     options = arguments()
     if options.real or options.load:
-        text = own_page(options)
-        print(text)
-        if options.output:
-            options.output.write_text(text)
+        text = ""
+        for part in own_page(options):  # each as soon as it is there: the last takes many minutes
+            print(part, flush=True)
+            text += f"{part}\n"
+            if options.output:
+                options.output.write_text(text)
         return 0
     peer = build(FOLDER)
     chosen = options.only or [*GROUPS, "kernel"]
