@@ -2,11 +2,11 @@
 
     python tests/faulty_runs.py COMMAND
 
-reads JSON lines, [how, number, the command and its arguments]: "run" it; "obey" the permissions of
-files, which root need not; "kill" it after so many seconds; "limit" files to so many bytes; or let
-the file of its journal with this number be the "last" thing that it writes.
-Answers each with a JSON line: exit code (negative: signal), stderr, and seconds. What COMMAND
-imports is loaded once; `measure` needs what `convert` does.
+reads JSON lines, [how, number, the command and its arguments]: "run" it; "twice" at once; "obey"
+the permissions of files, which root need not; "kill" it after so many seconds; "limit" files to so
+many bytes; or let the file of its journal with this number be the "last" thing that it writes.
+Answers each with a JSON line: exit code (negative: signal), stderr, and seconds; of the second run
+at once as "other". What COMMAND imports is loaded once; `measure` needs what `convert` does.
 """
 
 from __future__ import annotations
@@ -47,8 +47,18 @@ def load(command: str) -> None:
 
 def run(how: str, number: float, arguments: list[str]) -> dict[str, object]:
     """Fork, run the command there, and return how it ended."""
-    said, saying = os.pipe()  # no file: there may be no room in one
     began = time.monotonic()
+    runs = [start(how, number, arguments) for _ in range(2 if how == "twice" else 1)]
+    if how == "kill":
+        time.sleep(number)
+        os.kill(runs[0][0], signal.SIGKILL)
+    first, *others = (wait(*one, began) for one in runs)
+    return {**first, **({"other": others[0]} if others else {})}
+
+
+def start(how: str, number: float, arguments: list[str]) -> tuple[int, int]:
+    """Fork and run the command there; returns the child, and where to read what it says."""
+    said, saying = os.pipe()  # no file: there may be no room in one
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -64,9 +74,11 @@ def run(how: str, number: float, arguments: list[str]) -> dict[str, object]:
         except SystemExit as error:
             os._exit(int(error.code or 0))
     os.close(saying)
-    if how == "kill":
-        time.sleep(number)
-        os.kill(child, signal.SIGKILL)
+    return child, said
+
+
+def wait(child: int, said: int, began: float) -> dict[str, object]:
+    """Return how a child ended."""
     with os.fdopen(said, encoding="utf-8", errors="replace") as lines:
         told = lines.read()
     _, status = os.waitpid(child, 0)

@@ -48,6 +48,11 @@ def test_every_pin_but_two_has_hashes() -> None:
     assert wanted == hashed.keys()
 
 
+def test_the_bill_of_materials_has_every_pin(release: ModuleType) -> None:
+    texts = [(ROOT / name).read_text() for name in ("hashes.txt", "constraints.txt")]
+    assert pins(release.all_pins(*texts)).keys() == pins(texts[1]).keys()
+
+
 def test_a_version_needs_a_dated_section(release: ModuleType) -> None:
     release.check_changes("# Changelog\n\n## 1.2.0 (2030-01-31)\n", "1.2.0")
     for text in ("## 1.2.0 (unreleased)\n", "## 1.2.0\n", "## 1.20 (2030-01-31)\n"):

@@ -74,6 +74,13 @@ def differing(first: dict[str, bytes], second: dict[str, bytes]) -> list[str]:
     return sorted(name for name in names if first.get(name) != second.get(name))
 
 
+def all_pins(hashes: str, constraints: str) -> str:
+    """Return the requirements that are pinned by hash, and those by version alone after them."""
+    hashed = set(re.findall(r"^([\w.-]+)==", hashes, re.MULTILINE))
+    lines = re.findall(r"^([\w.-]+)(==.+)$", constraints, re.MULTILINE)
+    return hashes + "".join(f"{name}{rest}\n" for name, rest in lines if name not in hashed)
+
+
 def release(is_dry: bool) -> None:
     """Check, build, compare, describe and tag."""
     version = version_of((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -96,7 +103,11 @@ def release(is_dry: bool) -> None:
         (dist / name).write_bytes(data)
     bom = dist / f"cvxq-{version}.cdx.json"
     described = ("--pyproject", "pyproject.toml", "--output-reproducible", "-o", bom)
-    run("cyclonedx-py", "requirements", "hashes.txt", *described)
+    pins = [(ROOT / name).read_text(encoding="utf-8") for name in ("hashes.txt", "constraints.txt")]
+    with tempfile.TemporaryDirectory(prefix="cvxq-release-") as folder:
+        listed = Path(folder, "requirements.txt")
+        listed.write_text(all_pins(*pins), encoding="utf-8")
+        run("cyclonedx-py", "requirements", listed, *described)
     lines = [
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
         for path in sorted(dist.iterdir())

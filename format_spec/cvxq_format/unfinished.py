@@ -13,7 +13,9 @@ import io
 import os
 import secrets
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,12 +75,12 @@ class Unfinished:
 class UnfinishedFolder:
     """An unfinished folder: write into `path`, then `finish` or `abandon`."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, mode: int = 0o777) -> None:
         """Remove what killed processes left of `target`, and begin; raises OSError."""
         remove_left_behind(target)
         self.target = target
         self.path = target.with_name(f"{target.name}.{secrets.token_hex(4)}{SUFFIX}")
-        self.path.mkdir()
+        self.path.mkdir(mode)
         self._handle = None if fcntl is None else os.open(self.path, os.O_RDONLY)
         if self._handle is not None:
             _lock(self._handle)
@@ -97,6 +99,30 @@ class UnfinishedFolder:
     def _unlock(self) -> None:
         if self._handle is not None:
             os.close(self._handle)
+
+
+def write_whole(target: Path, data: bytes) -> None:
+    """Put a file of these bytes in the target's place, all of it or nothing; raises OSError."""
+    made = Unfinished(target)
+    try:
+        made.file.write(data)
+        made.finish()
+    except BaseException:
+        made.abandon()
+        raise
+
+
+@contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A folder of this user's alone for a while, among the system's temporary ones.
+
+    name: what it is for. The next one of the same name removes what a killed process left.
+    """
+    made = UnfinishedFolder(Path(tempfile.gettempdir(), name), 0o700)
+    try:
+        yield made.path
+    finally:
+        made.abandon()
 
 
 def remove_left_behind(target: Path) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import transformers
+from cvxq_format.unfinished import temporary_folder
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from cvxq.errors import InconsistentFileError, UnsupportedModelError
@@ -48,8 +47,8 @@ def read_config(settings: Settings, file: str) -> Any:
 
 def parse(settings: Settings) -> Any:
     """Return the transformers config of a parsed config.json; raises anything."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with temporary_folder("cvxq-config") as folder:
+        (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 

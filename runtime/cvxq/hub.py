@@ -49,7 +49,10 @@ def hub_file(text: str) -> HubFile | None:
     if text.startswith(_SCHEME):
         found = _ID.fullmatch(text.removeprefix(_SCHEME).rstrip("/"))
         if found is None:
-            raise HubError(f"{text!r} is not hf://user/repo, nor hf://user/repo@revision/file.cvxq")
+            raise HubError(
+                f"{text!r} is not hf://user/repo, nor hf://user/repo@revision/file.cvxq; use one "
+                "of these forms"
+            )
         return HubFile(found[1], found[2], found[3])
     found = _ID.fullmatch(text)
     if found is None or found[3] or text.endswith(_SUFFIX) or Path(text).exists():
@@ -64,7 +67,7 @@ def fetch(wanted: HubFile) -> Path:
     """
     found = find(wanted)
     if found is None:
-        raise HubError(f"{wanted}: the repository has no {_SUFFIX} file")
+        raise HubError(f"{wanted}: the repository has no {_SUFFIX} file; name one that has")
     return found
 
 
@@ -146,7 +149,7 @@ def upload(file: Path, folder: Path, repo: str, card: str, *, private: bool) -> 
     from huggingface_hub import CommitOperationAdd, HfApi
 
     if not re.fullmatch(f"{_NAME}/{_NAME}", repo):
-        raise HubError(f"{repo!r} is not USER/REPO")
+        raise HubError(f"{repo!r} is not USER/REPO; give both names")
     api = HfApi()
     try:
         url = str(api.create_repo(repo, private=private, exist_ok=True))

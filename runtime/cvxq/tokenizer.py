@@ -7,13 +7,12 @@ Code among them is never written, let alone run.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cvxq_format import Reader
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
+from cvxq_format.unfinished import temporary_folder
 
 from cvxq.errors import ArgumentError, MissingPartError, UnsupportedModelError
 from cvxq.extras import need
@@ -93,10 +92,10 @@ def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreT
 
     from cvxq.config import read_config
 
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("cvxq-tokenizer") as folder:
         for name in parts:
             if name in own or name == "config.json":
-                target = Path(folder, name)
+                target = folder / name
                 target.parent.mkdir(exist_ok=True)
                 target.write_bytes(reader.file(name))
         try:

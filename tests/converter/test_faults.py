@@ -111,6 +111,37 @@ def test_a_folder_that_cannot_be_written(
     assert output.read_bytes() == OLD
 
 
+@pytest.mark.slow
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    save_network: Save, tmp_path: Path, runs: Callable[..., Any]
+) -> None:
+    closed, model = tmp_path / "closed", save_network("llama")
+    closed.mkdir(mode=0o555)
+    for output, more in (
+        (closed / "a.cvxq", ("--scratch", str(tmp_path))),
+        (tmp_path / "a.cvxq", ("--report", str(closed / "deep" / "report"))),
+    ):
+        run = runs(*arguments("convert", model, output), *more)("obey")
+        assert run["code"] == 3
+        assert run["said"].count("\n") == 1, run
+        assert f"Permission denied to write to {closed}; name another folder" in run["said"]
+    assert sorted(tmp_path.iterdir()) == [closed]
+
+
+@pytest.mark.slow
+def test_two_at_once(
+    command: str, save_network: Save, output: Path, runs: Callable[..., Any]
+) -> None:
+    """One of them is told of the other, or comes after it; the file is whole."""
+    run = runs(*arguments(command, save_network("llama"), output))("twice")
+    ended = sorted([run, run["other"]], key=lambda one: int(one["code"]))
+    assert ended[0]["code"] == 0, ended
+    last = ended[1]["said"].splitlines()[-1]
+    assert ended[1]["code"] == 0 or "in use by another process" in last, ended
+    assert beside(output) == [output.name]
+    assert is_whole(output)
+
+
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no second file system")
 def test_another_file_system(command: str, save_network: Save) -> None:
     output = Path("/dev/shm") / f"cvxq-test-{os.getpid()}.cvxq"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "llama-3-bits.cvxq"
 GUARD = """
 import os, sys
 def watch(event, arguments):
+    if event == "socket.getaddrinfo" and arguments[0] == "127.0.0.1":
+        return
     if event in ("socket.getaddrinfo", "socket.gethostbyname") or (
         event == "socket.connect" and isinstance(arguments[1], tuple)
     ):
@@ -37,22 +40,29 @@ def without_interfaces() -> list[str]:
     return []
 
 
+def start(*arguments: object, program: str = COMMAND) -> subprocess.Popen[str]:
+    """Start a command without a network."""
+    command = [sys.executable, "-c", GUARD + program, *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSF"))}
+    return subprocess.Popen(
+        [*without_interfaces(), *command],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.fixture
 def offline() -> Callable[..., str]:
     """Return a function that runs a command without a network and returns its stdout."""
 
     def run(*arguments: object, said: str = "", program: str = COMMAND) -> str:
-        command = [sys.executable, "-c", GUARD + program, *map(str, arguments)]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSF"))}
-        done = subprocess.run(
-            [*without_interfaces(), *command],
-            input=said,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        process = start(*arguments, program=program)
+        shown, told = process.communicate(said)
+        assert process.returncode == 0, told
+        return shown
 
     return run
 
@@ -67,6 +77,17 @@ def test_a_file_is_enough(command: list[str], offline: Callable[..., str]) -> No
     assert offline(command[0], GOLDEN, *command[1:])
 
 
+def test_a_server_needs_no_other() -> None:
+    pytest.importorskip("starlette", reason="needs the extra `serve`")
+    process = start("serve", GOLDEN, "--port", 0)
+    assert process.stderr is not None
+    told = process.stderr.readline()
+    assert told.startswith("serving llama-3-bits at http://127.0.0.1:"), process.communicate()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
+
+
 @pytest.mark.slow
 def test_checking_against_transformers(offline: Callable[..., str]) -> None:
     assert offline("verify", GOLDEN, "--deep")
@@ -79,3 +100,7 @@ def test_converting_and_chatting(tmp_path: Path, offline: Callable[..., str]) ->
     offline("convert", demo / "model", "-o", file, "--bits", "4", "--method", "rtn")
     assert offline("generate", file, "The old house", "--max-tokens", "5", "--weights", "dense")
     assert offline("chat", file, "--max-tokens", "5", said="Hello\n")
+    text = ("--text", demo / "evaluation.txt", "--context", 32, "--windows", 1)
+    assert offline("perplexity", file, *text, "--against", demo / "model")
+    offline("export", file, tmp_path / "folder")
+    assert (tmp_path / "folder" / "config.json").exists()

@@ -6,14 +6,15 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cvxq_format import Codebook, CompandedTensor, Writer, verify
-from cvxq_format.unfinished import Unfinished
+from cvxq_format import Codebook, CompandedTensor, Reader, Writer, verify
+from cvxq_format.unfinished import Unfinished, temporary_folder, write_whole
 
 OLD = b"an older file"
 WRITE = """
@@ -165,3 +166,44 @@ def test_two_writers_of_one_file_leave_a_whole_one(
     first.close()
     assert verify(target) == []
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_all_of_a_file_or_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_whole(target, b"newer")
+    with monkeypatch.context() as changed:
+        changed.setattr("cvxq_format.unfinished._Named.write", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_whole(target, b"newest")
+    assert target.read_bytes() == b"newer"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders stay where there are no such locks")
+def test_the_next_one_removes_a_temporary_folder_that_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "cvxq-x.01234567.unfinished"
+    left.mkdir()
+    (left / "a").write_bytes(b"")
+    with temporary_folder("cvxq-x") as first:
+        assert not left.exists()
+        assert first.stat().st_mode & 0o777 == 0o700
+        (first / "a").write_bytes(b"")
+        with temporary_folder("cvxq-x") as second:
+            assert second != first
+            assert (first / "a").exists(), "another process is at work there"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_replaced_while_it_is_read(
+    target: Path, random_companded: Callable[..., CompandedTensor]
+) -> None:
+    write_some(target, random_companded)
+    with Reader(target) as reader:
+        write_whole(target, b"another")
+        assert reader.read("b").to_float32().tolist() == [1] * 5  # type: ignore[union-attr]
+    assert target.read_bytes() == b"another"

@@ -123,10 +123,16 @@ def _check_is_causal_lm(raw: dict[str, Any], model_type: str, name: str) -> None
     known = {item.lower() for item in allowed}  # older writers said LLaMAForCausalLM
     is_causal = any(str(item).lower() in known for item in found)
     is_causal = is_causal and not raw.get("is_encoder_decoder")
-    if not is_causal or (model_type in ("bert", "roberta") and not raw.get("is_decoder")):
+    if not is_causal:
+        one = " or ".join(allowed) or "a class of transformers' AutoModelForCausalLM"
         raise ConversionError(
-            f"{name}: {', '.join(map(str, found)) or model_type} is not a causal language model"
-            + (f"; expected {' or '.join(allowed)}" if allowed else "")
+            f"{name}: {', '.join(map(str, found)) or model_type} is not a causal language model; "
+            f"expected {one}"
+        )
+    if model_type in ("bert", "roberta") and not raw.get("is_decoder"):
+        raise ConversionError(
+            f"{name}: without is_decoder in config.json {model_type} is not a causal language model"
+            "; expected true"
         )
 
 

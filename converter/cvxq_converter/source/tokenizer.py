@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import transformers
+from cvxq_format.unfinished import temporary_folder
 
 from cvxq_converter.errors import ConversionError, one_line
 from cvxq_converter.source.folder import quiet_transformers
@@ -30,7 +30,7 @@ def made_tokenizer(folder: Path, **options: str) -> tuple[dict[str, bytes], str 
     """
     if not options and not any((folder / file).is_file() for file in _OTHER_KINDS):
         return {}, None
-    with quiet_transformers(), tempfile.TemporaryDirectory() as place:
+    with quiet_transformers(), temporary_folder("cvxq-tokenizer") as place:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, **options
@@ -38,7 +38,7 @@ def made_tokenizer(folder: Path, **options: str) -> tuple[dict[str, bytes], str 
             tokenizer.save_pretrained(place)
         except Exception as error:  # tokenizers of all kinds fail in all ways
             return {}, one_line(error)
-        found = {name: Path(place) / name for name in _MADE}
+        found = {name: place / name for name in _MADE}
         return {name: path.read_bytes() for name, path in found.items() if path.is_file()}, None
 
 
@@ -52,9 +52,9 @@ def load_tokenizer(source: Source) -> Any | None:
     carried = dict(source.carried())
     if not has_tokenizer(carried):
         return None
-    with quiet_transformers(), tempfile.TemporaryDirectory() as place:
+    with quiet_transformers(), temporary_folder("cvxq-tokenizer") as place:
         for file, data in carried.items():
-            path = Path(place) / file
+            path = place / file
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
         try:

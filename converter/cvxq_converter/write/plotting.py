@@ -6,9 +6,11 @@ follow the reader's theme, and PNG needs a rasterizer that is not worth writing 
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
+from cvxq_format.unfinished import write_whole
 
 from cvxq_converter.measure.measurement_file import Record
 
@@ -58,5 +60,7 @@ def draw_curve(record: Record, path: Path) -> None:
         above.set_xlabel("size of the file, MB")
         axes.legend(frameon=False)
         figure.suptitle(f"{record.source}: {record.parameters:,} parameters", fontsize=11)
-        metadata = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": "cvxq"}
-        figure.savefig(path, dpi=160, metadata=metadata)
+        kind, picture = path.suffix.lower()[1:], io.BytesIO()
+        metadata = {"Date": None} if kind == "svg" else {"Software": "cvxq"}
+        figure.savefig(picture, format=kind, dpi=160, metadata=metadata)
+    write_whole(path, picture.getvalue())

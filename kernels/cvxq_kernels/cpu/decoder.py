@@ -180,7 +180,7 @@ class Decoder:
             pool.handle, ctypes.byref(self._shape(shape, len(layers))), described
         )
         if not handle:
-            raise MemoryError("no memory for the decoder's scratch")
+            raise MemoryError("no memory for the decoder's scratch; free some")
         self._handle = ctypes.c_void_p(handle)
         self._feed = self._library.cvxq_decoder_feed
         self._token = ctypes.c_int64()
@@ -238,7 +238,7 @@ class Decoder:
 
     def _check(self, status: int, count: int, start: int) -> None:
         if status == 1:
-            raise MemoryError("no memory for more keys and values")
+            raise MemoryError("no memory for more keys and values; use a shorter context")
         if status:
             raise ValueError(
                 f"{count} tokens at position {start}: allowed are tokens 0 to "
@@ -250,7 +250,7 @@ class Decoder:
         """Hold the first `count` tokens that `other`, a sibling, has read."""
         status = self._library.cvxq_decoder_copy(self._handle, other._handle, count)
         if status == 1:
-            raise MemoryError("no memory for more keys and values")
+            raise MemoryError("no memory for more keys and values; use a shorter context")
         if status:
             raise ValueError(f"{count} tokens are to be copied, of which the other holds fewer")
 

@@ -34,7 +34,7 @@ class Pool:
         library = native()
         handle = library.cvxq_pool_new(threads)
         if not handle:
-            raise MemoryError(f"{threads} threads could not be started")
+            raise MemoryError(f"{threads} threads could not be started; use fewer")
         self.handle = ctypes.c_void_p(handle)
         self._free = weakref.finalize(self, library.cvxq_pool_free, handle)
 
@@ -88,7 +88,9 @@ class Matrix:
         handle = native().cvxq_matrix_pack(pool.handle, ctypes.byref(source))
         del arrays
         if not handle:
-            raise MemoryError(f"no memory for a weight {tensor.shape}, or its sizes contradict it")
+            raise MemoryError(
+                f"no memory for a weight {tensor.shape}, or its sizes contradict it; free some"
+            )
         release_pages(tensor.packed_codes)
         return cls(handle, pool)
 
@@ -113,7 +115,7 @@ class Matrix:
             pool.handle, dense.ctypes.data, kind, *array.shape, _address(held)
         )
         if not handle:
-            raise MemoryError(f"no memory for a weight {array.shape}")
+            raise MemoryError(f"no memory for a weight {array.shape}; free some")
         return cls(handle, pool)
 
     def matmul(self, x: npt.NDArray[Any], exact: bool = False) -> Floats:

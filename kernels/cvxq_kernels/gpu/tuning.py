@@ -7,6 +7,7 @@ however fast.  What was found is remembered under the device's name, the version
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
+from cvxq_format.unfinished import write_whole
 
 from cvxq_kernels.gpu.plan import (
     MATVEC_BATCH,
@@ -167,11 +169,8 @@ def load(path: Path) -> dict[str, Plan]:
 
 
 def save(path: Path, plans: dict[str, Plan]) -> None:
-    """Write plans atomically; where that is not allowed, they are measured anew each time."""
-    temporary = path.with_suffix(f".{os.getpid()}")
-    try:
+    """Write plans, all or none; where that is not allowed, they are measured anew each time."""
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({key: asdict(plan) for key, plan in plans.items()}))
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        text = json.dumps({key: asdict(plan) for key, plan in plans.items()})
+        write_whole(path, text.encode())

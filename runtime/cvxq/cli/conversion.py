@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Callable
@@ -34,7 +35,11 @@ class Size(click.ParamType):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)", str(value).strip().upper())
         if match is None or match[2] not in _UNITS:
-            self.fail(f"{value!r} is not a size such as 12.3MB, 850kB, 1.5GiB or 123456B", param)
+            self.fail(
+                f"{value!r} is not a size such as 12.3MB; "
+                "give a number and B, kB, MB, GB, KiB, MiB or GiB",
+                param,
+            )
         return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -51,7 +56,9 @@ class Percentage(click.ParamType):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*%", str(value).strip())
         if match is None or float(match[1]) == 0:
-            self.fail(f"{value!r} is not a percentage above 0, such as 1% or 0.5%", param)
+            self.fail(
+                f"{value!r} is not a percentage above 0, such as 1%; the sign is needed", param
+            )
         return float(match[1]) / 100
 
 
@@ -135,7 +142,15 @@ def announce(line: str) -> None:
     click.echo(line, err=True)
 
 
-def refuse_folder(path: Path) -> None:
-    """Raise FileProblem for a folder where a file is to be written."""
+def refuse_output(path: Path) -> None:
+    """Raise FileProblem for a file that cannot be written, before the work that it is to hold."""
     if path.is_dir():
         raise FileProblem(f"{path} is a folder, expected the name of a file to write")
+    refuse_closed(path, path.absolute().parent)
+
+
+def refuse_closed(path: Path, folder: Path) -> None:
+    """Raise FileProblem if `path` cannot be written to its folder, or where that is to be made."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not os.access(there, os.W_OK):
+        raise FileProblem(f"{path}: Permission denied to write to {there}; name another folder")

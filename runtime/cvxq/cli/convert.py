@@ -16,7 +16,8 @@ from cvxq.cli.conversion import (
     explicit,
     measuring_options,
     prepare,
-    refuse_folder,
+    refuse_closed,
+    refuse_output,
 )
 from cvxq.cli.failures import FileProblem, existing_file
 from cvxq.cli.launch import together
@@ -72,9 +73,11 @@ def command(
         raise click.UsageError(
             "give exactly one of --bits, --size, --max-kl and --max-perplexity-increase"
         )
-    refuse_folder(output)
+    refuse_output(output)
     if report is not None and report.exists() and not report.is_dir():
         raise FileProblem(f"{report} is a file, expected the name of a folder for the report")
+    if report is not None:
+        refuse_closed(report, report.absolute())
     if statistics is not None:
         existing_file(statistics, "a file that cvxq measure wrote")
     prepare(threads, ranks)

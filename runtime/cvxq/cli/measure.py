@@ -13,7 +13,7 @@ from cvxq.cli.conversion import (
     explicit,
     measuring_options,
     prepare,
-    refuse_folder,
+    refuse_output,
 )
 from cvxq.cli.launch import together
 from cvxq.cli.output import Progress, bytes_text, print_table
@@ -44,7 +44,7 @@ def command(
       cvxq measure path/to/model -o model.stats.safetensors
       cvxq convert path/to/model --statistics model.stats.safetensors --bits 3 -o model.cvxq
     """
-    refuse_folder(output)
+    refuse_output(output)
     prepare(threads, ranks)
     from cvxq_converter.job import measure_model
 

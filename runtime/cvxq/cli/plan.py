@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cvxq.cli.conversion import refuse_output
 from cvxq.cli.failures import existing_file
 from cvxq.cli.output import bytes_text, emit_json, print_table
 from cvxq.extras import need
@@ -37,6 +38,7 @@ def command(statistics: Path, plot: Path | None, as_json: bool) -> None:
     if plot is not None:
         if plot.suffix.lower() not in PICTURES:
             raise click.UsageError(f"--plot {plot}: its name must end in .png or .svg")
+        refuse_output(plot)
         need("plot", "plan --plot")
     from cvxq_converter.measure.measurement_file import read_record
 

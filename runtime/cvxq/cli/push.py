@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import click
 
 from cvxq.cli.options import model_file
@@ -27,7 +24,7 @@ def command(file: str, repo: str, base: str | None, private: bool) -> None:
       cvxq push model.cvxq me/SmolLM2-135M-Instruct-cvxq --base HuggingFaceTB/SmolLM2-135M-Instruct
     """
     path = model_file(file)
-    from cvxq_format.unfinished import UnfinishedFolder
+    from cvxq_format.unfinished import temporary_folder
 
     from cvxq.card import base_of, model_card
     from cvxq.export import export_rest
@@ -39,12 +36,9 @@ def command(file: str, repo: str, base: str | None, private: bool) -> None:
     if base is None:
         click.echo("the card names no base model; give its hub id with --base", err=True)
     card = model_card(summary, repo, base)
-    made = UnfinishedFolder(Path(tempfile.gettempdir()) / "cvxq-push")
-    try:
-        export_rest(path, made.path)
-        result = upload(path, made.path, repo, card, private=private)
-    finally:
-        made.abandon()
+    with temporary_folder("cvxq-push") as folder:
+        export_rest(path, folder)
+        result = upload(path, folder, repo, card, private=private)
     if not result.card_written:
         click.echo("README.md of the repository is not of cvxq push, and stays as it is", err=True)
     click.echo(result.url)

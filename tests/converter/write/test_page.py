@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -136,6 +138,22 @@ def test_a_folder_that_exists_is_written_to(reports: dict[str, Path], tmp_path: 
     (tmp_path / "index.html").write_text("old")
     write_report(tmp_path, record, record["file"])
     assert (tmp_path / "index.html").read_bytes() == (reports["none"] / "index.html").read_bytes()
+
+
+def test_a_page_that_finds_no_room_leaves_the_older_one(
+    reports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(reports["none"], tmp_path / "report"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    record = json.loads(before["report.json"])
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("cvxq_format.unfinished._Named.write", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(folder, record, record["file"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_names_are_escaped(reports: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,29 @@ def test_a_true_file(cvxq: Cvxq, converted: tuple[Path, Path]) -> None:
     assert checks(result) == dict.fromkeys(
         ("record", "source", "calibration", "KL", "perplexity increase"), True
     )
+
+
+def test_a_file_that_was_calibrated_on_a_text(
+    cvxq: Cvxq, converted: tuple[Path, Path], plain_tokenizer: dict[str, bytes], tmp_path: Path
+) -> None:
+    from cvxq_converter.job import convert
+    from cvxq_converter.options import ConversionOptions
+
+    folder = Path(shutil.copytree(converted[1], tmp_path / "model"))
+    for name, data in plain_tokenizer.items():
+        (folder / name).write_bytes(data)
+    text, file = tmp_path / "text.txt", tmp_path / "model.cvxq"
+    text.write_text("The old house stood at the end of the lane. " * 40)
+    given = {"sequences": 8, "length": 24, "calibration": str(text)}
+    convert(str(folder), file, ConversionOptions.of(bits=3.0, group_size=16, **given))
+    command = ("verify", file, "--deep", "--against", folder, "--text", text, "--json")
+    result = cvxq(*command)
+    assert result.exit_code == 0, result.stderr
+    assert checks(result)["calibration"] is checks(result)["KL"] is True
+    text.write_text("Nobody had lived there for years, as far as we know. " * 40)
+    result = cvxq(*command)
+    assert result.exit_code == 4
+    assert checks(result)["calibration"] is False
 
 
 @pytest.mark.parametrize(

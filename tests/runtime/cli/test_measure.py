@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,22 @@ def test_the_plan_is_drawn(name: str, cvxq: Cvxq, statistics: Path, tmp_path: Pa
             assert image.width > 800
         assert colours is not None
         assert len(colours) > 50
+
+
+def test_a_picture_that_finds_no_room_leaves_the_older_one(
+    fails: Fails, statistics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the extra cvxq[plot] is not installed")
+    picture = tmp_path / "curve.svg"
+    picture.write_bytes(b"older")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(picture))
+
+    monkeypatch.setattr("cvxq_format.unfinished._Named.write", full)
+    assert "No space left" in fails(3, "plan", statistics, "--plot", picture)
+    assert picture.read_bytes() == b"older"
+    assert sorted(tmp_path.iterdir()) == sorted([picture, statistics])
 
 
 def test_drawing_without_matplotlib_says_what_to_install(

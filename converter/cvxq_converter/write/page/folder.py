@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cvxq_format.unfinished import write_whole
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cvxq_converter.measure.curve import Curve
@@ -33,8 +34,8 @@ def write_report(folder: Path, report: Mapping[str, Any], file: Mapping[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     record = {**report, "file": dict(file)}
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    (folder / "report.json").write_text(text, encoding="utf-8")
-    (folder / "index.html").write_text(render(record), encoding="utf-8")
+    write_whole(folder / "report.json", text.encode())
+    write_whole(folder / "index.html", render(record).encode())
 
 
 def render(record: Mapping[str, Any]) -> str:

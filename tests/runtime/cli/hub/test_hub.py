@@ -278,4 +278,8 @@ def test_an_upload_that_is_killed_or_finds_no_room(
     assert one("run")["code"] == 0
     assert hub.repositories["me/tiny"].keys() == expected.keys()
     assert hub.repositories["me/tiny"]["model.cvxq"] == told_file.read_bytes()
+    hub.repositories.pop("me/tiny")
+    both = one("twice")
+    assert (both["code"], both["other"]["code"]) == (0, 0), both
+    assert hub.repositories["me/tiny"].keys() == expected.keys()
     assert not list(scratch.iterdir())
