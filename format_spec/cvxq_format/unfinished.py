@@ -8,9 +8,11 @@ process is writing, and removes the former.  On Windows, without such locks, fol
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import io
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -25,6 +27,7 @@ except ImportError:  # Windows, where a file that is open cannot be removed anyw
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".unfinished"
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _JUST_MADE = 60  # seconds in which an empty one may not have been locked yet
 
 
@@ -121,8 +124,19 @@ def temporary_folder(name: str) -> Iterator[Path]:
     made = UnfinishedFolder(Path(tempfile.gettempdir(), name), 0o700)
     try:
         yield made.path
+    except OSError as error:
+        if error.errno in _OF_THE_DISK and error.filename is None:
+            error.filename = str(made.path)
+        raise
     finally:
         made.abandon()
+
+
+def disk_error(error: BaseException, path: Path) -> OSError | None:
+    """Return what a disk refused at `path`, though a library says it in its own way, or None."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return OSError(number, os.strerror(number), str(path)) if number in _OF_THE_DISK else None
 
 
 def remove_left_behind(target: Path) -> None:

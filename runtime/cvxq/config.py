@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
-from cvxq_format.unfinished import temporary_folder
+from cvxq_format.unfinished import disk_error, temporary_folder
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from cvxq.errors import InconsistentFileError, UnsupportedModelError
@@ -41,6 +43,8 @@ def read_config(settings: Settings, file: str) -> Any:
     try:
         return parse(settings)
     except Exception as error:  # every architecture checks its fields in its own way
+        if full := disk_error(error, Path(tempfile.gettempdir())):
+            raise full from error
         refused = f"{file}: {blame(settings, parse)}transformers refuses it: {reason(error)}"
         raise InconsistentFileError(refused) from error
 

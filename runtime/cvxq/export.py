@@ -25,7 +25,7 @@ import numpy as np
 from cvxq_format import RawTensor, Reader, dequantize
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
 from cvxq_format.entries import CompandedEntry
-from cvxq_format.unfinished import UnfinishedFolder
+from cvxq_format.unfinished import UnfinishedFolder, disk_error
 from cvxq_kernels.cpu import crc32
 
 from cvxq.errors import ArgumentError
@@ -111,12 +111,10 @@ def _write_unquantized(reader: Reader, target: Path) -> None:
         )
     try:
         serialize_file(specs, str(target), {"format": "pt"})
-    except SafetensorError as error:  # of a disk that is full, for one
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        number = int(found[1])
-        raise OSError(number, os.strerror(number), str(target)) from error
+    except SafetensorError as error:
+        if full := disk_error(error, target):
+            raise full from error
+        raise
 
 
 def _unquantized(reader: Reader) -> Iterator[tuple[str, str, np.ndarray[Any, Any]]]:

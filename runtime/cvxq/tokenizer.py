@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cvxq_format import Reader
 from cvxq_format.decoder_record import FILE_NAME as DECODER_FILE
-from cvxq_format.unfinished import temporary_folder
+from cvxq_format.unfinished import disk_error, temporary_folder
 
 from cvxq.errors import ArgumentError, MissingPartError, UnsupportedModelError
 from cvxq.extras import need
@@ -103,6 +103,8 @@ def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreT
                 folder, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # every kind of tokenizer fails in its own way
+            if full := disk_error(error, folder):
+                raise full from error
             if "config.json" in parts:  # which tokenizers look into
                 read_config(json_part(reader, "config.json"), f"{reader.path}: config.json")
             lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cvxq_format import Codebook, CompandedTensor, Reader, Writer, verify
-from cvxq_format.unfinished import Unfinished, temporary_folder, write_whole
+from cvxq_format.unfinished import Unfinished, disk_error, temporary_folder, write_whole
 
 OLD = b"an older file"
 WRITE = """
@@ -207,3 +207,18 @@ def test_a_file_that_is_replaced_while_it_is_read(
         write_whole(target, b"another")
         assert reader.read("b").to_float32().tolist() == [1] * 5  # type: ignore[union-attr]
     assert target.read_bytes() == b"another"
+
+
+def test_what_a_disk_refuses_is_told_in_its_words(tmp_path: Path) -> None:
+    for error in (
+        OSError(errno.ENOSPC, "full"),
+        RuntimeError("No space left on device (os error 28)"),
+    ):
+        found = disk_error(error, tmp_path)
+        assert found is not None
+        assert (found.errno, found.filename) == (errno.ENOSPC, str(tmp_path))
+    for error in (OSError("no such tokenizer"), FileNotFoundError(2, "none"), ValueError("28")):
+        assert disk_error(error, tmp_path) is None
+    with pytest.raises(OSError, match="cvxq-x") as full, temporary_folder("cvxq-x"):
+        raise OSError(errno.ENOSPC, "full")
+    assert str(full.value.filename).endswith(".unfinished")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cvxq
 import pytest
 import torch
 from cvxq.architecture import build_network
+from cvxq.config import read_config
 from cvxq.errors import InconsistentFileError, UnsupportedModelError
 
 MakeFile = Callable[..., Any]
@@ -122,3 +126,12 @@ def test_a_name_that_transformers_does_not_know_is_unsupported() -> None:
     settings = {"model_type": "gpt2", "n_layer": 1, "n_embd": 12, "activation_function": "new"}
     with pytest.raises(UnsupportedModelError, match=r'activation_function is "new"; .*KeyError'):
         build_network(settings, "config.json", torch.float32, 100)
+
+
+def test_a_disk_that_is_full_is_not_blamed_on_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device: '"):
+        read_config({"model_type": "llama"}, "config.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from cvxq_format.unfinished import temporary_folder
+from cvxq_format.unfinished import disk_error, temporary_folder
 
 from cvxq_converter.errors import ConversionError, one_line
 from cvxq_converter.source.folder import quiet_transformers
@@ -37,6 +37,8 @@ def made_tokenizer(folder: Path, **options: str) -> tuple[dict[str, bytes], str 
             )
             tokenizer.save_pretrained(place)
         except Exception as error:  # tokenizers of all kinds fail in all ways
+            if full := disk_error(error, place):
+                raise full from error
             return {}, one_line(error)
         found = {name: place / name for name in _MADE}
         return {name: path.read_bytes() for name, path in found.items() if path.is_file()}, None
@@ -62,6 +64,8 @@ def load_tokenizer(source: Source) -> Any | None:
                 place, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+            if full := disk_error(error, place):
+                raise full from error
             raise ConversionError(
                 f"{source.name}: its tokenizer cannot be loaded: {one_line(error)}"
             ) from error
