@@ -142,6 +142,8 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
+        if not source.exists():
+            raise
         with _naming(target):
             shutil.copyfile(source, target)
 

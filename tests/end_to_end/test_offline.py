@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llama-3-bits.cvxq"
+DEMO = Path(__file__).parents[2] / "demo"
+Offline = Callable[..., str]
 # What looks a name up or connects ends the process, whether or not its failure would be caught.
 GUARD = """
 import os, sys
@@ -55,7 +57,7 @@ def start(*arguments: object, program: str = COMMAND) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def offline() -> Callable[..., str]:
+def offline() -> Offline:
     """Return a function that runs a command without a network and returns its stdout."""
 
     def run(*arguments: object, said: str = "", program: str = COMMAND) -> str:
@@ -67,40 +69,48 @@ def offline() -> Callable[..., str]:
     return run
 
 
-def test_the_guard_notices(offline: Callable[..., str]) -> None:
+def test_the_guard_notices(offline: Offline) -> None:
     with pytest.raises(AssertionError, match="asked the network"):
         offline(program="import socket; socket.create_connection(('192.0.2.1', 9))")
 
 
 @pytest.mark.parametrize("command", [["verify"], ["inspect"], ["bench"]])
-def test_a_file_is_enough(command: list[str], offline: Callable[..., str]) -> None:
+def test_a_file_is_enough(command: list[str], offline: Offline) -> None:
     assert offline(command[0], GOLDEN, *command[1:])
 
 
-def test_a_server_needs_no_other() -> None:
-    pytest.importorskip("starlette", reason="needs the extra `serve`")
-    process = start("serve", GOLDEN, "--port", 0)
-    assert process.stderr is not None
-    told = process.stderr.readline()
-    assert told.startswith("serving llama-3-bits at http://127.0.0.1:"), process.communicate()
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode in (0, 130)
-
-
 @pytest.mark.slow
-def test_checking_against_transformers(offline: Callable[..., str]) -> None:
+def test_checking_against_transformers(offline: Offline) -> None:
     assert offline("verify", GOLDEN, "--deep")
 
 
+@pytest.fixture(scope="module")
+def demo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, converted without a network."""
+    file = tmp_path_factory.mktemp("offline") / "demo.cvxq"
+    process = start("convert", DEMO / "model", "-o", file, "--bits", "4", "--method", "rtn")
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    return file
+
+
 @pytest.mark.slow
-def test_converting_and_chatting(tmp_path: Path, offline: Callable[..., str]) -> None:
-    demo = Path(__file__).parents[2] / "demo"
-    file = tmp_path / "demo.cvxq"
-    offline("convert", demo / "model", "-o", file, "--bits", "4", "--method", "rtn")
-    assert offline("generate", file, "The old house", "--max-tokens", "5", "--weights", "dense")
-    assert offline("chat", file, "--max-tokens", "5", said="Hello\n")
-    text = ("--text", demo / "evaluation.txt", "--context", 32, "--windows", 1)
-    assert offline("perplexity", file, *text, "--against", demo / "model")
-    offline("export", file, tmp_path / "folder")
+def test_writing_and_measuring(demo_file: Path, tmp_path: Path, offline: Offline) -> None:
+    assert offline("generate", demo_file, "The old house", "--max-tokens", 5, "--weights", "dense")
+    assert offline("chat", demo_file, "--max-tokens", 5, said="Hello\n")
+    text = ("--text", DEMO / "evaluation.txt", "--context", 32, "--windows", 1)
+    assert offline("perplexity", demo_file, *text, "--against", DEMO / "model")
+    offline("export", demo_file, tmp_path / "folder")
     assert (tmp_path / "folder" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_server_asks_no_other(demo_file: Path) -> None:
+    pytest.importorskip("starlette", reason="needs the extra `serve`")
+    process = start("serve", demo_file, "--port", 0)
+    assert process.stderr is not None
+    told = process.stderr.readline()
+    assert told.startswith("serving demo at http://127.0.0.1:"), process.communicate()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in (0, 130)

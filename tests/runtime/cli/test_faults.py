@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from cvxq.export import export
+from cvxq.export import export, export_rest
 from cvxq_format.unfinished import UnfinishedFolder
 
 KILLS = 20
@@ -109,6 +109,20 @@ def test_an_export_to_another_file_system(model_file: Path, tmp_path: Path, runs
         assert [*elsewhere.iterdir()] == []
     finally:
         shutil.rmtree(elsewhere)
+
+
+def test_a_file_that_vanishes_while_it_is_exported(
+    model_file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(file: Path, made: Path) -> None:
+        export_rest(file, made)
+        file.unlink()
+
+    monkeypatch.setattr("cvxq.export.export_rest", lose)
+    with pytest.raises(FileNotFoundError) as lost:
+        export(model_file, folder)
+    assert lost.value.filename == str(model_file)
+    assert [*folder.parent.iterdir()] == []
 
 
 def test_what_another_process_is_exporting_stays(model_file: Path, folder: Path) -> None:
