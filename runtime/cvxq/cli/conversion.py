@@ -146,6 +146,8 @@ def refuse_output(path: Path) -> None:
     """Raise FileProblem for a file that cannot be written, before the work that it is to hold."""
     if path.is_dir():
         raise FileProblem(f"{path} is a folder, expected the name of a file to write")
+    if not path.absolute().parent.is_dir():
+        raise FileProblem(f"{path}: its folder does not exist; create it first")
     refuse_closed(path, path.absolute().parent)
 
 

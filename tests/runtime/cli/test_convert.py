@@ -126,6 +126,8 @@ def test_use_that_cannot_be_right(fails: Fails, tmp_path: Path) -> None:
     scratch = ("--bits", 3, "--scratch", tmp_path / "none")
     assert "does not exist" in fails(2, "convert", "model", "-o", target, *scratch)
     assert "is a folder" in fails(3, "convert", "model", "-o", tmp_path, "--bits", 3)
+    nowhere = tmp_path / "none" / "out.cvxq"
+    assert "create it first" in fails(3, "convert", "model", "-o", nowhere, "--bits", 3)
     bits = ("convert", "model", "-o", target, "--bits", 3)
     assert "is a file" in fails(3, *bits, "--report", Path(__file__))
     assert "does not exist, expected a file that cvxq measure wrote" in fails(
