@@ -88,7 +88,7 @@ hashes:
 
 audit:
 	$(PYTHON) -m venv $(TOOLS) && $(TOOLS)/bin/pip install --quiet pip-audit
-	$(TOOLS)/bin/pip-audit --requirement hashes.txt --require-hashes --disable-pip
+	$(TOOLS)/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 release: check
 	$(PYTHON) -m venv $(TOOLS) && $(TOOLS)/bin/pip install --quiet cyclonedx-bom
