@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,14 +68,16 @@ def text_of(node: ast.expr) -> str | None:
     return None
 
 
-def sources() -> list[Path]:
-    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """What the packages' files say."""
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {path: ast.parse(path.read_text("utf-8")) for path in paths}
 
 
 def calls() -> Iterator[tuple[Path, ast.Call, bool]]:
     """Every call of the packages, and whether what it returns is raised."""
-    for path in sources():
-        tree = ast.parse(path.read_text("utf-8"))
+    for path, tree in trees().items():
         raised = {id(node.exc) for node in ast.walk(tree) if isinstance(node, ast.Raise)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
@@ -114,8 +117,8 @@ def messages() -> list[Message]:
 
 def made_texts() -> Iterator[tuple[Path, ast.expr]]:
     """What the makers of texts return."""
-    for path in sources():
-        for function in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for path, tree in trees().items():
+        for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef) and function.name in MAKERS:
                 for node in ast.walk(function):
                     if isinstance(node, ast.Return) and node.value is not None:
