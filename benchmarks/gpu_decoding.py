@@ -20,6 +20,7 @@ import torch
 from cvxq.lean import record_of
 from cvxq.lean.cuda.decoder import TorchDecoder
 from cvxq.lean.cuda.opening import open_torch_decoder
+from cvxq.lean.cuda.weights import DenseWeight
 from cvxq.sample import SamplingSettings
 from cvxq_format import Reader
 
@@ -27,12 +28,22 @@ DISTINCT_LAYERS = 2
 
 
 def open_repeated(path: Path, layers: int, device: str, keep_packed: bool) -> TorchDecoder:
-    """Open the converted file as a model of `layers` layers."""
+    """Open the converted file as a model of `layers` layers.
+
+    Raises ValueError where a GPU is to keep matrices packed and does not.
+    """
     with Reader(path) as reader:
         record, config = record_of(reader), json.loads(reader.file("config.json"))
         own = record.layers
         record = replace(record, layers=tuple(own[i % len(own)] for i in range(layers)))
-        return open_torch_decoder(record, reader, device, config, keep_packed)
+        decoder = open_torch_decoder(record, reader, device, config, keep_packed)
+    weights = decoder.network.weights.multiplied()
+    dense = sum(isinstance(weight, DenseWeight) for weight in weights)
+    if dense and keep_packed and decoder.network.device.type == "cuda":
+        raise ValueError(
+            f"{dense} of {len(weights)} matrices were expanded; all are to stay packed"
+        )
+    return decoder
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import IO, Any
 
@@ -52,37 +52,37 @@ def processes_for(sources: Sequence[str]) -> int:
 def compile_all(sources: Sequence[str], processes: int) -> int:
     """Compile what `recording` gave; return for how many that failed, which the launch will tell.
 
-    The deepest mixtures come first, since they take longest.
+    The deepest mixtures come first, since they take longest.  Where a process ends early, the
+    others go on.
     """
     waiting: SimpleQueue[str] = SimpleQueue()
     for source in sorted(sources, key=len, reverse=True):
         waiting.put(source)
     with ThreadPoolExecutor(processes) as threads:
-        return sum(threads.map(lambda _: _feed(waiting), range(processes)))
+        failed = sum(threads.map(lambda _: _feed(waiting), range(processes)))
+    return failed + waiting.qsize()
 
 
 def _feed(waiting: SimpleQueue[str]) -> int:
     """Let a process compile one kernel after the other until none waits; count what failed."""
     command = [sys.executable, "-m", __name__]
-    failed = 0
+    taken, done, answer = 0, 0, "ready"
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        while True:
-            try:
+        with suppress(Empty, BrokenPipeError):  # the last one, if the process is gone
+            while answer:
                 source = waiting.get_nowait()
-            except Empty:
-                break
-            try:
+                taken += 1
                 process.stdin.write(source + "\n")
                 process.stdin.flush()
-                failed += process.stdout.readline() != "done\n"
-            except BrokenPipeError:
-                failed += 1
-        process.stdin.close()
-    return failed
+                answer = process.stdout.readline()
+                done += answer == "done\n"
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+    return taken - done
 
 
 def _compile(line: str) -> None:

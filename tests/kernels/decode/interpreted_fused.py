@@ -104,6 +104,24 @@ def test_attention(
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("width", [64, 72, 80, 96, 128, 256])
+def test_heads_of_models(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Turned, stored and attended, three queries to each key head."""
+    heads, kv_heads, capacity, at = 3, 1, 64, 33
+    qkv, position = random(1, (heads + 2 * kv_heads) * width), torch.tensor([at])
+    angles = random(capacity, width // 2, seed=3)
+    tables = angles.cos(), angles.sin()
+    caches = [random(kv_heads, capacity, width, seed=seed) for seed in (1, 2)]
+    twins = [cache.clone() for cache in caches]
+    q = launch.rotate_and_store(qkv, *tables, position, (None, None), *caches)
+    expected = reference.rotate_and_store(qkv, *tables, position, (None, None), *twins)
+    for ours, theirs in zip((q, *caches), (expected, *twins), strict=True):
+        assert_close(ours, theirs)
+    monkeypatch.setattr(launch, "_PROGRAMS", 2)
+    rules = position, None, width**-0.5, None
+    assert_close(launch.attend_one(q, *caches, *rules), reference.attend_one(q, *twins, *rules))
+
+
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_token_of_each_of_several_texts(window: int | None) -> None:
     """Each goes to its own text's cache, and looks at that one alone."""

@@ -185,6 +185,21 @@ def test_many_rows_are_cut_into_batches(make: Make, device: torch.device, nans: 
         assert relative_error(y, reference(x, packed)) < 1e-2, plan.kind
 
 
+@pytest.mark.parametrize(
+    ("width", "plan"), [(576, MATVEC), (640, MATVEC), (896, MATVEC), (640, GEMM)]
+)
+def test_widths_of_models(
+    make: Make, device: torch.device, nans: Nans, width: int, plan: Plan
+) -> None:
+    """SmolLM2's, Gemma 3's and Qwen 2.5's, half of them pruned, with an odd number of outputs."""
+    packed = make((19, width), np.resize([0, 2, 0, 3], width), seed=width, group_size=19)
+    weight = GpuWeight.from_packed(packed, device)
+    x = inputs(1, width)
+    y = weight.matmul(x.to(device), out=nans(1, 19), plan=plan)
+    tolerance = 0.02 if plan.kind == "matvec" else 1e-3
+    assert relative_error(y, reference(x, packed)) < tolerance
+
+
 def test_fused_outputs_stand_side_by_side(make: Make, device: torch.device, nans: Nans) -> None:
     parts = [make((16, 20), 2, seed=1, scale=3.0), make((5, 20), 6, seed=2, means=True)]
     weight = GpuWeight.fused(parts, device)

@@ -124,6 +124,16 @@ def test_fused_weights_lie_below_each_other(make: Make, device: torch.device) ->
     assert torch.equal(bits(fused.rows(ids.to(device))), bits(expected[ids]))
 
 
+def test_rows_of_a_vocabulary(make: Make, device: torch.device) -> None:
+    """SmolLM2's 49,152, in clusters of two tiles, all but one of them pruned."""
+    depths = np.zeros((192, 2), np.uint8)
+    depths[191] = [4, 7]
+    packed = make((49_152, 2), depths, group_size=256, permuted=False, means=True)
+    weight = GpuWeight.from_packed(packed, device)
+    ids = torch.tensor([49_151, 0, 255, 256, 100 * 256 + 200, 40_000])
+    assert torch.equal(bits(weight.rows(ids.to(device))), bits(packed.rows(ids)))
+
+
 def test_rows_are_cast_after_decoding(make: Make, device: torch.device) -> None:
     packed = make((20, 33))
     weight = GpuWeight.from_packed(packed, device)

@@ -37,6 +37,13 @@ def test_a_kernel_that_cannot_be_compiled_hinders_nothing() -> None:
     assert compile_all(["not a description", "{}"], 1) == 2
 
 
+def test_a_process_that_ends_early_hinders_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was not asked for counts as failed, too; the system may end it for want of memory."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    for _ in range(3):  # before it was written to, or after
+        assert compile_all(["{}"] * 9, 2) == 9
+
+
 def test_processes_are_at_most_as_many_as_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert [processes_for(["x"] * count) for count in (0, 1, 5, 20)] == [1, 1, 5, 8]

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cvxq_format import Codebook, CompandedTensor
 from cvxq_kernels import PackedWeight
-from cvxq_kernels.gpu import GpuWeight, launch, matrix, part, repack, tuning
+from cvxq_kernels.gpu import (
+    GpuWeight,
+    UnsupportedWeightError,
+    launch,
+    matrix,
+    part,
+    repack,
+    tuning,
+)
+from cvxq_kernels.gpu.plan import Plan
 
 MEBIBYTE = 1 << 20
 COLUMNS = 4096
@@ -79,3 +89,19 @@ def test_choosing_a_plan_takes_one_block_of_expanded_weights(
     assert account.most >= 4 * MEBIBYTE
     assert account.most - scratch <= 4 * MEBIBYTE + 16 * 4 * (outputs + inputs)
     assert tuning.SCRATCH_BYTES <= 64 * MEBIBYTE
+
+
+def test_more_words_than_an_index_reaches_are_refused(
+    head: PackedWeight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "cut", lambda weight, rows: SimpleNamespace(words=1 << 30))
+    with pytest.raises(UnsupportedWeightError, match="2147483648 rows of words, allowed below"):
+        matrix.arrange([head, head], torch.device("cpu"))
+
+
+def test_plans_that_cannot_be_written_are_measured_anew(tmp_path: Path) -> None:
+    """Where the cache's folder would be is a file."""
+    (tmp_path / "cvxq").write_text("")
+    path = tmp_path / "cvxq" / "plans-x.json"
+    tuning.save(path, {"key": Plan("matvec")})
+    assert tuning.load(path) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -47,4 +48,10 @@ def test_not_with_a_triton_that_cannot_launch_so(monkeypatch: pytest.MonkeyPatch
 
 def test_not_on_other_makers_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert not overlaps(DEVICE)
+
+
+def test_not_without_tritons_part_for_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "triton.backends.nvidia.compiler", None)
     assert not overlaps(DEVICE)

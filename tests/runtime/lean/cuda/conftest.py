@@ -44,6 +44,7 @@ class FakeDevice(TorchFunctionMode):
         self._held: list[torch.Tensor] = []  # what was moved, so that no address is given out anew
         self.is_capturing = False
         self.count = count
+        self.clock = 0.0  # milliseconds
         self._of_thread = threading.local()
         self._compute: Callable[[], None] = lambda: None
         capture = cuda.capture
@@ -68,9 +69,7 @@ class FakeDevice(TorchFunctionMode):
             "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
             "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
             "stream": lambda stream: _nothing(),
-            "Event": lambda: SimpleNamespace(
-                record=lambda: None, synchronize=lambda: self.calls.append("wait")
-            ),
+            "Event": lambda enable_timing=False: _Event(self),
             "CUDAGraph": lambda: _Graph(self),
             "graph": self._graph,
         }.items():
@@ -118,6 +117,22 @@ class FakeDevice(TorchFunctionMode):
             self.is_capturing = False
 
 
+class _Event:
+    """The device's clock when it was recorded."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self._device = device
+
+    def record(self) -> None:
+        self.time = self._device.clock
+
+    def synchronize(self) -> None:
+        self._device.calls.append("wait")
+
+    def elapsed_time(self, end: _Event) -> float:
+        return end.time - self.time
+
+
 class _OnDevice(GENERATOR):
     """A generator made for the device."""
 
@@ -146,7 +161,8 @@ class StandIn(GpuWeight):
     def __init__(self, parts: Sequence[PackedWeight], device: torch.device) -> None:
         check(parts)
         assert device.index is not None
-        self.values = torch.cat([part.dense() for part in parts])
+        with torch._C.DisableTorchFunction():  # thousands of operations, none of them the device's
+            self.values = torch.cat([part.dense() for part in parts])
         self.size = sum(part.nbytes for part in parts)
         self.device = CPU
         self.plans = {}
@@ -186,9 +202,11 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
         monkeypatch.setattr(launch, name, getattr(reference, name))
     cuda.runs_kernels.cache_clear()
     with FakeDevice(monkeypatch) as fake:
-        monkeypatch.setattr(
-            "cvxq.lean.cuda.opening.tune_alike",
-            lambda weights, dtype, step: fake.calls.append(f"tune {dtype}"),
-        )
+
+        def tune(weights: object, dtype: torch.dtype, step: Callable[[], None]) -> None:
+            fake.calls.append(f"tune {dtype}")
+            step()
+
+        monkeypatch.setattr("cvxq.lean.cuda.opening.tune_alike", tune)
         yield fake
     cuda.runs_kernels.cache_clear()
