@@ -18,6 +18,7 @@ from pathlib import Path
 
 import cvxq
 import numpy as np
+from cpu_page import head
 from cvxq.lean.decoder import BatchingDecoder
 
 PROMPT_TOKENS = range(40, 104, 4)  # of the texts of a batch
@@ -49,8 +50,7 @@ def tokens_per_second(decoder: BatchingDecoder, texts: int) -> float:
 def table(speeds: Mapping[int, Sequence[float]]) -> list[str]:
     """Rows of a Markdown table."""
     one = {pick: pick(speeds[min(speeds)]) for pick in (max, statistics.median)}
-    rows = ["| texts | tokens/s, best | median | of the first's, best | median |"]
-    rows.append("|---:|---:|---:|---:|---:|")
+    rows = head(("texts", "tokens/s, best", "median", "of the first's, best", "median"))
     for texts, found in speeds.items():
         values = [pick(found) for pick in one]
         gains = [value / first for value, first in zip(values, one.values(), strict=True)]

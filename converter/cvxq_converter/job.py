@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from cvxq_format.decoder_record import DecoderRecord
@@ -30,7 +31,7 @@ from cvxq_converter.beginning import Announce, begin, load
 from cvxq_converter.errors import ConversionError, NotDescribedError, one_line
 from cvxq_converter.footprint import COPY_BITS, proving_bytes
 from cvxq_converter.journal import Journal
-from cvxq_converter.measure.calibration import Batch, make_sequences, sample_copy
+from cvxq_converter.measure.calibration import make_sequences, sample_copy
 from cvxq_converter.measure.curve import Curve, Trial
 from cvxq_converter.measure.forward import InputHessians
 from cvxq_converter.measure.hessian import Feedback, Hessians
@@ -82,6 +83,9 @@ from cvxq_converter.write.assembling import (
 from cvxq_converter.write.details import Details, losses_by_position, weight_distributions
 from cvxq_converter.write.proof import Decoder, Proof, StoredTensors, prove
 from cvxq_converter.write.report import ConversionReport, DecoderReport
+
+if TYPE_CHECKING:
+    from cvxq.lean.decoder import Batch
 
 TRIAL_RATES = (2.25, 3.0, 4.0, 5.5)  # at which a measurement checks its prediction
 

@@ -11,11 +11,11 @@ text begins with the start token, too, where the tokenizer puts one before a tex
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from cvxq_format.model_config import context_length
@@ -28,19 +28,12 @@ from cvxq_converter.measure.seeds import draw_each, draw_one, generator_of
 from cvxq_converter.options import Calibration
 from cvxq_converter.stages import Done
 
+if TYPE_CHECKING:
+    from cvxq.lean.decoder import Batch
+
 _CACHE_BYTES = 1 << 31  # keys and values of one sampling batch
 _COPY_CACHE_BYTES = 1 << 30  # of one that a copy draws
 _TEXTS = 16  # most that it draws side by side
-
-
-class Batch(Protocol):
-    """What drawing needs of several texts beside each other; see `cvxq.lean.decoder.Batch`."""
-
-    def read(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Any:
-        """Read tokens after the texts named; return logits (pieces, V) after the last of each."""
-
-    def rewind(self, text: int, length: int) -> None:
-        """Forget all but the first `length` tokens of a text."""
 
 
 def make_sequences(
