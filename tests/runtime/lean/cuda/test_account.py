@@ -58,7 +58,7 @@ def test_prompts_scores_and_answers_take_the_working_bytes_at_most(
 def test_packed_bytes_go_to_the_device_once(
     make_file: MakeFile, fake_device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the real way of arranging, but for the kernel that moves codes."""
+    """By the real way of arranging, but for the kernel that moves codes; no step is run."""
 
     class NoKernel:
         def __getitem__(self, grid: object) -> Callable[..., None]:
@@ -66,6 +66,7 @@ def test_packed_bytes_go_to_the_device_once(
 
     monkeypatch.setattr(gpu, "GpuWeight", GpuWeight)
     monkeypatch.setattr(repack, "repack_kernel", NoKernel())
+    monkeypatch.setattr(opening, "tune_alike", lambda weights, dtype, step: None)
     made = make_file("llama")
     with cvxq.load(made.path, device="cuda") as model:
         weights = model.decoder.network.weights
