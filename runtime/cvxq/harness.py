@@ -1,7 +1,7 @@
 """A model of ours as lm-evaluation-harness sees one; imported only where that is installed.
 
-Choices of one question share its text, which is read once; each choice is read in one go.  Answers
-are written several at a time.
+Choices of one question share its text, which is read once; the choices of several questions are
+read together.  Answers are written several at a time.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cvxq.errors import ArgumentError
 from cvxq.generate import Generation
-from cvxq.lean.decoder import BatchingDecoder
+from cvxq.lean.decoder import Batch, BatchingDecoder
 from cvxq.model import Model
 from cvxq.progress import Progress
 from cvxq.sample import SamplingSettings
-from cvxq.session import Logits
+from cvxq.scoring import Ending, Score, score, score_together
 from cvxq.together import Order, generate_together
 
 _LONGEST = 2048  # tokens of a window, where the model states no context
 _ANSWER_TOKENS = 256  # of an answer, where a task does not say
-_TOGETHER = 16  # answers that are written beside each other
+_TOGETHER = 16  # answers that are written beside each other, or endings that are read
+_TOKENS_TOGETHER = 16384  # of texts beside each other, of which keys and values are held
 
 Scored = tuple[float, bool]  # log-likelihood in nats, and whether each token was the likeliest
 Request = tuple[Any, list[int], list[int]]  # the texts, and tokens: given, and to be scored
@@ -70,25 +71,40 @@ class HarnessModel(TemplateLM):
         return ids
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[Scored]:
-        found: list[Scored] = [(0.0, True)] * len(requests)
-        order = sorted(range(len(requests)), key=lambda index: requests[index][1:])
-        for done, index in enumerate(order):
-            _, given, scored = requests[index]
-            found[index] = self._score(given, scored)
-            self._progress("score", done + 1, len(order))
+        endings = [self._ending(given, scored) for _, given, scored in requests]
+        found: list[Scored] = [(0.0, True)] * len(endings)
+        for done, (index, value) in enumerate(self._scores(endings)):
+            found[index] = value.value, value.is_likeliest
+            self._progress("score", done + 1, len(endings))
         return found
 
-    def _score(self, given: list[int], scored: list[int]) -> Scored:
-        """Read `given`, of which as much as fits, unless it has been read, and score the rest."""
+    def _ending(self, given: list[int], scored: list[int]) -> Ending:
+        """What is to be scored, and of what comes before as much as fits."""
         room = self.max_length - len(scored) + 1  # the last token is not read
         if room < 1:
             raise ArgumentError(
                 f"{len(scored)} tokens are to be scored, allowed {self.max_length}, the context"
             )
-        logits = self._session.resume(given[-room:])[None]
-        if len(scored) > 1:
-            logits = np.concatenate([logits, self._session.feed_each(scored[:-1])])
-        return _scored(logits, np.array(scored))
+        return Ending(tuple(given[-room:]), tuple(scored))
+
+    def _scores(self, endings: Sequence[Ending]) -> Iterator[tuple[int, Score]]:
+        """Yield the scores with their numbers, several at a time where the decoder can."""
+        longest = max((ending.length for ending in endings), default=1)
+        batch = self._batch(max(1, min(_TOGETHER, _TOKENS_TOGETHER // longest)), longest)
+        if batch is not None:
+            yield from score_together(batch, endings)
+            return
+        for index in sorted(range(len(endings)), key=lambda index: endings[index].tokens):
+            given, scored = endings[index].tokens
+            logits = self._session.resume(given)[None]
+            if len(scored) > 1:
+                logits = np.concatenate([logits, self._session.feed_each(scored[:-1])])
+            yield index, score(logits, scored)
+
+    def _batch(self, texts: int, tokens: int) -> Batch | None:
+        """Texts of so many tokens to read together, where the model's decoder can."""
+        decoder = self.model.decoder
+        return decoder.batch(texts, tokens) if isinstance(decoder, BatchingDecoder) else None
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -119,10 +135,8 @@ class HarnessModel(TemplateLM):
 
     def _answers(self, orders: Sequence[Order]) -> Iterator[tuple[int, Generation]]:
         """Yield the answers with their numbers, several at a time where the decoder can."""
-        decoder, most = self.model.decoder, max((_tokens(order) for order in orders), default=1)
-        batch = None
-        if isinstance(decoder, BatchingDecoder):
-            batch = decoder.batch(_TOGETHER, min(most, self.max_length))
+        most = max((_tokens(order) for order in orders), default=1)
+        batch = self._batch(_TOGETHER, min(most, self.max_length))
         if batch is not None:
             yield from generate_together(batch, self.model.tokenizer, orders)
             return
@@ -148,15 +162,6 @@ def _tokens(order: Order) -> int:
     return len(order.prompt_ids) + (order.settings.max_tokens or 0)
 
 
-def _scored(logits: Logits, tokens: np.ndarray[Any, Any]) -> Scored:
-    """Score tokens (n,) by the logits (n, V) before each."""
-    values = logits.astype(np.float64)
-    values -= values.max(-1, keepdims=True)
-    values -= np.log(np.exp(values).sum(-1, keepdims=True))
-    chosen = values[np.arange(len(tokens)), tokens]
-    return float(chosen.sum()), bool((values.argmax(-1) == tokens).all())
-
-
 def evaluate(
     model: HarnessModel, tasks: Sequence[Any], limit: int | None, shots: int | None
 ) -> dict[str, Any]:
@@ -166,10 +171,18 @@ def evaluate(
     Raises ArgumentError for a task that the harness cannot make.
     """
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
+    # The harness reads the configurations of all its tasks, over ten thousand, to find one by name.
+    named = any(isinstance(task, str) for task in tasks)
     try:
         results = lm_eval.simple_evaluate(
-            model=model, tasks=list(tasks), limit=limit, num_fewshot=shots, log_samples=True
+            model=model,
+            tasks=list(tasks),
+            limit=limit,
+            num_fewshot=shots,
+            log_samples=True,
+            task_manager=TaskManager(include_defaults=named),
         )
     except (KeyError, ValueError, OSError) as error:
         raise ArgumentError(f"lm-evaluation-harness: {error}") from error

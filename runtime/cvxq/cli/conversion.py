@@ -62,11 +62,30 @@ class Percentage(click.ParamType):
         return float(match[1]) / 100
 
 
+class Duration(click.ParamType):
+    """A time such as 30m, as a number of seconds; the unit is required."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return seconds; a text of another form, or no time at all, fails."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([smh])", str(value).strip().lower())
+        if match is None or float(match[1]) == 0:
+            self.fail(f"{value!r} is not a time such as 30m; give a number and s, m or h", param)
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
 _MEASURING = (
     click.option("--keep", multiple=True, metavar="PATTERN",
                  help="Leave these matrices in 16 bits."),
     click.option("--calibration", default="self", show_default=True,
                  help="self, copy, none, FILE.txt or FILE.jsonl."),
+    click.option("--time", type=Duration(),
+                 help="For calibrating on a CPU; default: 5m for 135 M weights, more for more."),
     click.option("--sequences", type=click.IntRange(min=1), help="Calibration sequences."),
     click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),

@@ -53,17 +53,21 @@ class Batch(Protocol):
     """Several texts of one model beside each other, read together.
 
     Each gets what it would get alone but for rounding, which may differ with the number of texts.
-    texts: how many, 0 … texts − 1; capacity: the most tokens of each.
+    texts: how many, 0 … texts − 1; capacity: the most tokens of each; vocabulary: V.
     """
 
     texts: int
     capacity: int
+    vocabulary: int
 
     def read(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Floats:
         """Read tokens, at least one, after each of the texts named; each is named once.
 
         Returns the logits (pieces, V) float32 after the last of each.
         """
+
+    def read_each(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Sequence[Floats]:
+        """Read as `read` does; return the logits (L, V) float32 after each token, by pieces."""
 
     def rewind(self, text: int, length: int) -> None:
         """Forget all but the first `length` tokens of a text."""

@@ -55,13 +55,17 @@ class NativeBatch:
     def __init__(self, decoder: Reader, texts: int) -> None:
         """Start with empty texts."""
         self._decoders = [decoder.sibling() for _ in range(texts)]
-        self.capacity = decoder.capacity
+        self.capacity, self.vocabulary = decoder.capacity, decoder.vocabulary
         self.texts = texts
 
     def read(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> Floats:
         """Read tokens after the texts named; return logits (pieces, V) after the last of each."""
         readings = [self._decoders[text].begin(ids, 1) for text, ids in pieces]
         return np.concatenate(read_together(readings))
+
+    def read_each(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> list[Floats]:
+        """Read tokens after the texts named; return the logits (L, V) after each, by pieces."""
+        return read_together([self._decoders[text].begin(ids, len(ids)) for text, ids in pieces])
 
     def rewind(self, text: int, length: int) -> None:
         """Forget all but the first `length` tokens of a text."""

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import Result
-from cvxq.cli.conversion import Percentage, Size
+from cvxq.cli.conversion import Duration, Percentage, Size
 
 Cvxq = Callable[..., Result]
 Fails = Callable[..., str]
@@ -47,6 +47,17 @@ def test_percentages(text: str, share: float) -> None:
 def test_texts_that_are_no_percentage(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a percentage above 0, such as 1%"):
         Percentage().convert(text, None, None)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5 h", 5400), ("30M", 1800)])
+def test_durations(text: str, seconds: float) -> None:
+    assert Duration().convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize("text", ["30", "0m", "-1m", "m", "5 min", "1e3s", ""])
+def test_texts_that_are_no_duration(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="is not a time such as 30m; give a number and s"):
+        Duration().convert(text, None, None)
 
 
 @pytest.fixture
@@ -111,6 +122,7 @@ def test_every_option_reaches_the_converter(taken: Callable[..., tuple[Any, ...]
     found = {name: value for record in records for name, value in vars(record).items()}
     found["calibration"], found["method"] = options.calibration.source, options.method.name
     assert {name: found[name] for name in expected} == expected
+    assert taken("--bits", 3, "--time", "30m")[2].calibration.time == 1800.0
 
 
 def test_use_that_cannot_be_right(fails: Fails, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ fill the matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -28,16 +28,19 @@ class TorchBatch:
         network: TorchNetwork,
         texts: int,
         tokens: int,
-        read: Callable[[KeyValueCache, Sequence[int], int], torch.Tensor],
+        prefill: Callable[
+            [Sequence[int], bool, KeyValueCache, int], Iterator[tuple[int, torch.Tensor]]
+        ],
         capture: Callable[[Callable[[], None]], Callable[[], None]],
     ) -> None:
         """Start with empty texts of up to `tokens` tokens.
 
-        read: reads tokens after so many into a cache, and returns logits (V,) after the last;
-        capture: returns what launches a function.
+        prefill: reads tokens into a cache after so many, chunk by chunk, and yields the text's
+        length and logits (n, V) of the chunk, or of its last token; capture: returns what launches
+        a function.
         """
-        self.texts, self.capacity = texts, tokens
-        self._network, self._read, self._capture = network, read, capture
+        self.texts, self.capacity, self.vocabulary = texts, tokens, network.record.vocabulary
+        self._network, self._prefill, self._capture = network, prefill, capture
         self._lengths = [0] * texts
         device = network.device
         places = -(-(tokens + 1) // PLACES_STEP) * PLACES_STEP  # one for the idle
@@ -53,23 +56,42 @@ class TorchBatch:
     def read(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
         """Read tokens after the texts named; return logits (pieces, V) float32 on the device."""
         cuda.use(self._network.device)
-        for text, ids in pieces:
-            if self._lengths[text] + len(ids) > self.capacity:
-                raise ContextError(
-                    f"a text's {self.capacity} tokens are full; begin a new one, or give it more"
-                )
+        self._check(pieces)
         result = self._logits.new_empty(len(pieces), self._logits.shape[1])
         single = []
         for index, (text, ids) in enumerate(pieces):
             if len(ids) == 1 and self._steps_together:
                 single.append(index)
             else:
-                result[index] = self._read(self.cache.text(text), ids, self._lengths[text])
-                self._lengths[text] += len(ids)
+                *_, last = self._rows(text, ids, True)
+                result[index] = last[-1]
         if single:
             self._step([(pieces[index][0], pieces[index][1][0]) for index in single])
             result[single] = self._logits[[pieces[index][0] for index in single]]
         return result
+
+    @torch.inference_mode()
+    def read_each(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor]:
+        """Read tokens after the texts named; return logits (L, V) float32 in main memory."""
+        cuda.use(self._network.device)
+        self._check(pieces)
+        return [
+            torch.cat([rows.cpu() for rows in self._rows(text, ids, False)]) for text, ids in pieces
+        ]
+
+    def _check(self, pieces: Sequence[tuple[int, Sequence[int]]]) -> None:
+        for text, ids in pieces:
+            if self._lengths[text] + len(ids) > self.capacity:
+                raise ContextError(
+                    f"a text's {self.capacity} tokens are full; begin a new one, or give it more"
+                )
+
+    def _rows(self, text: int, ids: Sequence[int], last_only: bool) -> Iterator[torch.Tensor]:
+        """Read tokens after a text; yield logits (n, V) of each chunk, or of its last token."""
+        cache, before = self.cache.text(text), self._lengths[text]
+        for length, rows in self._prefill(ids, last_only, cache, before):
+            self._lengths[text] = length
+            yield rows
 
     def _step(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Read one token of each text named; leave the logits after it in `_logits`."""

@@ -139,12 +139,7 @@ class TorchDecoder:
         per_text = tokens * bytes_per_token(self.network.record) // 4 * self.network.dtype.itemsize
         free = cuda.free_bytes(self.network.device) if self._is_cuda else texts * 2 * per_text
         texts = max(1, min(texts, TEXTS, free // (2 * per_text)))
-        return TorchBatch(self.network, texts, tokens, self._read_into, self._captured)
-
-    def _read_into(self, cache: KeyValueCache, ids: Sequence[int], length: int) -> torch.Tensor:
-        """Read `ids` after the `length` tokens in a cache; return logits (V,) after the last."""
-        *_, (_, logits) = self._prefill(ids, True, cache, length)
-        return logits[-1]
+        return TorchBatch(self.network, texts, tokens, self._prefill, self._captured)
 
     @torch.inference_mode()
     def draw(self, settings: SamplingSettings, ids: Sequence[int]) -> Iterator[int]:
