@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from cvxq.evaluate import divergence, token_ids, windows
 from cvxq_converter.job import Prepared, prepare, quantize_prepared
-from cvxq_converter.options import ConversionOptions
+from cvxq_converter.options import Calibration, ConversionOptions
 from cvxq_converter.preflight import calibration_amount, preflight
 from cvxq_converter.quantize.correction import Replacement
 from cvxq_converter.source.checkpoint import load_network, load_tokenizer, open_source
@@ -65,7 +65,8 @@ class Bench:
 
     def __init__(self, model: str, text: str, amount: tuple[int | None, int | None]) -> None:
         self.source = open_source(model)
-        count, length = calibration_amount(self.source, "cpu", *amount)
+        wanted = Calibration(sequences=amount[0], length=amount[1])
+        count, length = calibration_amount(self.source, "cpu", wanted)
         self.options = ConversionOptions.of(bits=4.0, sequences=count, length=length)
         self.original = load_network(self.source, torch.float32)
         self.loaded: LoadedModel = load_model(self.source, self.options)

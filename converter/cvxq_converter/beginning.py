@@ -58,6 +58,10 @@ def begin(
                 "--statistics are of the original model: they are of no use to --method rtn, and "
                 "--iterations would measure again; leave one of them out"
             )
+        if options.calibration.time is not None:
+            raise ConversionError(
+                "--time is for calibrating, which --statistics spare; leave it out"
+            )
         measurement.check(source, options)
     folder = _journal_folder(output, options)
     if options.place.scratch is None:

@@ -473,7 +473,7 @@ def _open_copy(loaded: LoadedModel, stages: Stages, texts: int) -> Batch:
     from cvxq.lean import NotLeanError, open_native
     from cvxq.lean.native_batch import NativeBatch
 
-    made = quantize_network_rtn(loaded, Target(bits=COPY_BITS), Method(), stages, "copy")
+    made = quantize_network_rtn(loaded, Target(bits=COPY_BITS), Method(), stages, copies=True)
     try:
         record, tensors = loaded.describe(()), StoredTensors(loaded, made)
         return NativeBatch(open_native(record, tensors, torch.get_num_threads()), texts)

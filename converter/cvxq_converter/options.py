@@ -62,13 +62,15 @@ class Calibration:
     """What the model is measured on: sequences of its own, or from a text.
 
     source: "self", "copy" (of 4 bits, for models that memory has no room for), "none", or the path
-    of a .txt or .jsonl file. sequences, length: how many, of
-    how many tokens; None leaves them to the preflight. metric: "kl" or "logits".
+    of a .txt or .jsonl file. sequences, length: how many, of how many tokens; None leaves them to
+    the preflight. time: seconds that they may take on a CPU, by the preflight; None for what suits
+    the size of the model. metric: "kl" or "logits".
     """
 
     source: str = field(default="self", metadata={"choice": "calibration"})
     sequences: int | None = None
     length: int | None = None
+    time: float | None = None
     metric: str = "kl"
     seed: int = 0
 
@@ -130,6 +132,14 @@ class ConversionOptions:
 
     def __post_init__(self) -> None:
         """Raise ConversionError for choices that contradict each other."""
+        amount = self.calibration
+        if amount.time is not None and not self.replaces_weights:
+            raise ConversionError("--time is for calibrating; it needs calibration sequences")
+        if None not in (amount.time, amount.sequences, amount.length):
+            raise ConversionError(
+                "--time chooses the number of sequences or their length, and both are given; "
+                "leave one of the three out"
+            )
         if self.method.tune and not self.replaces_weights:
             raise ConversionError("--tune needs calibration sequences and --method cvxq")
         if self.target.seeks_rate and (not self.replaces_weights or self.method.iterations > 1):

@@ -9,8 +9,10 @@ nominal machine of that many threads does in `calibration_seconds`.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from cvxq_converter.footprint import (
 )
 from cvxq_converter.measure.calibration import sampling_batch
 from cvxq_converter.measure.measurement import Measurement
-from cvxq_converter.options import ConversionOptions, Place
+from cvxq_converter.options import Calibration, ConversionOptions, Place
 from cvxq_converter.quantize.tuning import BATCH
 from cvxq_converter.shapes import Shape, shape_of
 from cvxq_converter.source.checkpoint import Source
@@ -39,14 +41,17 @@ CPU_LENGTH = 512  # shorter documents cost less per token and sample as many con
 CALIBRATION_SECONDS = 300.0  # of sampling and measuring on a CPU, at the nominal speed,
 CALIBRATION_WEIGHTS = 135e6  # for a model of so many weights or less; in proportion for a larger
 MOST_CALIBRATION_SECONDS = 3600.0
-NOMINAL_FLOPS = 25e9  # float32 operations per second and thread
+NOMINAL_FLOPS = 35e9  # float32 operations per second and thread
 NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
-LEAST_SEQUENCES, LEAST_LENGTH = 8, 64
+LEAST_LENGTH = 64
 EXPECTED_TRIALS = 4  # of a search for a loss
 
+_SHARDS = 8  # of a measurement: sequences are a multiple of that
+_TOKENS_FOR_EACH = 16  # that a sequence may have for each sequence that there is
 _OPERATIONS_PER_LAYER = 50  # small tensor operations of one block, forward
 _OPERATIONS_PER_EXPERT = 4  # of one matrix of it, forward
 _OPERATIONS_PER_COLUMN = 120  # small tensor operations for each column, with feedback
+_SAMPLING = 1.5  # times what the same products take where they are large
 _QUANTIZER_PASSES = 45  # element-wise passes per weight: 13 scales, 3–4 passes each
 _READ_RATE = 5e8  # bytes per second from disk
 
@@ -112,8 +117,8 @@ def preflight(
     if count and measurement is None:
         measuring = count * _backward_seconds(shape, speed, tokens)
         seconds += method.iterations * measuring
-        if options.calibration.source in ("self", "copy"):
-            seconds += _sampling_seconds(source, shape, speed, count, tokens, place.dtype)
+        origin = options.calibration.source
+        seconds += _sampling_seconds(source, shape, speed, origin, count, tokens, place.dtype)
     scratch = plan_scratch(shape, options, count, tokens)
     quantizations = method.iterations * trials
     seconds += quantizations * _quantizing_seconds(shape, speed, method.group_size)
@@ -152,7 +157,7 @@ def _amount(
         return 0, 0
     if measurement is not None:
         return measurement.record.sequences, measurement.record.length
-    return calibration_amount(source, options.place.device, wanted.sequences, wanted.length)
+    return calibration_amount(source, options.place.device, wanted)
 
 
 def refuse_what_cannot_fit(plan: Preflight, output: Path, place: Place, held: int = 0) -> None:
@@ -192,37 +197,44 @@ def calibration_seconds(shape: Shape) -> float:
     return min(CALIBRATION_SECONDS * share, MOST_CALIBRATION_SECONDS)
 
 
-def calibration_amount(
-    source: Source, device: str, sequences: int | None = None, length: int | None = None
-) -> tuple[int, int]:
+def calibration_amount(source: Source, device: str, wanted: Calibration) -> tuple[int, int]:
     """Choose number and length of the calibration sequences; what was asked for stays.
 
-    Depends on shapes, kind of device and number of threads only, never on a measurement.
+    Depends on shapes, kind of device and number of threads only, never on a measurement. Sequences
+    are 512 tokens long if there is time for 32 of them, else half as long, and so on.
+    Raises ConversionError for a time on a GPU, whose speed no nominal one stands for.
     """
     shape = shape_of(source)
     limit = shape.context or FULL_LENGTH
     if torch.device(device).type != "cpu":
-        return sequences or FULL_SEQUENCES, min(length or FULL_LENGTH, limit)
+        if wanted.time is not None:
+            raise ConversionError(
+                f"--time {wanted.time:g}s on {device}: it is for calibrating on a CPU; "
+                "use --sequences"
+            )
+        return wanted.sequences or FULL_SEQUENCES, min(wanted.length or FULL_LENGTH, limit)
     threads = torch.get_num_threads()
     nominal = Speed(NOMINAL_FLOPS * threads, 2e8 * threads, NOMINAL_CALL)
+    allowed = wanted.time or calibration_seconds(shape)
+    longest = min(wanted.length or CPU_LENGTH, limit)
+    # With a time of one's own, as many tokens as the papers had are not too many.
+    most = FULL_SEQUENCES if wanted.time is None else FULL_SEQUENCES * FULL_LENGTH // longest
+    counts = range(_SHARDS, max(most, _SHARDS) + 1, _SHARDS)
 
-    def holds(count: int, tokens: int) -> bool:
-        sampling = _sampling_seconds(source, shape, nominal, count, tokens, torch.float32)
-        total = sampling + count * _backward_seconds(shape, nominal, tokens)
-        return total <= calibration_seconds(shape)
+    def seconds(count: int, tokens: int) -> float:
+        sampling = _sampling_seconds(source, shape, nominal, wanted.source, count, tokens)
+        moments = _moments_seconds(shape, nominal, count * tokens)
+        return sampling + count * _backward_seconds(shape, nominal, tokens) + moments
 
-    count = sequences or FULL_SEQUENCES
-    tokens = min(length or CPU_LENGTH, limit)
-    while not holds(count, tokens):
-        if sequences is None and count > LEAST_SEQUENCES and count * 8 >= tokens:
-            count //= 2
-        elif length is None and tokens // 2 >= LEAST_LENGTH:
-            tokens //= 2
-        elif sequences is None and count > LEAST_SEQUENCES:
-            count //= 2
-        else:
-            break
-    return count, tokens
+    tokens = longest
+    while True:
+        choices = [wanted.sequences] if wanted.sequences else counts
+        held = bisect_right(choices, allowed, key=partial(seconds, tokens=tokens))
+        count = choices[max(held, 1) - 1]
+        enough = held and (wanted.sequences or count * _TOKENS_FOR_EACH >= tokens)
+        if enough or wanted.length or tokens // 2 < LEAST_LENGTH:
+            return count, tokens
+        tokens //= 2
 
 
 def fits_memory(plan: Preflight, place: Place) -> bool:
@@ -285,13 +297,22 @@ def _operations(shape: Shape) -> int:
 
 
 def _sampling_seconds(
-    source: Source, shape: Shape, speed: Speed, count: int, tokens: int, dtype: torch.dtype
+    source: Source,
+    shape: Shape,
+    speed: Speed,
+    origin: str,
+    count: int,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
-    """One forward step per position and batch; small batches run far below the product rate."""
-    batch = sampling_batch(source.config, tokens, dtype.itemsize)
-    batches = -(-count // batch)
-    calls = batches * tokens * _operations(shape) * speed.call_seconds
-    return calls + 3 * 2.0 * shape.weights_for_a_token * count * tokens / speed.flops
+    """One forward step per position and batch, below the rate of large products; none of a text."""
+    if origin not in ("self", "copy"):
+        return 0.0
+    flops = _SAMPLING * 2.0 * shape.weights_for_a_token * count * tokens
+    if origin == "copy":  # by a decoder that hardly pays for small operations
+        return flops / speed.flops
+    batches = -(-count // sampling_batch(source.config, tokens, dtype.itemsize))
+    return batches * tokens * _operations(shape) * speed.call_seconds + flops / speed.flops
 
 
 def _quantizing_seconds(shape: Shape, speed: Speed, group_size: int) -> float:
@@ -302,10 +323,16 @@ def _quantizing_seconds(shape: Shape, speed: Speed, group_size: int) -> float:
 
 def _feedback_seconds(shape: Shape, speed: Speed, tokens: int) -> tuple[float, float]:
     """Of Hessians and their factors, once; and of pushing errors on, for every quantization."""
-    moments = 2.0 * (shape.squared_inputs_for_a_token + shape.weights_for_a_token) * tokens
     factors = 2.0 * shape.squared_inputs * shape.largest_inputs  # in float64, half as fast
     calls = shape.inputs * _OPERATIONS_PER_COLUMN * speed.call_seconds
-    return (moments + factors) / speed.flops, calls + shape.pushed / speed.flops
+    once = _moments_seconds(shape, speed, tokens) + factors / speed.flops
+    return once, calls + shape.pushed / speed.flops
+
+
+def _moments_seconds(shape: Shape, speed: Speed, tokens: int) -> float:
+    """Of the sums that Hessians are, with one more way forward."""
+    operations = shape.squared_inputs_for_a_token + shape.weights_for_a_token
+    return 2.0 * operations * tokens / speed.flops
 
 
 def _proving_seconds(shape: Shape, speed: Speed) -> float:

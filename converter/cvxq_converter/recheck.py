@@ -67,7 +67,7 @@ def recalibrate(
         sequences = torch.empty(0, 2, dtype=torch.int64)
         if options.replaces_weights:
             wanted = options.calibration
-            count, length = calibration_amount(source, "cpu", wanted.sequences, wanted.length)
+            count, length = calibration_amount(source, "cpu", wanted)
             if count * length > MOST_TOKENS:
                 raise ConversionError(
                     f"the file says it was calibrated on {count} × {length} tokens, allowed "

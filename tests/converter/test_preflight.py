@@ -13,7 +13,7 @@ import cvxq_converter.preflight as module
 import pytest
 import torch
 from cvxq_converter.errors import ConversionError
-from cvxq_converter.options import ConversionOptions, Place
+from cvxq_converter.options import Calibration, ConversionOptions, Place
 from cvxq_converter.preflight import (
     Preflight,
     Speed,
@@ -149,31 +149,70 @@ def test_a_size_asked_for_is_the_disk_that_it_takes() -> None:
     assert plan_for(SEVEN_BILLION, size_bytes=123_456_789).disk_bytes == 123_456_789
 
 
+def amount(model: Any, device: str = "cpu", **wanted: Any) -> tuple[int, int]:
+    return calibration_amount(model, device, Calibration(**wanted))
+
+
 def test_default_calibration_is_full_on_a_gpu_and_capped_by_the_context() -> None:
-    assert calibration_amount(SEVEN_BILLION, "cuda") == (128, 2048)
-    assert calibration_amount(llama(26, 4096, context=1024), "cuda:1") == (128, 1024)
-    assert calibration_amount(llama(4, 256, context=256), "cpu")[1] == 256
+    assert amount(SEVEN_BILLION, "cuda") == (128, 2048)
+    assert amount(llama(26, 4096, context=1024), "cuda:1") == (128, 1024)
+    assert amount(llama(4, 256, context=256))[1] == 256
+
+
+def nominal() -> Speed:
+    threads = torch.get_num_threads()
+    return Speed(module.NOMINAL_FLOPS * threads, 2e8 * threads, module.NOMINAL_CALL)
+
+
+def calibrating(model: Any, **wanted: Any) -> float:
+    """Seconds of it on a nominal machine."""
+    whole = plan_for(model, speed=nominal(), **wanted).seconds
+    return whole - plan_for(model, speed=nominal(), calibration="none").seconds
 
 
 def test_default_calibration_shrinks_on_a_cpu_until_its_time_holds() -> None:
     sizes = [(4, 64), (8, 256), (12, 768), (16, 2048), (26, 4096)]
-    amounts = [calibration_amount(llama(*size), "cpu") for size in sizes]
+    amounts = [amount(llama(*size)) for size in sizes]
     tokens = [count * length for count, length in amounts]
     assert tokens == sorted(tokens, reverse=True)
     assert tokens[0] > 8 * tokens[-1]
     assert all(count >= 8 and length >= 64 for count, length in amounts)
-    threads = torch.get_num_threads()
-    nominal = Speed(module.NOMINAL_FLOPS * threads, 2e8 * threads, module.NOMINAL_CALL)
-    source = llama(8, 256)
-    seconds = plan_for(source, speed=nominal).seconds
-    seconds -= plan_for(source, speed=nominal, calibration="none").seconds
-    assert seconds <= module.CALIBRATION_SECONDS
+    assert calibrating(llama(8, 256)) <= module.CALIBRATION_SECONDS
+
+
+@pytest.mark.parametrize("source", ["self", "copy", "a.txt"])
+def test_a_time_of_ones_own_is_used_up(source: str) -> None:
+    """What there is most of needs no sampling."""
+    model, seconds = llama(12, 768), (150, 600, 2400)
+    amounts = [amount(model, time=float(s), source=source) for s in seconds]
+    tokens = [count * length for count, length in amounts]
+    assert tokens == sorted(tokens)
+    for time, (count, length) in zip(seconds, amounts, strict=True):
+        assert count % 8 == 0
+        found = calibrating(model, sequences=count, length=length, calibration=source)
+        assert 0.9 * time < found < time + 120  # what Hessians take of factoring is not in it
+    assert amount(model, time=1e9, source=source) == (512, 512)  # as many tokens as the papers had
+    assert amount(model, time=1e-9, source=source) == (8, 64)
+    assert amount(model, time=600.0, source="a.txt") >= amount(model, time=600.0)
+
+
+def test_a_time_leaves_what_was_asked_for() -> None:
+    model = llama(12, 768)
+    assert amount(model, time=600.0, sequences=20)[0] == 20
+    assert amount(model, time=600.0, length=96)[1] == 96
+    with pytest.raises(ConversionError, match=r"--time 600s on cuda: .*; use --sequences"):
+        amount(model, "cuda", time=600.0)
+    with pytest.raises(ConversionError, match="leave one of the three out"):
+        ConversionOptions.of(bits=4, time=600.0, sequences=20, length=64)
+    for choice in ({"calibration": "none"}, {"method": "rtn"}):
+        with pytest.raises(ConversionError, match="--time is for calibrating"):
+            ConversionOptions.of(bits=4, time=600.0, **choice)
 
 
 def test_an_amount_asked_for_is_kept() -> None:
-    assert calibration_amount(SEVEN_BILLION, "cpu", 50, 300) == (50, 300)
-    assert calibration_amount(SEVEN_BILLION, "cpu", sequences=50)[0] == 50
-    assert calibration_amount(SEVEN_BILLION, "cpu", length=300)[1] == 300
+    assert amount(SEVEN_BILLION, sequences=50, length=300) == (50, 300)
+    assert amount(SEVEN_BILLION, sequences=50)[0] == 50
+    assert amount(SEVEN_BILLION, length=300)[1] == 300
 
 
 def test_what_does_not_fit_is_refused_with_the_figure(

@@ -7,7 +7,7 @@ a column segment.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -113,6 +113,22 @@ def quantize_rtn(
     )
 
 
+def quantize_rtn_across(
+    weight: torch.Tensor,
+    depth: int,
+    group_size: int,
+    codebook: Codebook,
+    source_orientation: str,
+    scratch: Scratch,
+) -> CompandedTensor:
+    """Quantize weight (N, K) as `quantize_rtn` does, in groups of outputs of one input.
+
+    Peers have no such groups, but it is these that the kernels are fast with.
+    """
+    made = quantize_rtn(weight.T, depth, group_size, codebook, source_orientation, scratch)
+    return replace(made, shape=tuple(weight.shape), transposed=False)
+
+
 def _groups(weight: torch.Tensor, bounds: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:
     """The groups of some outputs (n, K) as (n, C, G): those of full size, then a shorter one."""
     sizes = np.diff(bounds)
@@ -179,12 +195,12 @@ def quantize_network_rtn(
     target: Target,
     method: Method,
     stages: Stages,
-    stage: str = "quantize",
     journal: Journal | None = None,
+    copies: bool = False,
 ) -> Quantized:
     """Quantize every matrix of a network; ConversionError unless the depth is a whole number.
 
-    stage: what this is called to whoever waits for it.
+    copies: make a copy to sample from, which is no result: kept by no journal, and fast.
     """
     if target.bits is None or target.bits not in range(1, 9):
         raise ConversionError("--method rtn takes whole --bits from 1 to 8, of the codes alone")
@@ -194,9 +210,10 @@ def quantize_network_rtn(
     def encode(matrix: Matrix) -> CompandedTensor:
         weight = loaded.originals[matrix.name].cpu()
         orientation, scratch = matrix.source_orientation, loaded.streamed.scratch
-        return quantize_rtn(weight, depth, method.group_size, codebook, orientation, scratch)
+        quantize = quantize_rtn_across if copies else quantize_rtn
+        return quantize(weight, depth, method.group_size, codebook, orientation, scratch)
 
-    with stages.stage(stage) as done:
+    with stages.stage("copy" if copies else "quantize") as done:
         ways = [partial(encode, matrix) for matrix in loaded.matrices]
         steps = journal.each([f"codes.1.{m.name}" for m in loaded.matrices], ways, done)
         tensors = {m.name: made for m, made in zip(loaded.matrices, steps, strict=True)}

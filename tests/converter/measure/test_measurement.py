@@ -267,6 +267,7 @@ def test_another_model_is_refused(save_network: Save, measurement: Measurement) 
         ({"calibration": "a/b.txt"}, "--calibration b.txt: the statistics were measured with self"),
         ({"calibration": "none"}, "--calibration none: the statistics were measured with self"),
         ({"dtype": torch.bfloat16}, "--dtype bfloat16: the statistics were measured with float32"),
+        ({"time": 60.0, "sequences": None}, "--time is for calibrating, which --statistics spare"),
         ({"iterations": 2}, "--statistics are of the original model"),
         ({"method": "rtn"}, "--statistics are of the original model"),
     ],
