@@ -4,9 +4,11 @@
     python benchmarks/tasks.py --original FOLDER --data DOCUMENTS --limit 100 FILE.cvxq ...
 
 DOCUMENTS holds TASK.jsonl for each task, as docs/evaluating.md says.  Files are asked as `cvxq
-evaluate` does, the original through transformers in float32; the questions, and how they are put,
-are the same.  What was found is kept in --results, a line for each model and task, and not asked
-again.  Of ARC-challenge and HellaSwag acc_norm is shown, as is usual, of the others acc.
+evaluate` does, the original through transformers in float32, and so are peers: folders with the
+matrices.safetensors that benchmarks/quality.py had one make of this original (in its --peers
+folder, under work/peers).  The questions, and how they are put, are the same.  What was found is
+kept in --results, a line for each model and task, and not asked again.  Of ARC-challenge and
+HellaSwag acc_norm is shown, as is usual, of the others acc.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from cvxq.documents import tasks_of
 from cvxq.harness import HarnessModel, evaluate
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande")
+MATRICES = "matrices.safetensors"
 BY_LENGTH = ("arc_challenge", "hellaswag")  # whose acc_norm is usually told
 
 
@@ -58,7 +61,7 @@ def main(
         missing = [name for name in names if (model.name, name, limit) not in known]
         if not missing:
             continue
-        with contextlib.redirect_stdout(sys.stderr), opened(model, threads) as asked:
+        with contextlib.redirect_stdout(sys.stderr), opened(model, original, threads) as asked:
             for name in missing:
                 began = time.monotonic()
                 found = evaluate(asked, tasks_of(data, [name]), limit, None)
@@ -86,17 +89,29 @@ def kept(results: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def opened(model: Path, threads: int) -> Iterator[Any]:
-    """Give the harness's view of a file, or of the original's folder."""
+def opened(model: Path, original: Path | None, threads: int) -> Iterator[Any]:
+    """Give the harness's view of a file, of the original's folder, or of what a peer made of it."""
     if model.is_file():
         with cvxq.load(model, threads=threads) as loaded:
             yield HarnessModel(loaded)
         return
     import torch
     from lm_eval.models.huggingface import HFLM
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    yield HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)
+    if not (model / MATRICES).exists():
+        yield HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)
+        return
+    if original is None:
+        raise click.UsageError(f"{model} holds matrices alone; name the model with --original")
+    network = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    extra = network.load_state_dict(load_file(model / MATRICES), strict=False).unexpected_keys
+    if extra:
+        raise click.UsageError(f"{model}: {extra[0]} is no matrix of {original}")
+    network.tie_weights()
+    yield HFLM(pretrained=network, tokenizer=str(original), batch_size=8)
 
 
 def table(
