@@ -1,23 +1,25 @@
 """How many questions of benchmarks a model answers, and the files that were made of it: one table.
 
-    pip install 'cvxq[eval,convert]' 'lm_eval[hf]' accelerate
+    pip install 'cvxq[eval,convert]'
     python benchmarks/tasks.py --original FOLDER --data DOCUMENTS --limit 100 FILE.cvxq ...
 
 DOCUMENTS holds TASK.jsonl for each task, as docs/evaluating.md says.  Files are asked as `cvxq
-evaluate` does, the original through transformers in float32, and so are peers: folders with the
-matrices.safetensors that benchmarks/quality.py had one make of this original (in its --peers
-folder, under work/peers).  The questions, and how they are put, are the same.  What was found is
-kept in --results, a line for each model and task, and not asked again.  Of ARC-challenge and
-HellaSwag acc_norm is shown, as is usual, of the others acc.
+evaluate` does.  So is the original, and so are peers: folders with the matrices.safetensors that
+benchmarks/quality.py had one make of this original (in its --peers folder, under work/peers).  Of
+both a file in 16 bits is made first, of which the smallest matrix has 8.  What was found is kept in
+--results, a line for each model and task, and not asked again.  Of ARC-challenge and HellaSwag
+acc_norm is shown, as is usual, of the others acc.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,8 +29,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
 import cvxq
+import torch
 from cvxq.documents import tasks_of
 from cvxq.harness import HarnessModel, evaluate
+from cvxq_converter.job import convert
+from cvxq_converter.options import ConversionOptions
+from cvxq_converter.source.checkpoint import open_source
+from cvxq_converter.source.loaded import load_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande")
 MATRICES = "matrices.safetensors"
@@ -89,29 +98,39 @@ def kept(results: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def opened(model: Path, original: Path | None, threads: int) -> Iterator[Any]:
+def opened(model: Path, original: Path | None, threads: int) -> Iterator[HarnessModel]:
     """Give the harness's view of a file, of the original's folder, or of what a peer made of it."""
-    if model.is_file():
-        with cvxq.load(model, threads=threads) as loaded:
+    with tempfile.TemporaryDirectory() as folder:
+        file = model if model.is_file() else in_16_bits(model, original, Path(folder))
+        with cvxq.load(file, threads=threads) as loaded:
             yield HarnessModel(loaded)
-        return
-    import torch
-    from lm_eval.models.huggingface import HFLM
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(threads)
-    if not (model / MATRICES).exists():
-        yield HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)
-        return
-    if original is None:
-        raise click.UsageError(f"{model} holds matrices alone; name the model with --original")
+
+def in_16_bits(model: Path, original: Path | None, folder: Path) -> Path:
+    """Make a file of all weights in 16 bits; a conversion leaves one matrix to quantize, though."""
+    if (model / MATRICES).exists():
+        if original is None:
+            raise click.UsageError(f"{model} holds matrices alone; name the model with --original")
+        model = merged(original, load_file(model / MATRICES), folder / "merged")
+    options = ConversionOptions.of(bits=8, calibration="none")
+    sizes = {
+        m.name: m.weight.numel() for m in load_model(open_source(str(model)), options).matrices
+    }
+    kept = tuple(glob.escape(name) for name in sizes if name != min(sizes, key=sizes.__getitem__))
+    file = folder / "model.cvxq"
+    convert(str(model), file, options.having(keep=kept))
+    return file
+
+
+def merged(original: Path, matrices: dict[str, torch.Tensor], folder: Path) -> Path:
+    """Write the original with some matrices in place of its own."""
     network = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
-    extra = network.load_state_dict(load_file(model / MATRICES), strict=False).unexpected_keys
+    extra = network.load_state_dict(matrices, strict=False).unexpected_keys
     if extra:
-        raise click.UsageError(f"{model}: {extra[0]} is no matrix of {original}")
-    network.tie_weights()
-    yield HFLM(pretrained=network, tokenizer=str(original), batch_size=8)
+        raise click.UsageError(f"{extra[0]} is no matrix of {original}")
+    network.half().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(original).save_pretrained(folder)
+    return folder
 
 
 def table(
