@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cvxq_kernels.gpu.device import capability
+
 FIRST_CAPABILITY = (9, 0)
 
 _WAIT = tl.constexpr("griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;")
@@ -38,7 +40,7 @@ def overlaps(device: torch.device) -> bool:
     except ImportError:
         return False
     knows = "launch_pdl" in CUDAOptions.__dataclass_fields__
-    return knows and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+    return knows and capability(device) >= FIRST_CAPABILITY
 
 
 def early(device: torch.device) -> dict[str, Any]:

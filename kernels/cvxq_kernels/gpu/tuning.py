@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
@@ -21,6 +20,7 @@ import torch
 import triton
 from cvxq_format.unfinished import write_whole
 
+from cvxq_kernels.gpu.device import median_seconds, name_of
 from cvxq_kernels.gpu.plan import (
     MATVEC_BATCH,
     PROGRAMS_PER_PROCESSOR,
@@ -124,16 +124,7 @@ def _device_seconds(action: Callable[[], object]) -> float:
     """Median of several calls, each after what is cached was overwritten by SCRATCH_BYTES."""
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device="cuda")
     action()
-    spans = []
-    for _ in range(REPEATS):
-        scratch.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        action()
-        end.record()
-        spans.append((begin, end))
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in spans) / 1e3
+    return median_seconds(action, scratch.zero_, REPEATS)
 
 
 def _key(weight: GpuWeight, batch: int, dtype: torch.dtype) -> str:
@@ -152,10 +143,9 @@ def _sources() -> str:
 
 
 def cache_path(device: torch.device) -> Path:
-    """Return the file for `device`, in the user's cache folder."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """Return the file for a device, in the user's cache folder."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    safe = "".join(c if c.isalnum() else "-" for c in name)
+    safe = "".join(c if c.isalnum() else "-" for c in name_of(device))
     return root / "cvxq" / f"plans-{safe}.json"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from cvxq_kernels.gpu.device import processors
 from cvxq_kernels.gpu.launch import Product, expand, expand_and_multiply, gemm, matvec, rows
 from cvxq_kernels.gpu.matrix import DeviceMatrix, arrange
 from cvxq_kernels.gpu.plan import GEMM_ROWS, MATVEC_ROWS, Plan, bucket, choose_plan
@@ -32,11 +33,7 @@ class GpuWeight:
         self.device = matrix.device
         self.workspace = workspace or default_workspace(self.device)
         self.plans: dict[int, Plan] = {}
-        self.processors = (
-            torch.cuda.get_device_properties(self.device).multi_processor_count
-            if self.device.type == "cuda"
-            else 1
-        )
+        self.processors = processors(self.device)
 
     @classmethod
     def from_packed(cls, weight: PackedWeight, device: torch.device | str) -> GpuWeight:
