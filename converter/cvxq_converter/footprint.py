@@ -25,7 +25,7 @@ _CODE_BYTES = 3  # per weight of the matrix at hand: codes, before and after the
 _PLAN_BYTES = 1 / 32  # per quantized weight: what its row, column and cluster are worth
 _MOMENT_BYTES = 0.25  # per quantized weight, of its group
 _REPACKED = 1.15  # of the packed size, at most: what the decoder that is proved makes of it
-COPY_BITS = 4  # of the copy that text is sampled from where the network does not fit
+COPY_BITS = 6  # of the copy that text is sampled from where the network does not fit
 _SHARE_OF_DISK = 0.8  # of what is free, for temporary files
 
 

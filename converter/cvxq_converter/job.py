@@ -469,7 +469,7 @@ def calibrate(
 
 
 def _open_copy(loaded: LoadedModel, stages: Stages, texts: int) -> Batch:
-    """Texts of a decoder of a copy in 4 bits; ConversionError where there is no such decoder."""
+    """Texts of a decoder of a copy in 6 bits; ConversionError where there is no such decoder."""
     from cvxq.lean import NotLeanError, open_native
     from cvxq.lean.native_batch import NativeBatch
 

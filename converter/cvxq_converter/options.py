@@ -61,7 +61,7 @@ class Target:
 class Calibration:
     """What the model is measured on: sequences of its own, or from a text.
 
-    source: "self", "copy" (of 4 bits, for models that memory has no room for), "none", or the path
+    source: "self", "copy" (of 6 bits, for models that memory has no room for), "none", or the path
     of a .txt or .jsonl file. sequences, length: how many, of how many tokens; None leaves them to
     the preflight. time: seconds that they may take on a CPU, by the preflight; None for what suits
     the size of the model. metric: "kl" or "logits".

@@ -21,6 +21,7 @@ from cvxq_format import memory
 
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.footprint import (
+    COPY_BITS,
     disk_bytes,
     free_disk,
     peak_memory,
@@ -133,7 +134,8 @@ def preflight(
     memory = peak_memory(source, shape, options, count, tokens)
     proving = proving_bytes(shape)
     disk = disk_bytes(source, shape, options)
-    origin = " from a copy in 4 bits" if options.calibration.source == "copy" else ""
+    from_copy = options.calibration.source == "copy"
+    origin = f" from a copy in {COPY_BITS} bits" if from_copy else ""
     return Preflight(
         seconds,
         memory,

@@ -1,4 +1,4 @@
-"""Calibration text from a copy in 4 bits, for models that memory has no room for."""
+"""Calibration text from a copy in 6 bits, for models that memory has no room for."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_copy_is_sampled_where_the_network_does_not_fit(
     monkeypatch.setattr("cvxq_converter.footprint.sampling_bytes", lambda *_: 10**15)
     lines: list[str] = []
     found = converted(folder, tmp_path / "found.cvxq", lines)
-    assert lines[0].endswith("(calibration 4 × 16 tokens from a copy in 4 bits)")
+    assert lines[0].endswith("(calibration 4 × 16 tokens from a copy in 6 bits)")
     assert found.kl == asked.kl
     assert (tmp_path / "found.cvxq").read_bytes() == (tmp_path / "asked.cvxq").read_bytes()
     with Reader(tmp_path / "found.cvxq") as reader:

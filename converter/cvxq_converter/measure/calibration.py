@@ -4,7 +4,7 @@ Self-calibration samples at temperature 1 without truncation, so that the sequen
 model's own distribution, the one whose change is being measured. Every document begins with the
 start token (BOS, else EOS, else a random token); after an EOS a new document begins in the same
 sequence, as in packed training data. A model that memory has no room for is sampled from by a
-decoder of a copy in 4 bits, which calibrates as well as its own text does. A sequence cut from a
+decoder of a copy in 6 bits, which calibrates as well as its own text does. A sequence cut from a
 text begins with the start token, too, where the tokenizer puts one before a text.
 """
 
