@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 from cvxq.evaluate import divergence, token_ids, windows
+from cvxq_converter.amounts import calibration_amount
 from cvxq_converter.job import Prepared, prepare, quantize_prepared
 from cvxq_converter.options import Calibration, ConversionOptions
-from cvxq_converter.preflight import calibration_amount, preflight
+from cvxq_converter.preflight import preflight
 from cvxq_converter.quantize.correction import Replacement
 from cvxq_converter.source.checkpoint import load_network, load_tokenizer, open_source
 from cvxq_converter.source.loaded import LoadedModel, load_model

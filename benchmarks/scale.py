@@ -20,9 +20,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from cvxq_converter.costs import Speed
 from cvxq_converter.job import convert
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.preflight import Preflight, Speed, preflight, size_text
+from cvxq_converter.preflight import Preflight, preflight, size_text
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.gguf import skeleton
 from peak import peaks_of

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from cvxq_converter.amounts import calibration_amount
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.job import calibrate
 from cvxq_converter.journal import Journal
 from cvxq_converter.measure.measurement import calibration_digest
 from cvxq_converter.measure.quality import split_sequences
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.preflight import calibration_amount
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import load_model
 from cvxq_converter.stages import Progress, Stages

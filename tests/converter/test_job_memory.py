@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cvxq_converter.costs import Speed
 from cvxq_converter.job import convert
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.preflight import Speed
 
 Save = Callable[..., Path]
 

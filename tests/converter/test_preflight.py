@@ -9,17 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cvxq_converter.preflight as module
+import cvxq_converter.amounts as module
 import pytest
 import torch
+from cvxq_converter.amounts import calibration_amount
+from cvxq_converter.costs import Speed, measure_speed
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.options import Calibration, ConversionOptions, Place
 from cvxq_converter.preflight import (
     Preflight,
-    Speed,
     available_memory,
-    calibration_amount,
-    measure_speed,
     preflight,
     refuse_what_cannot_fit,
 )

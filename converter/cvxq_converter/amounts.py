@@ -1,0 +1,76 @@
+"""How much calibration there is where nobody says.
+
+It never depends on a measurement, or two runs would not give the same file: on a CPU it is what a
+nominal machine of that many threads does in a time that suits the model's size, or in one that was
+asked for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from functools import partial
+
+import torch
+
+from cvxq_converter.costs import Speed, backward_seconds, moments_seconds, sampling_seconds
+from cvxq_converter.errors import ConversionError
+from cvxq_converter.options import Calibration
+from cvxq_converter.shapes import Shape, shape_of
+from cvxq_converter.source.checkpoint import Source
+
+FULL_SEQUENCES, FULL_LENGTH = 128, 2048  # the papers' amount; the default on a GPU
+CPU_LENGTH = 512  # shorter documents cost less per token and sample as many contexts
+CALIBRATION_SECONDS = 300.0  # of sampling and measuring on a CPU, at the nominal speed,
+CALIBRATION_WEIGHTS = 135e6  # for a model of so many weights or less; in proportion for a larger
+MOST_CALIBRATION_SECONDS = 3600.0
+NOMINAL_FLOPS = 45e9  # float32 operations per second and thread
+NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
+LEAST_LENGTH = 64
+_SHARDS = 8  # of a measurement: sequences are a multiple of that
+_TOKENS_FOR_EACH = 16  # that a sequence may have for each sequence that there is
+
+
+def calibration_seconds(shape: Shape) -> float:
+    """How long calibrating on a CPU may take by default, at the nominal speed."""
+    share = max(1.0, shape.matrix_weights / CALIBRATION_WEIGHTS)
+    return min(CALIBRATION_SECONDS * share, MOST_CALIBRATION_SECONDS)
+
+
+def calibration_amount(source: Source, device: str, wanted: Calibration) -> tuple[int, int]:
+    """Choose number and length of the calibration sequences; what was asked for stays.
+
+    Depends on shapes, kind of device and number of threads only, never on a measurement. Sequences
+    are 512 tokens long if there is time for 32 of them, else half as long, and so on.
+    Raises ConversionError for a time on a GPU, whose speed no nominal one stands for.
+    """
+    shape = shape_of(source)
+    limit = shape.context or FULL_LENGTH
+    if torch.device(device).type != "cpu":
+        if wanted.time is not None:
+            raise ConversionError(
+                f"--time {wanted.time:g}s on {device}: it is for calibrating on a CPU; "
+                "use --sequences"
+            )
+        return wanted.sequences or FULL_SEQUENCES, min(wanted.length or FULL_LENGTH, limit)
+    threads = torch.get_num_threads()
+    nominal = Speed(NOMINAL_FLOPS * threads, 2e8 * threads, NOMINAL_CALL)
+    allowed = wanted.time or calibration_seconds(shape)
+    longest = min(wanted.length or CPU_LENGTH, limit)
+    # With a time of one's own, as many tokens as the papers had are not too many.
+    most = FULL_SEQUENCES if wanted.time is None else FULL_SEQUENCES * FULL_LENGTH // longest
+    counts = range(_SHARDS, max(most, _SHARDS) + 1, _SHARDS)
+
+    def seconds(count: int, tokens: int) -> float:
+        sampling = sampling_seconds(source, shape, nominal, wanted.source, count, tokens)
+        moments = moments_seconds(shape, nominal, count * tokens)
+        return sampling + count * backward_seconds(shape, nominal, tokens) + moments
+
+    tokens = longest
+    while True:
+        choices = [wanted.sequences] if wanted.sequences else counts
+        held = bisect_right(choices, allowed, key=partial(seconds, tokens=tokens))
+        count = choices[max(held, 1) - 1]
+        enough = held and (wanted.sequences or count * _TOKENS_FOR_EACH >= tokens)
+        if enough or wanted.length or tokens // 2 < LEAST_LENGTH:
+            return count, tokens
+        tokens //= 2
