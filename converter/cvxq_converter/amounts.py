@@ -1,8 +1,8 @@
-"""How much calibration there is where nobody says.
+"""How much calibration and tuning there is where nobody says.
 
-It never depends on a measurement, or two runs would not give the same file: on a CPU it is what a
-nominal machine of that many threads does in a time that suits the model's size, or in one that was
-asked for.
+Neither ever depends on a measurement, or two runs would not give the same file: on a CPU it is
+what a nominal machine of that many threads does in a time that suits the model's size, or in the
+one that was asked for. From twice the former on, half of what was asked for is spent on tuning.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from cvxq_converter.costs import Speed, backward_seconds, moments_seconds, sampling_seconds
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.options import Calibration
+from cvxq_converter.quantize.tuning import BATCH
 from cvxq_converter.shapes import Shape, shape_of
 from cvxq_converter.source.checkpoint import Source
 
@@ -26,6 +27,8 @@ MOST_CALIBRATION_SECONDS = 3600.0
 NOMINAL_FLOPS = 45e9  # float32 operations per second and thread
 NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
 LEAST_LENGTH = 64
+TUNED_FROM = 2.0  # times the default: less gains more by calibrating
+MOST_STEPS = 240  # of tuning, in which a sequence of the default amount is seen some 20 times
 _SHARDS = 8  # of a measurement: sequences are a multiple of that
 _TOKENS_FOR_EACH = 16  # that a sequence may have for each sequence that there is
 
@@ -52,9 +55,8 @@ def calibration_amount(source: Source, device: str, wanted: Calibration) -> tupl
                 "use --sequences"
             )
         return wanted.sequences or FULL_SEQUENCES, min(wanted.length or FULL_LENGTH, limit)
-    threads = torch.get_num_threads()
-    nominal = Speed(NOMINAL_FLOPS * threads, 2e8 * threads, NOMINAL_CALL)
-    allowed = wanted.time or calibration_seconds(shape)
+    nominal = _nominal_speed()
+    allowed, _ = _shares(shape, wanted)
     longest = min(wanted.length or CPU_LENGTH, limit)
     # With a time of one's own, as many tokens as the papers had are not too many.
     most = FULL_SEQUENCES if wanted.time is None else FULL_SEQUENCES * FULL_LENGTH // longest
@@ -74,3 +76,27 @@ def calibration_amount(source: Source, device: str, wanted: Calibration) -> tupl
         if enough or wanted.length or tokens // 2 < LEAST_LENGTH:
             return count, tokens
         tokens //= 2
+
+
+def tuning_steps(source: Source, wanted: Calibration, trials: int = 1) -> int:
+    """How many steps of tuning there is time for, after each of so many quantizations."""
+    shape = shape_of(source)
+    _, tokens = calibration_amount(source, "cpu", wanted)
+    _, allowed = _shares(shape, wanted)
+    step = BATCH * backward_seconds(shape, _nominal_speed(), tokens)
+    return min(int(allowed / (trials * step)), MOST_STEPS)
+
+
+def _shares(shape: Shape, wanted: Calibration) -> tuple[float, float]:
+    """Seconds for calibrating, and for tuning."""
+    default = calibration_seconds(shape)
+    if wanted.time is None:
+        return default, 0.0
+    if wanted.time < TUNED_FROM * default:
+        return wanted.time, 0.0
+    return wanted.time / 2, wanted.time / 2
+
+
+def _nominal_speed() -> Speed:
+    threads = torch.get_num_threads()
+    return Speed(NOMINAL_FLOPS * threads, 2e8 * threads, NOMINAL_CALL)

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from cvxq_converter.amounts import tuning_steps
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.journal import Journal, bytes_in, open_journal
 from cvxq_converter.measure.measurement import Measurement
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import (
+    EXPECTED_TRIALS,
     Preflight,
     allowed_memory,
     fits_memory,
@@ -43,10 +45,12 @@ def begin(
     ranks: Ranks,
     measurement: Measurement | None = None,
     trials: int | None = None,
+    tunes: bool = False,
 ) -> Iterator[tuple[Source, Preflight, ConversionOptions, Journal]]:
     """Look at the model before any work: estimate, refuse what cannot be done, open the journal.
 
     Where memory has no room for the network, text is sampled from a copy: the options say so then.
+    tunes: the time that was asked for may be for tuning, too, if there is memory for that.
     """
     if not _samples(options, measurement):
         give_freed_memory_back()
@@ -68,14 +72,21 @@ def begin(
         options = options.having(scratch=output.absolute().parent)
     options = _share(options, ranks)
 
-    def estimated(from_copy: bool) -> tuple[ConversionOptions, Preflight]:
-        chosen = options.having(calibration="copy") if from_copy else options
-        return chosen, preflight(source, chosen, measurement, trials=trials)
+    ways = [options]
+    if tunes and options.calibration.time is not None and not options.method.tune:
+        quantizations = EXPECTED_TRIALS if options.target.seeks_rate else 1
+        steps = tuning_steps(source, options.calibration, quantizations)
+        ways.insert(0, options.having(tune=steps))
+    if _samples(options, measurement):
+        ways.append(options.having(calibration="copy"))
 
-    chosen, estimate = estimated(False)
-    from_copy = _samples(options, measurement) and not fits_memory(estimate, options.place)
-    if from_copy:
-        chosen, estimate = estimated(True)
+    def planned(way: int) -> Preflight:
+        return preflight(source, ways[way], measurement, trials=trials)
+
+    for way in range(len(ways)):
+        estimate = planned(way)
+        if fits_memory(estimate, options.place):
+            break
     for notice in source.notices:
         announce(notice)
     announce(estimate.line())
@@ -83,11 +94,11 @@ def begin(
     job = _job(source, options, measurement)
     with open_journal(folder, job, announce, not resume, ranks) as journal:
         # What was decided by the memory and the disk that were free when the job began, holds.
-        decision = (from_copy, estimate.rounds, estimate.room)
-        copied, rounds, room = journal.step("decided", lambda: decision, keep=True)
-        if copied != from_copy:
-            chosen, estimate = estimated(copied)
-        yield source, replace(estimate, rounds=rounds, room=room), chosen, journal
+        decision = (way, estimate.rounds, estimate.room)
+        before, rounds, room = journal.step("decided", lambda: decision, keep=True)
+        if before != way:
+            estimate = planned(before)
+        yield source, replace(estimate, rounds=rounds, room=room), ways[before], journal
 
 
 def _share(options: ConversionOptions, ranks: Ranks) -> ConversionOptions:

@@ -141,7 +141,7 @@ def convert(
     An existing `output` is only ever replaced by a complete new file.
     """
     stages, say = _told(progress, announce, ranks)
-    begun = begin(model, output, options, say, resume, ranks, measurement)
+    begun = begin(model, output, options, say, resume, ranks, measurement, tunes=True)
     with begun as (source, estimate, options, journal):
         loaded = load(source, options, stages, say, journal)
         if options.method.name == "rtn":

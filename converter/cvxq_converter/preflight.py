@@ -57,6 +57,7 @@ class Preflight:
     origin: str = ""  # of the calibration's tokens, where it is not what was asked for
     rounds: int = 1  # of measuring, with some of the sequences in each
     room: int | None = None  # bytes of Hessians that are there at once; None for all of them
+    steps: int = 0  # of tuning
 
     def line(self) -> str:
         """Say it in one line, for people."""
@@ -65,6 +66,8 @@ class Preflight:
             if self.sequences
             else "no calibration"
         )
+        if self.steps:
+            calibration += f", {self.steps} steps of tuning"
         memory = max(self.peak_memory_bytes, self.proving_memory_bytes)
         scratch = f" and {size_text(self.scratch_bytes)} for a while" if self.scratch_bytes else ""
         return (
@@ -124,6 +127,7 @@ def preflight(
         origin,
         scratch.rounds,
         scratch.room,
+        method.tune if count else 0,
     )
 
 

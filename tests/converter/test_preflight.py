@@ -12,7 +12,7 @@ from typing import Any
 import cvxq_converter.amounts as module
 import pytest
 import torch
-from cvxq_converter.amounts import calibration_amount
+from cvxq_converter.amounts import calibration_amount, tuning_steps
 from cvxq_converter.costs import Speed, measure_speed
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.options import Calibration, ConversionOptions, Place
@@ -182,16 +182,22 @@ def test_default_calibration_shrinks_on_a_cpu_until_its_time_holds() -> None:
 @pytest.mark.parametrize("source", ["self", "copy", "a.txt"])
 def test_a_time_of_ones_own_is_used_up(source: str) -> None:
     """What there is most of needs no sampling."""
-    model, seconds = llama(12, 768), (150, 600, 2400)
+    model, seconds = llama(12, 768), (150, 900, 2400)
     amounts = [amount(model, time=float(s), source=source) for s in seconds]
     tokens = [count * length for count, length in amounts]
     assert tokens == sorted(tokens)
     for time, (count, length) in zip(seconds, amounts, strict=True):
         assert count % 8 == 0
-        found = calibrating(model, sequences=count, length=length, calibration=source)
+        steps = tuning_steps(model, Calibration(source, time=time))
+        assert bool(steps) == (time >= 900)
+        choices = {"sequences": count, "length": length, "calibration": source, "tune": steps}
+        found = calibrating(model, **choices)
         assert 0.9 * time < found < time + 120  # what Hessians take of factoring is not in it
+    assert tuning_steps(model, Calibration(source, time=2400), trials=4) < 0.3 * steps
     assert amount(model, time=1e9, source=source) == (512, 512)  # as many tokens as the papers had
     assert amount(model, time=1e-9, source=source) == (8, 64)
+    assert tuning_steps(model, Calibration(source, time=1e9)) == 240
+    assert tuning_steps(model, Calibration(source)) == 0
     assert amount(model, time=600.0, source="a.txt") >= amount(model, time=600.0)
 
 

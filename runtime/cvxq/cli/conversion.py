@@ -85,7 +85,7 @@ _MEASURING = (
     click.option("--calibration", default="self", show_default=True,
                  help="self, copy, none, FILE.txt or FILE.jsonl."),
     click.option("--time", type=Duration(),
-                 help="For calibrating on a CPU; default: 5m for 135 M weights, more for more."),
+                 help="To calibrate, and to tune, on a CPU; default: 5m for up to 135 M weights."),
     click.option("--sequences", type=click.IntRange(min=1), help="Calibration sequences."),
     click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
