@@ -23,7 +23,7 @@ def command(file: str, as_json: bool) -> None:
     """Show where every byte of FILE went, its bit depths, provenance and quality report.
 
     "All-in" counts everything that the quantized matrices need in the file: codes, depths,
-    scales, means, cluster maps, codebooks and added biases.
+    scales, means, cluster maps, row scales, codebooks and added biases.
 
     \b
     Example:
