@@ -110,7 +110,7 @@ class Place:
     """Where the work is done, in which type, and which revision of a hub id is meant.
 
     memory, disk: bytes that may be used, and scratch: the folder of temporary files; None for what
-    is free, and for the system's own. They have no influence on the result.
+    is free, and for the folder of the output. They have no influence on the result.
     """
 
     device: str = "cpu"
