@@ -115,6 +115,7 @@ def _write_unquantized(reader: Reader, target: Path) -> None:
         if full := disk_error(error, target):
             raise full from error
         raise
+    shutil.copymode(target.with_name("config.json"), target)  # the library's is its owner's alone
 
 
 def _unquantized(reader: Reader) -> Iterator[tuple[str, str, np.ndarray[Any, Any]]]:

@@ -166,7 +166,8 @@ def test_nothing_is_overwritten(make_file: MakeFile, tmp_path: Path) -> None:
     folder.mkdir()
     export(made.path, folder)  # an empty folder will do
     assert (folder / MODEL_FILE).samefile(made.path)
-    assert (folder / UNQUANTIZED_FILE).exists()
+    modes = {(folder / name).stat().st_mode for name in ("config.json", UNQUANTIZED_FILE)}
+    assert len(modes) == 1, "who may read the folder may read all of it"
     with pytest.raises(ArgumentError, match="is not an empty folder"):
         export(made.path, folder)
     other = make_file("llama", "other.cvxq", files={"tokenizer.json": b"{}"})
