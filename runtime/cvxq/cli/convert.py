@@ -45,7 +45,13 @@ TARGETS = ("bits", "size_bytes", "max_kl", "max_perplexity_increase")
 @measuring_options
 @click.option("--iterations", type=click.IntRange(min=1), help="Measure and quantize N times.")
 @click.option("--tune", type=click.IntRange(min=0), help="Steps that tune scales and norms.")
-@click.option("--method", type=click.Choice(["cvxq", "rtn"]), default="cvxq", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["cvxq", "rtn"]),
+    default="cvxq",
+    show_default=True,
+    help="rtn rounds to nearest, to compare with.",
+)
 @click.option("--report", type=click.Path(path_type=Path), metavar="FOLDER", help="Page and JSON.")
 def command(
     model: str,
