@@ -125,13 +125,20 @@ def explicit(choices: dict[str, Any]) -> dict[str, Any]:
 
 
 def conversion_options(choices: dict[str, Any]) -> Any:
-    """The converter's options; a dtype may be given by its name."""
+    """The converter's options; a dtype may be given by its name.
+
+    Raises UsageError for what no conversion can be asked for, such as 9 bits per weight.
+    """
     import torch
+    from cvxq_converter.errors import ConversionError
     from cvxq_converter.options import ConversionOptions
 
     if "dtype" in choices:
         choices = {**choices, "dtype": getattr(torch, choices["dtype"])}
-    return ConversionOptions.of(**choices)
+    try:
+        return ConversionOptions.of(**choices)
+    except ConversionError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def prepare(threads: int | None, ranks: int | None = None) -> None:
