@@ -9,6 +9,10 @@ class ConversionError(Exception):
     """The conversion cannot start or cannot go on; the message is one line for the user."""
 
 
+class NoSuchModelError(ConversionError):
+    """There is no folder or file of the model that was named."""
+
+
 class RateError(ConversionError):
     """No allocation meets the rate or size that was asked for."""
 

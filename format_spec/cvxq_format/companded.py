@@ -50,7 +50,7 @@ def decode(
     """Parse and check a payload; `packed_codes` stays a view of it.
 
     Raises CorruptError, naming the tensor, if sizes, depths, permutation or spare bits break the
-    format. Memory: about 64 bytes per byte of payload at the very worst.
+    format. Memory: at most some 250 bytes per byte of payload.
     """
     try:
         return _decode(entry, np.frombuffer(payload, np.uint8), codebook)

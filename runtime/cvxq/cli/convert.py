@@ -50,7 +50,7 @@ TARGETS = ("bits", "size_bytes", "max_kl", "max_perplexity_increase")
     type=click.Choice(["cvxq", "rtn"]),
     default="cvxq",
     show_default=True,
-    help="rtn rounds to nearest, to compare with.",
+    help="rtn rounds to nearest, to compare with; its --bits are of codes alone.",
 )
 @click.option("--report", type=click.Path(path_type=Path), metavar="FOLDER", help="Page and JSON.")
 def command(

@@ -142,6 +142,7 @@ def test_use_that_cannot_be_right(fails: Fails, tmp_path: Path) -> None:
     scratch = ("--bits", 3, "--scratch", tmp_path / "none")
     assert "does not exist" in fails(2, "convert", "model", "-o", target, *scratch)
     assert "is a folder" in fails(3, "convert", "model", "-o", tmp_path, "--bits", 3)
+    assert "no such folder" in fails(3, "convert", "./nothing", "-o", target, "--bits", 3)
     nowhere = tmp_path / "none" / "out.cvxq"
     assert "create it first" in fails(3, "convert", "model", "-o", nowhere, "--bits", 3)
     bits = ("convert", "model", "-o", target, "--bits", 3)
