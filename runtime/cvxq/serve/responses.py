@@ -60,7 +60,7 @@ class ResponseAnswer:
             "reasoning": {"effort": body.reasoning.effort, "summary": None},
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": body.text.format.model_dump(by_alias=True)},
+            "text": {"format": body.text.format.told()},
             "tool_choice": "none",
             "tools": [],
             "top_p": body.top_p,

@@ -265,6 +265,11 @@ class TextFormat(Schema):
     schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
     strict: bool = True
 
+    def told(self) -> dict[str, Any]:
+        """As a response repeats it: what belongs to a schema only where there is one."""
+        kept = None if self.type == "json_schema" else {"type"}
+        return self.model_dump(by_alias=True, include=kept)
+
 
 class TextOptions(Schema):
     """The text of a response."""

@@ -70,6 +70,9 @@ def test_responses_follow_schemas(tiny: Any) -> None:
     body = {"input": "Hi", "text": {"format": form}, "max_output_tokens": 200}
     answer = tiny.http.post("/v1/responses", json=body).json()
     assert_person(answer["output"][0]["content"][0]["text"])
+    assert answer["text"]["format"]["schema"] == PERSON
+    answer = tiny.http.post("/v1/responses", json={"input": "Hi", "max_output_tokens": 1}).json()
+    assert answer["text"]["format"] == {"type": "text"}
 
 
 def test_thinking_that_the_prompt_began_is_free(thinking: Any, serve: Any) -> None:
