@@ -95,7 +95,9 @@ class _Texts:
 
     def known(self, tokens: Tokens) -> tuple[int, int]:
         """How many of `tokens` a text begins with, and which: the one with the most."""
-        return max((shared_length(have, tokens), -text) for text, have in enumerate(self.have))
+        lengths = [shared_length(have, tokens) for have in self.have]
+        text = max(range(len(lengths)), key=lengths.__getitem__)
+        return lengths[text], text
 
     def take(self, text: int, tokens: Tokens) -> None:
         """Let a text be as much of `tokens` as any has read."""
@@ -103,7 +105,7 @@ class _Texts:
         if shared_length(self.have[text], tokens) == length:
             self.batch.rewind(text, length)
         else:
-            self.batch.copy(-source, text, length)
+            self.batch.copy(source, text, length)
         self.have[text] = tokens[:length]
 
     def read_up_to(self, wanted: Mapping[int, Tokens]) -> Logits:
