@@ -3,9 +3,9 @@
     python tools/check_executed.py [FILE ...]
 
 Runs the tests that use it (or those in FILE ...) under coverage.py, processes that they start
-included, and prints how many lines of each file were executed. Ends with status 1 if lines were not
-that are outside EXCEPTIONS, or if an exception is none. Kernels, which Triton compiles, are counted
-apart: its interpreter executes the twins of what a device does, not that.
+included, and prints how many lines of each file were executed. Ends with status 1 if one was not.
+Kernels, which Triton compiles, are counted apart: its interpreter executes the twins of what a
+device does, not that.
 """
 
 from __future__ import annotations
@@ -27,16 +27,13 @@ FOLDERS = (
     ROOT / "kernels/cvxq_kernels/gpu",
     ROOT / "kernels/cvxq_kernels/decode",
 )
-KERNEL_TESTS = "kernels compiling layout memory overlap shares workspace"
+KERNEL_TESTS = "kernels compiling device layout memory overlap shares workspace"
 TESTS = (
     *(f"tests/kernels/gpu/test_{name}.py" for name in KERNEL_TESTS.split()),
     "tests/kernels/decode/test_reference.py",
     "tests/kernels/decode/test_fused.py::test_under_the_interpreter",
     "tests/runtime/lean/cuda",
 )
-
-# Functions with lines that only a device executes, and why.
-EXCEPTIONS: dict[str, str] = {}
 
 CONFIG = """\
 [run]
@@ -119,14 +116,11 @@ def run_tests(tests: Sequence[str]) -> tuple[list[File], int]:
     return files, done.returncode
 
 
-def judge(files: Sequence[File], exceptions: dict[str, str]) -> Iterator[str]:
-    """Yield what is wrong: lines that nothing executed, exceptions that are none."""
-    found = {name: (file, lines) for file in files for name, lines in file.where().items()}
-    for name, (file, lines) in found.items():
-        if name not in exceptions:
+def judge(files: Sequence[File]) -> Iterator[str]:
+    """Yield the functions with lines that nothing executed."""
+    for file in files:
+        for name, lines in file.where().items():
             yield f"{file.shown}: nothing executes {name}: {', '.join(map(str, lines))}"
-    for name in exceptions.keys() - found.keys():
-        yield f"{name} is an exception, and all of it was executed: take it from the list"
 
 
 def share(files: Sequence[File]) -> str:
@@ -144,7 +138,7 @@ def main() -> int:
     for file in hosts:
         print(f"{len(file.executed):4} of {len(file.executed) + len(file.missed):4} {file.shown}")
     print(f"Outside kernels: {share(hosts)}. In them, by the interpreter: {share(kernels)}.")
-    wrong = list(judge(hosts, EXCEPTIONS))
+    wrong = list(judge(hosts))
     print(*wrong, sep="\n")
     return 1 if wrong or status else 0
 

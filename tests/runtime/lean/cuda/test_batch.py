@@ -64,6 +64,19 @@ def test_on_a_device(kind: str, make_file: MakeFile, fake_device: Any) -> None:
         assert fake_device.calls.count("replay") == 3 * captured
 
 
+def test_rows_after_each_token(make_file: MakeFile, fake_device: Any) -> None:
+    with cvxq.load(make_file("llama").path, device="cuda") as model:
+        batch = model.decoder.batch(2, 40)
+        batch.read([(0, TEXTS[1][:4])])
+        found = batch.read_each([(1, TEXTS[2]), (0, TEXTS[1][4:])])
+        expected = [model.decoder.logits(TEXTS[2]), model.decoder.logits(TEXTS[1])[4:]]
+        for mine, alone in zip(found, expected, strict=True):
+            assert mine.shape == alone.shape
+            assert float((mine - alone).abs().max()) < 0.1
+        with pytest.raises(ContextError, match="a text's 40 tokens are full"):
+            batch.read_each([(0, [1] * 30)])
+
+
 def test_copying_and_rewinding(make_file: MakeFile) -> None:
     decoder = decoder_of(make_file("mistral"))
     batch = decoder.batch(3, 40)
