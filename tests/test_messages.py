@@ -44,7 +44,7 @@ SAYS_NOTHING = re.compile(r"\b(unexpected|invalid|bad|illegal|please|sorry|oops|
 MAKERS = {"no_positions", "reason", "_experts_message"}
 MADE_ELSEWHERE = re.compile(
     r".*\((no_positions|_experts_message)\(.*\)\)"
-    r"|(FileProblem|InconsistentFileError|UnsupportedModelError|self\.fail)"
+    r"|(FileProblem|InconsistentFileError|UnsupportedModelError|click\.UsageError|self\.fail)"
     r"\((found|refused|error|str\(error\))\)"
 )
 

@@ -170,14 +170,14 @@ def test_what_conversion_refuses_is_refused_alike(
         models = [model] if asked_as == "measured" else [path, "--against", model]
         return fails(code, "perplexity", *models, "--text", text_file)
 
-    def refusal(model: object) -> str:
-        output = tmp_path / "out.cvxq"
-        converted = fails(6, "convert", model, "-o", output, "--bits", 3, "--calibration", "none")
-        assert line(6, model) == converted
+    def refusal(model: object, code: int = 6) -> str:
+        words = (model, "-o", tmp_path / "out.cvxq", "--bits", 3, "--calibration", "none")
+        converted = fails(code, "convert", *words)
+        assert line(code, model) == converted
         return converted
 
     assert "does not exist, expected a .cvxq file" in line(3, tmp_path / "none.cvxq")
-    assert "no such folder" in refusal(tmp_path / "none")
+    assert "no such folder" in refusal(tmp_path / "none", code=3)
     assert "no config.json" in refusal(tmp_path)
     assert "not a GGUF file" in refusal(text_file)
     weights = (folder / "model.safetensors").read_bytes()
