@@ -23,8 +23,9 @@ AIMS = {"alone": 1.0, "one busy process": 1.2, "one for each processor": 0.9}
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Keep `count` processes computing."""
-    command = [sys.executable, "-c", "while True: pass"]
+    """Keep `count` processes computing, until this one is gone at the latest."""
+    work = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    command = [sys.executable, "-c", work]
     busy = [subprocess.Popen(command) for _ in range(count)]
     try:
         time.sleep(SETTLING if busy else 0)
