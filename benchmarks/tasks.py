@@ -116,7 +116,8 @@ def in_16_bits(model: Path, original: Path | None, folder: Path) -> Path:
     sizes = {
         m.name: m.weight.numel() for m in load_model(open_source(str(model)), options).matrices
     }
-    kept = tuple(glob.escape(name) for name in sizes if name != min(sizes, key=sizes.__getitem__))
+    smallest = min(sizes, key=sizes.__getitem__)
+    kept = tuple(glob.escape(name) for name in sizes if name != smallest)
     file = folder / "model.cvxq"
     convert(str(model), file, options.having(keep=kept))
     return file

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from cvxq_converter.amounts import tuning_steps
+from cvxq_converter.costs import measure_speed
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.journal import Journal, bytes_in, open_journal
 from cvxq_converter.measure.measurement import Measurement
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import (
-    EXPECTED_TRIALS,
     Preflight,
     allowed_memory,
+    expected_trials,
     fits_memory,
     preflight,
     refuse_what_cannot_fit,
@@ -74,14 +75,15 @@ def begin(
 
     ways = [options]
     if tunes and options.calibration.time is not None and not options.method.tune:
-        quantizations = EXPECTED_TRIALS if options.target.seeks_rate else 1
-        steps = tuning_steps(source, options.calibration, quantizations)
+        steps = tuning_steps(source, options.calibration, expected_trials(options.target))
         ways.insert(0, options.having(tune=steps))
     if _samples(options, measurement):
         ways.append(options.having(calibration="copy"))
 
+    speed = measure_speed(options.place.dtype, options.place.device)
+
     def planned(way: int) -> Preflight:
-        return preflight(source, ways[way], measurement, trials=trials)
+        return preflight(source, ways[way], measurement, trials=trials, speed=speed)
 
     for way in range(len(ways)):
         estimate = planned(way)

@@ -32,7 +32,7 @@ from cvxq_converter.footprint import (
     proving_bytes,
 )
 from cvxq_converter.measure.measurement import Measurement
-from cvxq_converter.options import ConversionOptions, Place
+from cvxq_converter.options import ConversionOptions, Place, Target
 from cvxq_converter.quantize.tuning import BATCH
 from cvxq_converter.shapes import shape_of
 from cvxq_converter.source.checkpoint import Source
@@ -92,7 +92,7 @@ def preflight(
     method, place = options.method, options.place
     shape = shape_of(source, method.keep)
     speed = speed or measure_speed(place.dtype, place.device)
-    trials = trials or (EXPECTED_TRIALS if options.target.seeks_rate else 1)
+    trials = trials or expected_trials(options.target)
     count, tokens = _amount(source, options, measurement)
     seconds = sum(info.stat().st_size for info in source.weight_files) / _READ_RATE
     if count and measurement is None:
@@ -141,6 +141,11 @@ def _amount(
     if measurement is not None:
         return measurement.record.sequences, measurement.record.length
     return calibration_amount(source, options.place.device, wanted)
+
+
+def expected_trials(target: Target) -> int:
+    """How often a conversion quantizes: once, unless it seeks a rate."""
+    return EXPECTED_TRIALS if target.seeks_rate else 1
 
 
 def refuse_what_cannot_fit(plan: Preflight, output: Path, place: Place, held: int = 0) -> None:

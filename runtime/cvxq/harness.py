@@ -20,7 +20,7 @@ from cvxq.lean.decoder import Batch, BatchingDecoder
 from cvxq.model import Model
 from cvxq.progress import Progress
 from cvxq.sample import SamplingSettings
-from cvxq.scoring import Ending, Score, score, score_together
+from cvxq.scoring import Ending, Score, in_order, score, score_together
 from cvxq.together import Order, generate_together
 
 _LONGEST = 2048  # tokens of a window, where the model states no context
@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):
         if batch is not None:
             yield from score_together(batch, endings)
             return
-        for index in sorted(range(len(endings)), key=lambda index: endings[index].tokens):
+        for index in in_order(endings):
             given, scored = endings[index].tokens
             logits = self._session.resume(given)[None]
             if len(scored) > 1:

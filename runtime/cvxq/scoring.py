@@ -67,6 +67,11 @@ def score(logits: Logits, tokens: Sequence[int]) -> Score:
     return Score(float((chosen - np.log(sums)).sum()), bool((chosen == 0).all()))
 
 
+def in_order(endings: Sequence[Ending]) -> list[int]:
+    """Numbers of endings so that those of the same beginning follow each other."""
+    return sorted(range(len(endings)), key=lambda index: endings[index].tokens)
+
+
 def score_together(batch: Batch, endings: Sequence[Ending]) -> Iterator[tuple[int, Score]]:
     """Yield the scores of `endings`, each with its number, those of the same beginning together.
 
@@ -79,7 +84,7 @@ def score_together(batch: Batch, endings: Sequence[Ending]) -> Iterator[tuple[in
             f"{longest} tokens are to be read, but the model's context holds {batch.capacity}; "
             "shorten them, or give it more with --context"
         )
-    order = sorted(range(len(endings)), key=lambda index: endings[index].tokens)
+    order = in_order(endings)
     texts = _Texts(batch)
     for first in range(0, len(order), batch.texts):
         lot = order[first : first + batch.texts]

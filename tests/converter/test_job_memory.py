@@ -32,7 +32,7 @@ def test_peak_memory_stays_below_what_the_preflight_says(
 ) -> None:
     monkeypatch.setattr("cvxq_converter.footprint._BASE_BYTES", 0)  # interpreter and libraries
     speed = Speed(1e11, 1e9, 1e-5)  # measuring it takes some megabytes itself
-    monkeypatch.setattr("cvxq_converter.preflight.measure_speed", lambda *_: speed)
+    monkeypatch.setattr("cvxq_converter.beginning.measure_speed", lambda *_: speed)
     folder = save_network("llama", hidden_size=128, intermediate_size=256, vocab_size=2048)
     lines: list[str] = []
     options = ConversionOptions.of(

@@ -113,20 +113,13 @@ def quantize_rtn(
     )
 
 
-def quantize_rtn_across(
-    weight: torch.Tensor,
-    depth: int,
-    group_size: int,
-    codebook: Codebook,
-    source_orientation: str,
-    scratch: Scratch,
-) -> CompandedTensor:
-    """Quantize weight (N, K) as `quantize_rtn` does, in groups of outputs of one input.
+def turned(made: CompandedTensor) -> CompandedTensor:
+    """Take what was made of Wᵀ for W: its groups are of outputs of one input.
 
     Peers have no such groups, but it is these that the kernels are fast with.
     """
-    made = quantize_rtn(weight.T, depth, group_size, codebook, source_orientation, scratch)
-    return replace(made, shape=tuple(weight.shape), transposed=False)
+    rows, columns = made.shape
+    return replace(made, shape=(columns, rows), transposed=False)
 
 
 def _groups(weight: torch.Tensor, bounds: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -210,8 +203,10 @@ def quantize_network_rtn(
     def encode(matrix: Matrix) -> CompandedTensor:
         weight = loaded.originals[matrix.name].cpu()
         orientation, scratch = matrix.source_orientation, loaded.streamed.scratch
-        quantize = quantize_rtn_across if copies else quantize_rtn
-        return quantize(weight, depth, method.group_size, codebook, orientation, scratch)
+        if copies:
+            weight = weight.T
+        made = quantize_rtn(weight, depth, method.group_size, codebook, orientation, scratch)
+        return turned(made) if copies else made
 
     with stages.stage("copy" if copies else "quantize") as done:
         ways = [partial(encode, matrix) for matrix in loaded.matrices]

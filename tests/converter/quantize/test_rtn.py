@@ -12,7 +12,7 @@ import torch
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.job import convert
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.quantize.rtn import quantize_rtn, quantize_rtn_across, rtn_codebook
+from cvxq_converter.quantize.rtn import quantize_rtn, rtn_codebook, turned
 from cvxq_converter.source.scratch import Scratch
 from cvxq_format import CompandedTensor, Reader, dequantize, verify
 
@@ -135,7 +135,7 @@ def test_one_conversion_per_whole_number_of_bits(
 
 def test_groups_of_outputs_are_those_of_the_transposed_matrix() -> None:
     weight = torch.from_numpy(random_weight().astype(np.float32))
-    across = quantize_rtn_across(weight, 4, 64, CODEBOOK, "out_in", Scratch())
+    across = turned(quantize_rtn(weight.T, 4, 64, CODEBOOK, "out_in", Scratch()))
     along = quantize_rtn(weight.T.contiguous(), 4, 64, CODEBOOK, "out_in", Scratch())
     assert across.shape == (12, 150)
     assert not across.transposed  # which the kernels would go through one code at a time
