@@ -16,7 +16,7 @@ FLAGS = ["-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wno
 SPECIAL = {
     "isa_avx512.c": "avx512f",
     "repack_avx512.c": "avx512f",
-    "wide_amx.c": "amx_tile",
+    "wide_bf16.c": "avx512_bf16",
 }
 
 

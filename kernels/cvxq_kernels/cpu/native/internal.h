@@ -263,7 +263,7 @@ void cvxq_transposed_item(const cvxq_job *job, const cvxq_item *item, float *res
 size_t cvxq_transposed_scratch(const cvxq_matrix *w);
 void cvxq_transposed_row(const cvxq_matrix *w, int64_t row, float *out);
 
-/* wide_amx.c, wide_fma.c: many inputs at once, for packed matrices with one order of columns. Inputs
+/* wide_bf16.c, wide_fma.c: many inputs at once, for packed matrices with one order of columns. Inputs
  * are first laid out for the kernel; then chunks of work, an item of the matrix and some inputs
  * each, give results in the order of tiles, which are put in that of outputs at the end, row by row:
  * written to their places at once, every one would touch a cache line of its own that threads
@@ -289,6 +289,12 @@ static inline int64_t cvxq_wide_panel(const cvxq_wide *wide, int64_t piece) {
 /* Floats from one row of results to the next: an odd number of cache lines, because rows a multiple
  * of 4 kB apart would share a few sets. */
 static inline int64_t cvxq_wide_pitch(const cvxq_matrix *w) { return w->tile_count * TILE + STRIP; }
+/* Pieces that M inputs are cut into where there are few items for so many threads: eight chunks are
+ * wanted for each. Weights are expanded anew in every piece, which has 48 inputs or more. */
+static inline int64_t cvxq_wide_pieces(int64_t m, const cvxq_matrix *w, int threads) {
+    const int64_t wanted = threads > 1 ? ceil_div(8 * threads, w->item_count) : 1;
+    return max_of(1, min_of(wanted, m / 48));
+}
 static inline size_t cvxq_wide_sums_bytes(const cvxq_wide *wide) {
     return (size_t)ITEM_TILES * (size_t)(wide->rows * TILE) * sizeof(float);
 }
@@ -307,11 +313,8 @@ typedef struct {
 } cvxq_wide_ops;
 #if defined(__x86_64__)
 #define CVXQ_HAS_FMA
-extern const cvxq_wide_ops cvxq_wide_fma;
-#if defined(__linux__)
-#define CVXQ_HAS_AMX
-extern const cvxq_wide_ops cvxq_wide_amx;
-#endif
+#define CVXQ_HAS_BF16
+extern const cvxq_wide_ops cvxq_wide_fma, cvxq_wide_bf16;
 #endif
 
 /* matmul.c: a product of a few matrices with at most CHUNK inputs, as some jobs of a program. */

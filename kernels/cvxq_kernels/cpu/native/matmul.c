@@ -133,8 +133,8 @@ static void collect(const void *context, int64_t row, int thread) {
 static const cvxq_wide_ops *ops_for(const cvxq_matrix *w, int64_t m, int exact) {
     (void)m, (void)exact; /* where there are none */
     if (w->kind != KIND_PACKED || w->cluster_orders) return NULL;
-#if defined(CVXQ_HAS_AMX)
-    if (m > NATIVE && cvxq_wide_amx.is_available(exact)) return &cvxq_wide_amx;
+#if defined(CVXQ_HAS_BF16)
+    if (m > NATIVE && cvxq_wide_bf16.is_available(exact)) return &cvxq_wide_bf16;
 #endif
 #if defined(CVXQ_HAS_FMA)
     if ((m > BATCH || exact) && cvxq_wide_fma.is_available(exact)) return &cvxq_wide_fma;

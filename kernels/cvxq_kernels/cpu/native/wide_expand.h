@@ -1,21 +1,8 @@
-/* From codes to the pairs of bfloat16 that the matrix unit takes; for wide_amx.c only. */
+/* From codes to pairs of bfloat16; for wide_bf16.c only. */
 #ifndef CVXQ_WIDE_EXPAND_H
 #define CVXQ_WIDE_EXPAND_H
 
-#include <immintrin.h>
-
-#include "internal.h"
-
-#define TARGET                                                                         \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2," \
-                          "avx512vnni,avx512bf16,fma,amx-tile,amx-bf16")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
-#define UNROLL _Pragma("GCC unroll 8")
-
-enum {
-    PAIR = 4 * VECTOR, /* bytes of a pair of columns: four strips */
-    SPLIT = 8,         /* depth whose factors have two parts */
-};
+#include "wide_bf16.h"
 
 INLINE __m512i right(__m512i a, const int by) { return _mm512_srli_epi16(a, by); }
 INLINE __m512i left(__m512i a, const int by) { return _mm512_slli_epi16(a, by); }

@@ -26,8 +26,6 @@ enum {
     PANEL = 6, /* inputs: with them, twelve sums, two weights and an input fill the registers */
     COLUMNS = 256,
     ROOM = COLUMNS + 32, /* a unit spans up to 32 columns */
-    LEAST_INPUTS = 48,   /* of a chunk, given a choice: each of them expands its weights */
-    CHUNKS = 8,          /* wanted for each thread */
 };
 
 /* Level tables of one depth, 16 entries of each byte of a float32, for both halves of a register. */
@@ -279,9 +277,8 @@ static int is_available(int exact) {
 }
 
 static void plan(cvxq_wide *wide, const cvxq_matrix *w, int threads) {
-    const int64_t wanted = threads > 1 ? ceil_div(CHUNKS * threads, w->item_count) : 1;
     wide->panels = wide->fills = (int32_t)ceil_div(wide->m, PANEL);
-    wide->pieces = (int32_t)max_of(1, min_of(wanted, wide->m / LEAST_INPUTS));
+    wide->pieces = (int32_t)cvxq_wide_pieces(wide->m, w, threads);
     wide->rows = (int32_t)ceil_div(wide->panels, wide->pieces) * PANEL;
     wide->input_bytes = aligned((size_t)wide->m * (size_t)w->inputs * sizeof(float));
     wide->scratch_bytes = cvxq_wide_sums_bytes(wide) + 4 * ROOM * STRIP * sizeof(float) +

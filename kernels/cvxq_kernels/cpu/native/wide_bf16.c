@@ -1,61 +1,38 @@
-/* Products with many inputs, on Intel's matrix unit (AMX) in bfloat16.
+/* Products with many inputs in bfloat16, on Intel's matrix unit (AMX) where there is one and else by
+ * AVX-512's dot products of pairs.
  *
- * With many inputs, rounding each of them for every cluster costs more than the products do. So
- * weights are expanded instead, S · (level + t), 256 columns of a tile at a time (the first cache
- * holds them), into the pairs of bfloat16 that the unit takes, and meet inputs that were rounded
- * once per matrix. Both roundings add 5e-6 of the signal's power, too much beside the error of
- * 8-bit codes only (4e-5): for those both factors are split in two parts, and three of the four
- * products are taken.
+ * With many inputs, rounding each of them for every cluster costs more than the products do, and so
+ * does decoding weights for every four inputs. So weights are expanded once, S · (level + t), 256
+ * columns of a tile at a time (the first cache holds them), into the pairs of bfloat16 that both
+ * take, and meet inputs that were rounded once per matrix. Both roundings add 5e-6 of the signal's
+ * power, too much beside the error of 8-bit codes only (4e-5): for those both factors are split in
+ * two parts, and three of the four products are taken.
  *
- * A step is 32 columns: 16 rows of the unit's second operand, each the 16 lanes of a strip times two
- * columns. Steps begin at multiples of 32 in the order of columns, whatever runs begin there: so
- * inputs lie step after step, each (M, 32), and none of them crosses a cache line. Where a run
- * begins at an odd column, its codes are shifted by one.
+ * A step is 32 columns: 16 pairs, each the 16 lanes of a strip times two columns, which are the rows
+ * of the matrix unit's second operand. Steps begin at multiples of 32 in the order of columns,
+ * whatever runs begin there: so inputs lie step after step, each (M, 32), and none of them crosses a
+ * cache line. Where a run begins at an odd column, its codes are shifted by one.
  *
  * Up to depth 6 a pair of columns has few values: 2 · 2^B, each rounded once and then looked up.
  */
 #define _GNU_SOURCE
 #include "internal.h"
 
-#if defined(CVXQ_HAS_AMX)
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#if defined(CVXQ_HAS_BF16)
+#include "wide_dots.h"
 #include "wide_expand.h"
-
-enum {
-    STEP = 32,
-    STEPS = 8, /* expanded before they are multiplied */
-    PAIRS = STEP / 2,
-    ROOM = STEPS * PAIRS + 17, /* pairs; a unit may reach 16 past the end, 17 if shifted */
-};
-
-typedef struct {
-    uint8_t *weights, *rest; /* (ROOM, 4 strips, 16 rows, 2) bfloat16 */
-    float *sums;             /* (padded M, 64) of the tile in work */
-    const uint16_t *high, *low; /* (steps, rows, 32) bfloat16: inputs, what rounding left */
-    int64_t rows;
-    int64_t first; /* first step expanded */
-    int64_t split; /* first step that has a rest */
-    int strips, is_first;
-} batch_state;
-
-static int ask_for_tiles(void) {
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
+#include "wide_tiles.h"
 
 static int is_available(int exact) {
     static atomic_int known; /* 0 not asked yet, 1 no, 2 yes */
     int state = atomic_load(&known);
     if (!state) {
-        unsigned a, b, c, d, has_tiles, has_bf16;
+        unsigned a, b, c, d, has_vbmi2, has_bf16;
         __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-        has_tiles = (d >> 24 & 1) && (d >> 22 & 1); /* amx-tile, amx-bf16 */
-        has_tiles = has_tiles && (c >> 6 & 1);      /* avx512_vbmi2 */
+        has_vbmi2 = c >> 6 & 1;
         __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
-        has_bf16 = a >> 5 & 1; /* avx512_bf16 */
-        state = has_tiles && has_bf16 && ask_for_tiles() ? 2 : 1;
+        has_bf16 = a >> 5 & 1;
+        state = has_vbmi2 && has_bf16 ? 2 : 1;
         atomic_store(&known, state);
     }
     return state == 2 && !exact && cvxq_ops_in_use() == &cvxq_ops_avx512;
@@ -63,13 +40,15 @@ static int is_available(int exact) {
 
 /* Elements of the inputs, of which there are two planes where factors are split. */
 static int64_t plane_of(const cvxq_wide *wide, const cvxq_matrix *w) {
-    return ceil_div(w->inputs, STEP) * STEP * wide->rows;
+    return ceil_div(w->inputs, STEP) * STEP * wide->fills;
 }
 
 static void plan(cvxq_wide *wide, const cvxq_matrix *w, int threads) {
-    (void)threads;
-    wide->panels = wide->pieces = 1;
-    wide->rows = wide->fills = (int32_t)ceil_div(wide->m, 32) * 32;
+    /* The matrix unit takes 32 inputs at a time: some of them are padding. */
+    wide->pieces = has_tiles() ? 1 : (int32_t)cvxq_wide_pieces(wide->m, w, threads);
+    wide->panels = wide->pieces;
+    wide->fills = has_tiles() ? (int32_t)(ceil_div(wide->m, TILE_INPUTS) * TILE_INPUTS) : wide->m;
+    wide->rows = (int32_t)ceil_div(wide->fills, wide->pieces);
     wide->input_bytes = (size_t)plane_of(wide, w) * sizeof(uint16_t) *
                         (w->deepest >= SPLIT ? 2 : 1);
     wide->scratch_bytes = cvxq_wide_sums_bytes(wide) + 2 * ROOM * PAIR;
@@ -88,7 +67,7 @@ TARGET static void fill(const cvxq_wide *wide, const cvxq_matrix *w, const float
                                  ? _mm512_mask_i32gather_ps(
                                        zero, mask, _mm512_maskz_loadu_epi32(mask, order + k), x, 4)
                                  : _mm512_maskz_loadu_ps(mask, x + k);
-        const int64_t at = (k / STEP * wide->rows + row) * STEP + k % STEP;
+        const int64_t at = (k / STEP * wide->fills + row) * STEP + k % STEP;
         const __m256i upper = (__m256i)_mm512_cvtneps_pbh(value);
         _mm256_store_si256((__m256i *)(high + at), upper);
         if (w->deepest < SPLIT) continue;
@@ -112,77 +91,12 @@ TARGET static void collect(const cvxq_wide *wide, const cvxq_matrix *w, int64_t 
     }
 }
 
-INLINE void configure(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        shape.bytes[i] = 64;
-        shape.rows[i] = 16;
-    }
-    /* Not _tile_loadconfig, which up to GCC 14 claims to read eight bytes only. */
-    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
-}
-
-/* Sums of 32 inputs and one or two strips += inputs · weights of one step. */
-#define MULTIPLY(x, w)                             \
-    do {                                           \
-        _tile_loadd(4, x, 2 * STEP);               \
-        _tile_loadd(5, (x) + 16 * STEP, 2 * STEP); \
-        _tile_loadd(6, w, PAIR);                   \
-        _tile_dpbf16ps(0, 4, 6);                   \
-        _tile_dpbf16ps(1, 5, 6);                   \
-        if (is_pair) {                             \
-            _tile_loadd(7, (w) + VECTOR, PAIR);    \
-            _tile_dpbf16ps(2, 4, 7);               \
-            _tile_dpbf16ps(3, 5, 7);               \
-        }                                          \
-    } while (0)
-
-INLINE void multiply_block(const batch_state *b, int64_t steps, int64_t m, int strip,
-                           const int is_pair) {
-    enum { ROW = TILE * sizeof(float) };
-    float *sums = b->sums + m * TILE + strip * STRIP;
-    if (b->is_first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, ROW);
-        _tile_loadd(1, sums + 16 * TILE, ROW);
-        if (is_pair) {
-            _tile_loadd(2, sums + STRIP, ROW);
-            _tile_loadd(3, sums + 16 * TILE + STRIP, ROW);
-        }
-    }
-    for (int64_t s = 0; s < steps; s++) {
-        const int64_t at = ((b->first + s) * b->rows + m) * STEP;
-        const int64_t place = s * PAIRS * PAIR + strip * VECTOR;
-        MULTIPLY(b->high + at, b->weights + place);
-        if (b->first + s < b->split) continue;
-        MULTIPLY(b->high + at, b->rest + place);
-        MULTIPLY(b->low + at, b->weights + place);
-    }
-    _tile_stored(0, sums, ROW);
-    _tile_stored(1, sums + 16 * TILE, ROW);
-    if (is_pair) {
-        _tile_stored(2, sums + STRIP, ROW);
-        _tile_stored(3, sums + 16 * TILE + STRIP, ROW);
-    }
-}
-
 /* Multiply `steps` expanded steps; what was expanded beyond a full batch moves to the front. */
 TARGET static void multiply_batch(batch_state *b, int64_t steps) {
-    for (int64_t m = 0; m < b->rows; m += 32) {
-        if (b->strips == 1) {
-            multiply_block(b, steps, m, 0, 0);
-        } else {
-            for (int strip = 0; strip < b->strips; strip += 2)
-                multiply_block(b, steps, m, strip, 1);
-        }
+    if (has_tiles()) {
+        multiply_by_tiles(b, steps);
+    } else {
+        multiply_by_dots(b, steps);
     }
     if (steps == STEPS) {
         const size_t beyond = (size_t)((ROOM - STEPS * PAIRS) * PAIR);
@@ -219,7 +133,7 @@ INLINE void do_run(const int depth, const cvxq_matrix *w, const cvxq_run *run, i
             } else {
                 for (int v = 0; v < UNIT; v++) codes[v] = _mm512_setzero_si512();
             }
-            // clang-format off
+    // clang-format off
             UNROLL for (int v = 0; v < UNIT; v++)
                 shifted[v] = _mm512_shrdi_epi32(v < strips ? carry[v] : codes[v - strips],
                                                 codes[v], 24);
@@ -304,22 +218,23 @@ static void multiply_tile(const cvxq_matrix *w, const cvxq_cluster *cluster,
 TARGET static void item(const cvxq_wide *wide, const cvxq_matrix *w, const cvxq_item *item,
                         int64_t piece, void *scratch) {
     uint8_t *weights = (uint8_t *)scratch + cvxq_wide_sums_bytes(wide);
-    const uint16_t *inputs = wide->inputs;
+    const int64_t first = cvxq_wide_input(wide, piece);
+    const uint16_t *inputs = (const uint16_t *)wide->inputs + first * STEP;
     batch_state b = {.weights = weights,
                      .rest = weights + ROOM * PAIR,
                      .sums = scratch,
                      .high = inputs,
                      .low = inputs + plane_of(wide, w),
-                     .rows = wide->rows};
-    (void)piece;
-    configure();
+                     .rows = has_tiles() ? wide->rows : cvxq_wide_input(wide, piece + 1) - first,
+                     .stride = wide->fills};
+    if (has_tiles()) begin_tiles();
     for (int64_t t = item->first_tile; t < item->first_tile + item->tiles; t++) {
         const cvxq_tile *tile = &w->tiles[t];
         multiply_tile(w, &w->clusters[item->cluster], tile, item->cluster * w->inputs, &b);
         b.sums += wide->rows * TILE;
     }
-    _tile_release();
+    if (has_tiles()) end_tiles();
 }
 
-const cvxq_wide_ops cvxq_wide_amx = {is_available, plan, fill, item, collect};
+const cvxq_wide_ops cvxq_wide_bf16 = {is_available, plan, fill, item, collect};
 #endif
