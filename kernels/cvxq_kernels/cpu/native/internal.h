@@ -205,6 +205,8 @@ extern const cvxq_ops cvxq_ops_avx2, cvxq_ops_avx512;
 extern const cvxq_ops cvxq_ops_neon;
 #endif
 const cvxq_ops *cvxq_ops_in_use(void);
+/* isa.c: whether memory is read best some lines of several pages at a time (see tile.h). */
+int cvxq_fetches_by_page(void);
 
 /* arena.c: large read-only memory on huge pages where the system has them. `_in`: in a file, −1
  * for none; the file only grows, and must not be used for another purpose. */

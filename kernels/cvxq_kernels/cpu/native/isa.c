@@ -22,6 +22,14 @@ static const cvxq_ops *best(void) {
     return &cvxq_ops_scalar;
 }
 
+int cvxq_fetches_by_page(void) {
+#if defined(__x86_64__)
+    return !__builtin_cpu_is("amd");
+#else
+    return 1;
+#endif
+}
+
 static const cvxq_ops *_Atomic in_use;
 
 const cvxq_ops *cvxq_ops_in_use(void) {

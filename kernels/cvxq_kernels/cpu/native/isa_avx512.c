@@ -213,15 +213,21 @@ TARGET static void prepare(const cvxq_matrix *w, const cvxq_cluster *cluster, in
     __m512 table[4], mean = _mm512_setzero_ps();
     for (int i = 0; i < 4; i++) table[i] = _mm512_loadu_ps(w->scales + 16 * i);
     int64_t block = 0;
+    /* The tile before has asked for the first AHEAD bytes of this one, unless it went by page. */
+    const int by_page = cvxq_fetches_by_page(), ahead = by_page ? AHEAD_BLOCK : 2 * AHEAD_BLOCK;
+    if (!by_page) soon += AHEAD;
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
         const float unit = w->tables->unit[run->depth];
-        for (int64_t i = 0; i < run->count; i += BLOCK, soon += AHEAD_BLOCK) {
+        for (int64_t i = 0; i < run->count; i += BLOCK, soon += ahead) {
             const int64_t at = run->first + i, left = run->count - i;
             const int8_t *means = mean_codes ? mean_codes + at : NULL;
             __m512 y[4];
-            for (int j = 0; j < AHEAD_BLOCK; j += 64)
-                _mm_prefetch((const char *)soon + j, _MM_HINT_T1);
+            if (by_page) {
+                for (int j = 0; j < AHEAD_BLOCK; j += LINE) fetch(soon + j);
+            } else {
+                fetch_lines(soon, 2 * AHEAD_BLOCK / LINE);
+            }
             mean = left >= BLOCK
                        ? scale_block(w, table, x + at, scale_codes + at, means, BLOCK, mean, y)
                        : scale_block(w, table, x + at, scale_codes + at, means, left, mean, y);

@@ -10,13 +10,23 @@
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-enum { PAGE = 4096, LINE = 64, STREAMS = 8, REGION = STREAMS * PAGE };
+enum { PAGE = 4096, LINE = 64, STREAMS = 8, REGION = STREAMS * PAGE, AHEAD = 2 * PAGE };
 
-/* Fetch as many lines as a unit at `unit` has, a region ahead: line 0 of each of its pages, then
- * line 1 and so on. Processors recognize one stream per page and run ahead of it only inside that
- * page, so that eight at once keep more of the memory busy than one: on two cores of a Sapphire
- * Rapids one stream each reads 16 GB/s, eight read 24. Every line is asked for once. */
-INLINE void fetch_ahead(const uint8_t *unit, const int lines) {
+/* Bring `count` lines in a row to the first cache. */
+INLINE void fetch_lines(const uint8_t *from, const int count) {
+    UNROLL for (int i = 0; i < count; i++) __builtin_prefetch(from + LINE * i, 0, 3);
+}
+
+/* Fetch as many lines as a unit at `unit` has. By page: a region ahead, line 0 of each of its pages,
+ * then line 1 and so on. Processors recognize one stream per page and run ahead of it only inside
+ * that page, so that eight at once keep more of the memory busy than one: on two cores of a Sapphire
+ * Rapids one stream each reads 16 GB/s, eight read 24. Every line is asked for once. A Zen 5 decodes
+ * up to two fifths faster with lines in their order, few enough ahead for the first cache. */
+INLINE void fetch_ahead(const uint8_t *unit, const int lines, const int by_page) {
+    if (!by_page) {
+        fetch_lines(unit + AHEAD, lines);
+        return;
+    }
     UNROLL for (int i = 0; i < lines; i++) {
         const uintptr_t at = (uintptr_t)unit + LINE * (uintptr_t)i, line = at % REGION / LINE;
         const uintptr_t next = at / REGION * REGION + REGION;
@@ -41,6 +51,7 @@ typedef struct {
     int64_t block;   /* first block of the run */
     int64_t columns; /* of the run */
     float *sums;     /* (batch, 64) */
+    int by_page;     /* how what comes next is fetched */
 } run_job;
 
 #endif

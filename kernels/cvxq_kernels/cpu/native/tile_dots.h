@@ -25,7 +25,7 @@
                 sums[m][s] = sums_of(job->inputs[m].start[block]);                         \
             for (int64_t u = 0; u < units; u++, unit += 64 * DEPTH) {                      \
                 codes_t levels[UNIT];                                                      \
-                fetch_ahead(unit, DEPTH);                                                  \
+                fetch_ahead(unit, DEPTH, job->by_page);                                    \
                 decode_##DEPTH(unit, job->tables, levels);                                 \
                 UNROLL for (int q = 0; q < UNIT / strips; q++)                             \
                     UNROLL for (int m = 0; m < batch; m++) {                               \
@@ -56,7 +56,7 @@
             }                                                                                \
             for (int64_t u = 0; u < units; u++, unit += 64 * DEPTH) {                        \
                 codes_t high[UNIT], low[UNIT];                                               \
-                fetch_ahead(unit, DEPTH);                                                    \
+                fetch_ahead(unit, DEPTH, job->by_page);                                      \
                 decode_##DEPTH(unit, job->tables, high, low);                                \
                 UNROLL for (int q = 0; q < UNIT / strips; q++)                               \
                     UNROLL for (int m = 0; m < batch; m++) {                                 \

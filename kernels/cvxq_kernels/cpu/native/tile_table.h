@@ -41,7 +41,7 @@ static void multiply_inputs(const cvxq_matrix *w, const cvxq_cluster *cluster,
                             const cvxq_tile *tile, const cvxq_input *inputs, int batch,
                             float *sums) {
     const int strips = tile->strips;
-    run_job job = {w->codes + tile->codes, w->tables, inputs, 0, 0, sums};
+    run_job job = {w->codes + tile->codes, w->tables, inputs, 0, 0, sums, cvxq_fetches_by_page()};
     memset(sums, 0, sizeof(float) * TILE * (size_t)batch);
     for (int32_t r = 0; r < cluster->runs; r++) {
         const cvxq_run *run = &w->runs[cluster->first_run + r];
