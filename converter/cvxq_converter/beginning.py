@@ -16,6 +16,7 @@ from cvxq_converter.amounts import tuning_steps
 from cvxq_converter.costs import measure_speed
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.journal import Journal, bytes_in, open_journal
+from cvxq_converter.measure.calibration import read_documents
 from cvxq_converter.measure.measurement import Measurement
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.preflight import (
@@ -56,6 +57,8 @@ def begin(
     if not _samples(options, measurement):
         give_freed_memory_back()
     torch.manual_seed(options.calibration.seed)
+    if measurement is None and options.calibration.reads_text:
+        read_documents(options.calibration.source)  # so that what is wrong with it shows now
     source = open_source(model, options.place.revision)
     if measurement is not None:
         if options.method.name == "rtn" or options.method.iterations > 1:

@@ -9,8 +9,8 @@ class ConversionError(Exception):
     """The conversion cannot start or cannot go on; the message is one line for the user."""
 
 
-class NoSuchModelError(ConversionError):
-    """There is no folder or file of the model that was named."""
+class NoSuchFileError(ConversionError):
+    """There is no folder or file of the model, or of the text, that was named."""
 
 
 class RateError(ConversionError):

@@ -174,7 +174,9 @@ def measure_model(
     corrected by quantizing at `TRIAL_RATES`. resume, ranks: as for `convert`.
     """
     if not options.replaces_weights:
-        raise ConversionError("measuring needs calibration sequences and --method cvxq")
+        raise ConversionError(
+            "--calibration none leaves nothing to measure, allowed: self, copy, FILE"
+        )
     stages, say = _told(progress, announce, ranks)
     begun = begin(model, output, options, say, resume, ranks, trials=len(TRIAL_RATES))
     with begun as (source, estimate, options, journal):

@@ -74,6 +74,11 @@ class Calibration:
     metric: str = "kl"
     seed: int = 0
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the sequences come from a file."""
+        return self.source not in ("self", "copy", "none")
+
 
 @dataclass(frozen=True)
 class Method:

@@ -155,7 +155,7 @@ def refuse_what_cannot_fit(plan: Preflight, output: Path, place: Place, held: in
     """
     if not fits_memory(plan, place):
         available = allowed_memory(place, place.device) or 0
-        advice = "use --calibration FILE or none, or a machine with more memory"
+        advice = "allow more" if place.memory else "free some, or use a machine with more"
         raise ConversionError(
             f"needs about {size_text(plan.peak_memory_bytes)} of memory on {place.device}, "
             f"{size_text(available)} are {'allowed' if place.memory else 'free'}; {advice}"

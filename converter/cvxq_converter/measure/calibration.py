@@ -22,7 +22,7 @@ from cvxq_format.model_config import context_length
 from cvxq_format.text import decode_text, start_tokens
 from torch import Tensor
 
-from cvxq_converter.errors import ConversionError
+from cvxq_converter.errors import ConversionError, NoSuchFileError
 from cvxq_converter.journal import Journal
 from cvxq_converter.measure.seeds import draw_each, draw_one, generator_of
 from cvxq_converter.options import Calibration
@@ -77,7 +77,7 @@ def read_documents(source: str) -> list[str]:
     try:
         text = decode_text(path.read_bytes())
     except FileNotFoundError:
-        raise ConversionError(
+        raise NoSuchFileError(
             f"{source}: no such file; --calibration takes self, copy, none, a .txt or a .jsonl file"
         ) from None
     except UnicodeDecodeError as error:

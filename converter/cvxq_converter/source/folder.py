@@ -20,7 +20,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cvxq_converter.errors import ConversionError, NoSuchModelError, one_line
+from cvxq_converter.errors import ConversionError, NoSuchFileError, one_line
 from cvxq_converter.source.hub import download
 from cvxq_converter.source.text_part import WRAPPERS
 
@@ -50,7 +50,7 @@ def find_folder(model: str, revision: str | None) -> tuple[Path, str]:
             raise ConversionError(f"{model}: a folder has no revisions; drop --revision")
         return path, path.resolve().name
     if not _HUB_ID.fullmatch(model):
-        raise NoSuchModelError(
+        raise NoSuchFileError(
             f"{model}: no such folder, and not a hub id; give a folder or owner/name"
         )
     return download(model, revision), model

@@ -16,6 +16,7 @@ from cvxq_kernels.cpu.processors import available_processors
 
 from cvxq.cli.failures import FileProblem, expect_shrinking_files
 from cvxq.cli.launch import ranks_here
+from cvxq.device import resolve_device
 from cvxq.extras import need
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -127,12 +128,14 @@ def explicit(choices: dict[str, Any]) -> dict[str, Any]:
 def conversion_options(choices: dict[str, Any]) -> Any:
     """The converter's options; a dtype may be given by its name.
 
-    Raises UsageError for what no conversion can be asked for, such as 9 bits per weight.
+    Raises UsageError for what no conversion can be asked for, such as 9 bits per weight, and
+    UnsupportedModelError for a device that is not here.
     """
     import torch
     from cvxq_converter.errors import ConversionError
     from cvxq_converter.options import ConversionOptions
 
+    resolve_device(choices.get("device", "cpu"))
     if "dtype" in choices:
         choices = {**choices, "dtype": getattr(torch, choices["dtype"])}
     try:

@@ -21,7 +21,7 @@ _CODES = {
     ("cvxq_format", "NotCvxqError"): FILE,
     ("cvxq_format", "UnsupportedError"): UNSUPPORTED,
     ("cvxq_format", "FormatError"): CORRUPT,
-    ("cvxq_converter.errors", "NoSuchModelError"): FILE,
+    ("cvxq_converter.errors", "NoSuchFileError"): FILE,
     ("cvxq_converter.errors", "ConversionError"): CONVERSION,
 }
 

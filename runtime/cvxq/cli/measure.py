@@ -49,6 +49,10 @@ def command(
     from cvxq_converter.job import measure_model
 
     options = conversion_options({**explicit(choices), "bits": 8})  # the rate plays no part
+    if not options.replaces_weights:
+        raise click.UsageError(
+            "--calibration none leaves nothing to measure, allowed: self, copy or a file of text"
+        )
     with together(ranks) as who:
         record = measure_model(model, output, options, Progress(), announce, resume, who)
     if not who.is_first:

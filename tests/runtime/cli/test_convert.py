@@ -88,9 +88,12 @@ def test_options_that_are_not_given_keep_the_converters_defaults(
     assert options == ConversionOptions.of(bits=3.0)
 
 
-def test_every_option_reaches_the_converter(taken: Callable[..., tuple[Any, ...]]) -> None:
+def test_every_option_reaches_the_converter(
+    taken: Callable[..., tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
+    monkeypatch.setattr("cvxq.cli.conversion.resolve_device", lambda device: device)
     options = taken(
         "--size", "2MB", "--keep", "*embed*", "--keep", "lm_head*", "--calibration", "none",
         "--sequences", 5, "--length", 64, "--seed", 7, "--metric", "logits", "--iterations", 2,

@@ -27,6 +27,20 @@ def test_without_cuda_one_line_says_what_next(
     assert "finds no CUDA device here; use --device cpu, or install a CUDA build" in line
 
 
+@pytest.mark.parametrize(
+    "command", [("convert", "--bits", 3), ("measure",), ("measure", "--ranks", 2)]
+)
+def test_converting_without_cuda_says_so_before_it_begins(
+    command: tuple[str, ...],
+    fails: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = fails(5, *command, "model", "-o", tmp_path / "out", "--device", "cuda")
+    assert "finds no CUDA device here" in line
+
+
 def test_other_devices_are_refused(fails: Callable[..., str], model_file: Path) -> None:
     line = fails(2, "generate", model_file, "Hi", "--device", "tpu")
     assert "device is 'tpu', allowed: cpu, cuda, cuda:N" in line

@@ -172,6 +172,12 @@ def test_measuring_into_a_folder_is_refused(fails: Fails, tmp_path: Path) -> Non
     assert "is a folder" in fails(3, "measure", "model", "-o", tmp_path)
 
 
+def test_measurements_that_cannot_be(fails: Fails, tmp_path: Path) -> None:
+    command = ("measure", tmp_path / "no model", "-o", tmp_path / "out", "--calibration")
+    assert "leaves nothing to measure" in fails(2, *command, "none")
+    assert "no such file; --calibration takes" in fails(3, *command, tmp_path / "no.txt")
+
+
 def test_only_what_was_given_is_passed_on(cvxq: Cvxq, monkeypatch: pytest.MonkeyPatch) -> None:
     from cvxq_converter.options import ConversionOptions
 
