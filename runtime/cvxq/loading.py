@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Literal
 from cvxq_format import Reader
 from cvxq_kernels.cpu import check_kernels, crc32, is_available
 
+from cvxq.beside import Beside
 from cvxq.device import resolve_device
 from cvxq.errors import ArgumentError, UnsupportedModelError
 from cvxq.lean import NotLeanError, open_decoder
 from cvxq.model import Model, NetworkOptions
+from cvxq.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,7 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     check: bool = True,
+    tokenizer: bool = False,
 ) -> Model:
     """Load the model in the `.cvxq` file at `path`, ready to generate text.
 
@@ -43,6 +46,7 @@ def load(
     context: the most tokens of a text, what the model was made for if None; it may be more.
     check: compare every tensor with its checksum as it is read (the header always is), and the
     CPU's kernels, once, with the formula.
+    tokenizer: read it beside the weights, for whoever is going to use it; else when first used.
     Raises OSError when the file cannot be read, `cvxq_format.FormatError` when it is not a sound
     container, ArgumentError for an argument out of its range, UnsupportedModelError when
     transformers lacks the architecture or the kernels fail their check, MissingExtraError when
@@ -59,16 +63,19 @@ def load(
         _check_kernels()
     reader = Reader(path, check=check, crc32=crc32)
     decoder, reason = None, None
+    reading = Beside(lambda: load_tokenizer(reader))
+    beside = reading.begin if tokenizer else None
     try:
         if weights == "packed" and dtype is None:
             try:
-                decoder = open_decoder(reader, place, threads, context)
+                decoder = open_decoder(reader, place, threads, context, beside)
             except NotLeanError as error:
                 reason = str(error)
-        model = Model(reader, decoder, reason, options, context)
+        model = Model(reader, decoder, reason, options, context, reading)
         if decoder is None:
             model.check_positions()  # builds the network, so that what is wrong with it shows here
     except BaseException:
+        reading.finish()
         reader.close()
         raise
     return model

@@ -11,6 +11,7 @@ from cvxq_format import Reader
 from cvxq_format.model_config import context_length
 from cvxq_format.text import start_tokens
 
+from cvxq.beside import Beside
 from cvxq.cache_size import full_context
 from cvxq.errors import ArgumentError, MissingPartError, no_positions
 from cvxq.extras import need
@@ -42,9 +43,9 @@ class Model:
 
     reader: the open file; decoder: the lean decoder that generates, or None where transformers
     does; transformers_reason: why there is none, or None where it was not asked for; context: the
-    most tokens of a text that were asked for.  The tokenizer and the network are built when first
-    used, so a file without a tokenizer still runs on token ids, and one with a decoder without
-    transformers.
+    most tokens of a text that were asked for; tokenizer: what may be in the making.  The tokenizer
+    and the network are built when first used, so a file without a tokenizer still runs on token
+    ids, and one with a decoder without transformers.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Model:
         transformers_reason: str | None,
         options: NetworkOptions,
         context: int | None = None,
+        tokenizer: Beside[Tokenizer] | None = None,
     ) -> None:
         """Join an open file and the decoder made of it, if any."""
         self.reader = reader
@@ -61,6 +63,7 @@ class Model:
         self.transformers_reason = transformers_reason
         self._options = options
         self._context = context
+        self._tokenizer = tokenizer or Beside(lambda: load_tokenizer(reader))
 
     @cached_property
     def network(self) -> PreTrainedModel:
@@ -90,7 +93,7 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The file's tokenizer; MissingPartError when it has none."""
-        return load_tokenizer(self.reader)
+        return self._tokenizer.result()
 
     @property
     def context_length(self) -> int | None:
@@ -230,6 +233,7 @@ class Model:
         """Drop decoder, network and file; packed weights may be views of the file."""
         self.decoder = None
         self.__dict__.pop("network", None)
+        self._tokenizer.finish()
         self.reader.close()
 
     def __enter__(self) -> Model:

@@ -111,6 +111,14 @@ def test_ids_and_text_equal_the_originals(
         assert model.tokenizer.decode(ids, skip_special_tokens=True).strip() == SAMPLE.strip()
 
 
+def test_read_beside_the_weights_it_is_the_same(
+    files: dict[str, bytes], make_file: Callable[..., Any]
+) -> None:
+    made = make_file("llama", files=files)
+    with cvxq.load(made.path) as alone, cvxq.load(made.path, tokenizer=True) as beside:
+        assert beside.encode(SAMPLE) == alone.encode(SAMPLE)
+
+
 def test_streamed_text_equals_decoding_all(
     files: dict[str, bytes], make_file: Callable[..., Any]
 ) -> None:

@@ -44,6 +44,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "cvxq_pool_free": (None, [c_void_p]),
     "cvxq_pool_threads": (c_int, [c_void_p]),
     "cvxq_matrix_pack": (c_void_p, [c_void_p, POINTER(Companded)]),
+    "cvxq_matrices_pack": (None, [c_void_p, POINTER(Companded), c_int64, POINTER(c_void_p)]),
     "cvxq_matrix_dense": (c_void_p, [c_void_p, c_void_p, c_int, c_int64, c_int64, c_void_p]),
     "cvxq_matrix_free": (None, [c_void_p]),
     "cvxq_matrix_outputs": (c_int64, [c_void_p]),

@@ -18,6 +18,8 @@ from cvxq_kernels.cpu.processors import available_processors
 from cvxq_kernels.tables import decoding_tables
 
 Floats = npt.NDArray[np.float32]
+# A tensor, its codebook, its bias, and the file for its codes: what `Matrix.from_tensor` takes.
+Source = tuple[CompandedTensor, Codebook, npt.NDArray[Any] | None, int]
 
 _DENSE_TYPES = {"uint16": 0, "float16": 1, "float32": 2}  # numpy's name: the C enumeration
 
@@ -76,17 +78,26 @@ class Matrix:
         of memory, it only grows and may be closed afterwards. Raises ValueError for stacked experts
         or a bias of another shape, MemoryError where memory or disk is short.
         """
-        if len(tensor.shape) != 2:
-            raise ValueError(
-                f"a stacked weight {tensor.shape} has no native kernel, allowed (N, K)"
-            )
         pool = pool or default_pool()
-        held = _bias(bias, tensor.shape[0])
-        source, arrays = _describe(tensor, codebook)
-        source.bias = _address(held)
-        source.file = scratch
+        source, _arrays = _describe(tensor, codebook, bias, scratch)
         handle = native().cvxq_matrix_pack(pool.handle, ctypes.byref(source))
-        del arrays
+        return cls._of(handle, tensor, pool)
+
+    @classmethod
+    def from_tensors(cls, sources: Sequence[Source], pool: Pool) -> list[Matrix]:
+        """Repack many, each as `from_tensor` does and by one thread: put the largest first.
+
+        One call that lets other threads of Python run. Raises as `from_tensor` does.
+        """
+        described = [_describe(*source) for source in sources]
+        structures = (Companded * len(sources))(*(structure for structure, _ in described))
+        handles = (ctypes.c_void_p * len(sources))()
+        native().cvxq_matrices_pack(pool.handle, structures, len(sources), handles)
+        return [cls._of(h, source[0], pool) for h, source in zip(handles, sources, strict=True)]
+
+    @classmethod
+    def _of(cls, handle: int | None, tensor: CompandedTensor, pool: Pool) -> Matrix:
+        """What was made of a tensor, whose codes are of no more use."""
         if not handle:
             raise MemoryError(
                 f"no memory for a weight {tensor.shape}, or its sizes contradict it; free some"
@@ -178,8 +189,15 @@ def _address(array: npt.NDArray[Any] | None) -> int | None:
     return None if array is None else int(array.ctypes.data)
 
 
-def _describe(tensor: CompandedTensor, codebook: Codebook) -> tuple[Companded, list[Any]]:
+def _describe(
+    tensor: CompandedTensor,
+    codebook: Codebook,
+    bias: npt.NDArray[Any] | None = None,
+    scratch: int = -1,
+) -> tuple[Companded, list[Any]]:
     """The C structure for a tensor, and the arrays that must live as long as it is used."""
+    if len(tensor.shape) != 2:
+        raise ValueError(f"a stacked weight {tensor.shape} has no native kernel, allowed (N, K)")
     tables = decoding_tables(tensor, codebook)
     row_scales = tensor.row_scales()
     order = None
@@ -201,6 +219,7 @@ def _describe(tensor: CompandedTensor, codebook: Codebook) -> tuple[Companded, l
         "means": None if tensor.mean_codes is None else tables.means,
         "levels": tables.levels,
         "row_scales": None if row_scales is None else np.ascontiguousarray(row_scales[0]),
+        "bias": _bias(bias, tensor.shape[0]),
     }
     source = Companded(
         rows=tensor.rows,
@@ -209,6 +228,7 @@ def _describe(tensor: CompandedTensor, codebook: Codebook) -> tuple[Companded, l
         partitions=tensor.partitions,
         transposed=int(tensor.transposed),
         code_bytes=int(tensor.packed_codes.size),
+        file=scratch,
         **{name: _address(array) for name, array in parts.items()},
     )
     return source, list(parts.values())

@@ -57,7 +57,7 @@ def command(
     import cvxq.loading  # noqa: F401 - importing is not loading
 
     begin = time.perf_counter()
-    with load_model(path, weights, device, threads, context) as model:
+    with load_model(path, weights, device, threads, context, tokenizer=False) as model:
         load_seconds = time.perf_counter() - begin
         prompt_tokens, tokens = fit(model.context_length, prompt_tokens, tokens)
         record = measure(model, prompt_tokens, tokens, repeats)

@@ -102,9 +102,14 @@ def model_name(text: str) -> str:
 
 
 def load_model(
-    file: Path, weights: str, device: str, threads: int | None, context: int | None = None
+    file: Path,
+    weights: str,
+    device: str,
+    threads: int | None,
+    context: int | None = None,
+    tokenizer: bool = True,
 ) -> Model:
-    """Load a `.cvxq` file.
+    """Load a `.cvxq` file, and its tokenizer beside the weights unless it is not wanted.
 
     Says in one line each on stderr when transformers has to run the model, and why, and when the
     context is longer than the model was made for.
@@ -113,7 +118,9 @@ def load_model(
     from cvxq.loading import load
 
     held: Literal["packed", "dense"] = "packed" if weights == "packed" else "dense"
-    model = load(file, weights=held, device=device, threads=threads, context=context)
+    model = load(
+        file, weights=held, device=device, threads=threads, context=context, tokenizer=tokenizer
+    )
     say_path(file, model.transformers_reason)
     full = None if context is None else model.full_context
     if context is not None and full is not None and context > full:

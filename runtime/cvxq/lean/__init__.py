@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,13 @@ def open_decoder(
     device: str = "cpu",
     threads: int | None = None,
     context: int | None = None,
+    beside: Callable[[], None] | None = None,
 ) -> Decoder:
     """Make the decoder of an open file; the file may be closed afterwards.
 
     device: "cpu", "cuda" or "cuda:N", already checked; threads: of the CPU, as many as help if
-    None; context: its capacity, what the model was made for if None.
+    None; context: its capacity, what the model was made for if None; beside: called before
+    the work that leaves Python to other threads, if there is such.
     Raises NotLeanError, with the reason in one line, where transformers has to run the model,
     ArgumentError for a context that the model has no positions for, and CorruptError where the
     record contradicts itself or the tensors.
@@ -44,7 +46,7 @@ def open_decoder(
     record = record_of(reader)
     capacity = context or full_context(config, record)
     record = _reaching(record, capacity, unscaled_length(config))
-    decoder = _open(record, reader, device, threads, config)
+    decoder = _open(record, reader, device, threads, config, beside)
     decoder.capacity = capacity
     return decoder
 
@@ -68,6 +70,7 @@ def _open(
     device: str,
     threads: int | None,
     config: Mapping[str, Any],
+    beside: Callable[[], None] | None,
 ) -> Decoder:
     if device != "cpu":
         from cvxq.lean.cuda.opening import open_torch_decoder
@@ -75,7 +78,7 @@ def _open(
         return open_torch_decoder(record, reader, device, config)
     threads = threads or useful_threads(reader.path.stat().st_size)
     with scratch_for_experts(record, reader) as scratch:
-        return open_native(record, reader, threads, scratch=scratch)
+        return open_native(record, reader, threads, scratch=scratch, beside=beside)
 
 
 def open_native(
@@ -85,15 +88,17 @@ def open_native(
     *,
     exact: bool = False,
     scratch: int = -1,
+    beside: Callable[[], None] | None = None,
 ) -> NativeDecoder:
     """Make the CPU's decoder of `record`; nothing of `tensors` is needed afterwards.
 
     exact: products in float32 throughout, which is slow; scratch: descriptor of a file that is to
-    hold the experts, or with `exact` all packed matrices.  Raises as `open_decoder` does.
+    hold the experts, or with `exact` all packed matrices; beside: as in `open_decoder`.  Raises as
+    that does.
     """
     from cvxq.lean.native_decoder import NativeDecoder
 
-    return NativeDecoder(record, tensors, threads, exact=exact, scratch=scratch)
+    return NativeDecoder(record, tensors, threads, exact=exact, scratch=scratch, beside=beside)
 
 
 def open_exact(record: DecoderRecord, tensors: Tensors, threads: int, scratch: int = -1) -> Decoder:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy, deepcopy
 from typing import Any
 from weakref import ReferenceType
@@ -17,6 +16,7 @@ from cvxq_format.decoder_record import DecoderRecord
 from cvxq_format.memory import available_memory
 from cvxq_kernels import cpu
 from cvxq_kernels.cpu.decoder import TEXTS, Decoder, Expert, Layer, Norm, Rope, Shape
+from cvxq_kernels.cpu.matrix import Source
 
 from cvxq.cache_size import bytes_per_token
 from cvxq.lean.errors import NotLeanError
@@ -31,6 +31,8 @@ from cvxq.lean.products import (
 from cvxq.lean.rope import Turning
 from cvxq.lean.weights import read_floats, read_norm, read_product
 
+# Weights repacked together; meanwhile their scales, unpacked, and the file's pages are held.
+TOGETHER = 1 << 29
 CHUNK_TOKENS = 256  # read per call of a prompt; Ctrl-C is felt between two calls
 
 Floats = npt.NDArray[np.float32]
@@ -48,12 +50,14 @@ class NativeDecoder:
         chunk: int = CHUNK_TOKENS,
         exact: bool = False,
         scratch: int = -1,
+        beside: Callable[[], None] | None = None,
     ) -> None:
         """Check and repack the tensors that the record names.
 
         chunk: tokens per call of a prompt; exact: products in float32 throughout, which is slow
             for single tokens; scratch: descriptor of a file that is to hold the experts, or
-            with `exact` all packed matrices, see `Matrix.from_tensor`.
+            with `exact` all packed matrices, see `Matrix.from_tensor`; beside: called before
+            the work that leaves Python to other threads, once or several times.
         Raises NotLeanError without the native library or for what it does not do, CorruptError
         where record and tensors contradict each other.
         """
@@ -73,7 +77,9 @@ class NativeDecoder:
         self._turning = Turning(record.ropes)
         self._cache_bytes = bytes_per_token(record)
         outside = set(found) if exact else _routed(found)
-        parts = _Parts(record, found, tensors, threads, scratch, outside)
+        # Whoever works beside repacking has a processor, too.
+        packing = cpu.Pool(max(1, threads - 1) if beside else threads)
+        parts = _Parts(record, found, tensors, packing, scratch, outside, beside)
         shape = parts.shape(self.chunk)
         layers = [parts.layer(index) for index in range(self.layers)]
         self.native = Decoder(cpu.Pool(threads), shape, layers)
@@ -153,30 +159,47 @@ def _routed(found: DecoderProducts) -> set[Product]:
 
 
 def _load_matrices(
-    found: DecoderProducts, tensors: Tensors, threads: int, scratch: int, outside: set[Product]
+    found: DecoderProducts,
+    tensors: Tensors,
+    pool: cpu.Pool,
+    scratch: int,
+    outside: set[Product],
+    beside: Callable[[], None] | None,
 ) -> dict[Product, cpu.Matrix]:
-    """Check and repack all matrices, one per thread at a time, the largest first.
+    """Check and repack all matrices, some at a time and of these the largest first.
 
-    outside: those that go to the file `scratch`.
+    outside: those that go to the file `scratch`. beside: called when Python has little left to do.
     """
-    places = sorted(dict.fromkeys(found), key=lambda product: -product.outputs * product.inputs)
+    made: dict[Product, cpu.Matrix] = {}
+    for products in _some_at_a_time(dict.fromkeys(found)):
+        sources: dict[Product, Source] = {}
+        for product in products:
+            value, bias = read_product(tensors, product)
+            if isinstance(value, CompandedTensor):
+                place = scratch if product in outside else -1
+                sources[product] = (value, tensors.codebook(value.codebook), bias, place)
+            else:
+                made[product] = cpu.Matrix.from_dense(_dense(value), bias, pool)
+        if beside:
+            beside()
+        repacked = cpu.Matrix.from_tensors(list(sources.values()), pool)
+        made |= zip(sources, repacked, strict=True)
+    return made
 
-    def made(product: Product) -> cpu.Matrix:
-        return _load_matrix(tensors, product, scratch if product in outside else -1)
 
-    if threads == 1:
-        return {product: made(product) for product in places}
-    with ThreadPoolExecutor(threads) as workers:
-        return dict(zip(places, workers.map(made, places), strict=True))
+def _some_at_a_time(products: Iterable[Product]) -> Iterator[list[Product]]:
+    """Cut products into lists of at most TOGETHER weights, each with the largest first."""
+    some: list[Product] = []
+    for product in products:
+        if some and sum(map(_size, (*some, product))) > TOGETHER:
+            yield sorted(some, key=_size, reverse=True)
+            some = []
+        some.append(product)
+    yield sorted(some, key=_size, reverse=True)
 
 
-def _load_matrix(tensors: Tensors, product: Product, scratch: int) -> cpu.Matrix:
-    value, bias = read_product(tensors, product)
-    pool = cpu.Pool(1)
-    if isinstance(value, CompandedTensor):
-        codebook = tensors.codebook(value.codebook)
-        return cpu.Matrix.from_tensor(value, codebook, bias, pool, scratch)
-    return cpu.Matrix.from_dense(_dense(value), bias, pool)
+def _size(product: Product) -> int:
+    return product.outputs * product.inputs
 
 
 class _Parts:
@@ -187,15 +210,16 @@ class _Parts:
         record: DecoderRecord,
         found: DecoderProducts,
         tensors: Tensors,
-        threads: int,
+        pool: cpu.Pool,
         scratch: int,
         outside: set[Product],
+        beside: Callable[[], None] | None,
     ) -> None:
         """Check and repack all matrices."""
         self._record = record
         self._found = found
         self._tensors = tensors
-        self._matrices = _load_matrices(found, tensors, threads, scratch, outside)
+        self._matrices = _load_matrices(found, tensors, pool, scratch, outside, beside)
 
     def _optional(self, product: Product | None) -> cpu.Matrix | None:
         return None if product is None else self._matrices[product]

@@ -58,6 +58,9 @@ enum { CVXQ_BF16 = 0, CVXQ_F16 = 1, CVXQ_F32 = 2 };
 
 /* Repack on the pool's threads; nothing given is needed afterwards. */
 CVXQ_API cvxq_matrix *cvxq_matrix_pack(cvxq_pool *pool, const cvxq_companded *source);
+/* The same for many, each by one thread: made[i] of sources[i], NULL where that failed. */
+CVXQ_API void cvxq_matrices_pack(cvxq_pool *pool, const cvxq_companded *sources, int64_t count,
+                                 cvxq_matrix **made);
 CVXQ_API cvxq_matrix *cvxq_matrix_dense(cvxq_pool *pool, const void *weights, int dtype,
                                         int64_t outputs, int64_t inputs, const float *bias);
 CVXQ_API void cvxq_matrix_free(cvxq_matrix *matrix);

@@ -108,43 +108,8 @@ static int copy_transposed(cvxq_matrix *w, const cvxq_companded *source) {
     return at == source->code_bytes;
 }
 
-cvxq_matrix *cvxq_matrix_pack(cvxq_pool *pool, const cvxq_companded *source) {
-    const int64_t outputs = source->transposed ? source->columns : source->rows;
-    const int64_t inputs = source->transposed ? source->rows : source->columns;
-    cvxq_kind kind = source->transposed ? KIND_TRANSPOSED : KIND_PACKED;
-    if (source->rows > INT32_MAX - TILE || source->columns > INT32_MAX - TILE) return NULL;
-    if (source->transposed && source->row_scales) return NULL;
-    cvxq_matrix *w = new_matrix(kind, outputs, inputs, source->bias);
-    if (!w) return NULL;
-    w->file = source->file;
-    if (copy_side(w, source) &&
-        (source->transposed ? copy_transposed(w, source) : cvxq_repack(pool, w, source)))
-        return w;
-    cvxq_matrix_free(w);
-    return NULL;
-}
-
-cvxq_matrix *cvxq_matrix_dense(cvxq_pool *pool, const void *weights, int dtype, int64_t outputs,
-                               int64_t inputs, const float *bias) {
-    (void)pool;
-    cvxq_matrix *w = new_matrix(KIND_DENSE, outputs, inputs, bias);
-    if (!w) return NULL;
-    const int64_t pitch = inputs * (dtype == CVXQ_F32 ? 4 : 2);
-    w->dtype = dtype;
-    w->code_bytes = outputs * pitch;
-    w->codes = cvxq_arena_new((size_t)w->code_bytes);
-    if (!w->codes || !even_items(w, outputs, DENSE_ROWS)) {
-        cvxq_matrix_free(w);
-        return NULL;
-    }
-    memcpy(w->codes, weights, (size_t)w->code_bytes);
-    w->bytes += w->code_bytes;
-    return w;
-}
-
-void cvxq_matrix_free(cvxq_matrix *w) {
-    if (!w) return;
-    cvxq_pools_settle(); /* a late thread may still read it */
+/* Free what no product has seen yet. */
+static void discard(cvxq_matrix *w) {
     if (w->codes) cvxq_arena_free_in(w->codes, (size_t)w->code_bytes, w->file);
     free(w->bias);
     free(w->row_scales);
@@ -165,6 +130,65 @@ void cvxq_matrix_free(cvxq_matrix *w) {
     free(w->depths);
     free(w->chunk_starts);
     free(w);
+}
+
+cvxq_matrix *cvxq_matrix_pack(cvxq_pool *pool, const cvxq_companded *source) {
+    const int64_t outputs = source->transposed ? source->columns : source->rows;
+    const int64_t inputs = source->transposed ? source->rows : source->columns;
+    cvxq_kind kind = source->transposed ? KIND_TRANSPOSED : KIND_PACKED;
+    if (source->rows > INT32_MAX - TILE || source->columns > INT32_MAX - TILE) return NULL;
+    if (source->transposed && source->row_scales) return NULL;
+    cvxq_matrix *w = new_matrix(kind, outputs, inputs, source->bias);
+    if (!w) return NULL;
+    w->file = source->file;
+    if (copy_side(w, source) &&
+        (source->transposed ? copy_transposed(w, source) : cvxq_repack(pool, w, source)))
+        return w;
+    discard(w);
+    return NULL;
+}
+
+typedef struct {
+    const cvxq_companded *sources;
+    cvxq_matrix **made;
+} packing_job;
+
+static void pack_alone(const void *context, int64_t i, int thread) {
+    const packing_job *job = context;
+    (void)thread;
+    cvxq_pool *alone = cvxq_pool_new(1);
+    job->made[i] = alone ? cvxq_matrix_pack(alone, &job->sources[i]) : NULL;
+    if (alone) cvxq_pool_free(alone);
+}
+
+void cvxq_matrices_pack(cvxq_pool *pool, const cvxq_companded *sources, int64_t count,
+                        cvxq_matrix **made) {
+    const packing_job job = {sources, made};
+    cvxq_pool_each(pool, pack_alone, &job, count);
+}
+
+cvxq_matrix *cvxq_matrix_dense(cvxq_pool *pool, const void *weights, int dtype, int64_t outputs,
+                               int64_t inputs, const float *bias) {
+    (void)pool;
+    cvxq_matrix *w = new_matrix(KIND_DENSE, outputs, inputs, bias);
+    if (!w) return NULL;
+    const int64_t pitch = inputs * (dtype == CVXQ_F32 ? 4 : 2);
+    w->dtype = dtype;
+    w->code_bytes = outputs * pitch;
+    w->codes = cvxq_arena_new((size_t)w->code_bytes);
+    if (!w->codes || !even_items(w, outputs, DENSE_ROWS)) {
+        discard(w);
+        return NULL;
+    }
+    memcpy(w->codes, weights, (size_t)w->code_bytes);
+    w->bytes += w->code_bytes;
+    return w;
+}
+
+void cvxq_matrix_free(cvxq_matrix *w) {
+    if (!w) return;
+    cvxq_pools_settle(); /* a late thread may still read it */
+    discard(w);
 }
 
 int64_t cvxq_matrix_outputs(const cvxq_matrix *w) { return w->outputs; }
