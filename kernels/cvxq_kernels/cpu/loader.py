@@ -30,6 +30,8 @@ class Companded(ctypes.Structure):
         ("order", c_void_p),
         ("codes", c_void_p),
         ("code_bytes", c_int64),
+        ("pages", c_void_p),
+        ("page_bytes", c_int64),
         ("scales", c_void_p),
         ("means", c_void_p),
         ("levels", c_void_p),

@@ -97,12 +97,11 @@ class Matrix:
 
     @classmethod
     def _of(cls, handle: int | None, tensor: CompandedTensor, pool: Pool) -> Matrix:
-        """What was made of a tensor, whose codes are of no more use."""
+        """What was made of a tensor."""
         if not handle:
             raise MemoryError(
                 f"no memory for a weight {tensor.shape}, or its sizes contradict it; free some"
             )
-        release_pages(tensor.packed_codes)
         return cls(handle, pool)
 
     @classmethod
@@ -221,6 +220,7 @@ def _describe(
         "row_scales": None if row_scales is None else np.ascontiguousarray(row_scales[0]),
         "bias": _bias(bias, tensor.shape[0]),
     }
+    pages, page_bytes = pages_of(tensor.packed_codes)
     source = Companded(
         rows=tensor.rows,
         columns=tensor.columns,
@@ -228,27 +228,27 @@ def _describe(
         partitions=tensor.partitions,
         transposed=int(tensor.transposed),
         code_bytes=int(tensor.packed_codes.size),
+        pages=pages,
+        page_bytes=page_bytes,
         file=scratch,
         **{name: _address(array) for name, array in parts.items()},
     )
     return source, list(parts.values())
 
 
-def release_pages(array: npt.NDArray[Any]) -> None:
-    """Let the system take back the pages of a mapped file that `array` views.
+def pages_of(array: npt.NDArray[Any]) -> tuple[int | None, int]:
+    """Address and bytes of the pages that hold a view of a mapped file; None and 0 for others.
 
-    Only for arrays over a read-only mapping, whose pages come back from the file when touched;
-    others are left alone.
+    Only of a read-only mapping, whose pages come back from the file when touched: those shared with
+    a neighbour may be given back to the system, too.
     """
     owner: Any = array
     while isinstance(owner, np.ndarray | memoryview):
         owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
     if not isinstance(owner, mmap.mmap) or not hasattr(owner, "madvise") or not array.size:
-        return
-    whole = np.frombuffer(owner, np.uint8)
-    if whole.flags.writeable:
-        return
-    first = int(array.ctypes.data) - int(whole.ctypes.data)
-    # Pages shared with a neighbour may go too: they are read again if need be.
+        return None, 0
+    if np.frombuffer(owner, np.uint8).flags.writeable:
+        return None, 0
+    first = int(array.ctypes.data)
     start = first - first % mmap.PAGESIZE
-    owner.madvise(mmap.MADV_DONTNEED, start, first + array.nbytes - start)
+    return start, first + array.nbytes - start

@@ -1,6 +1,7 @@
 """Every instruction set against products in float64, over shapes that no kernel likes."""
 
 import mmap
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from cvxq_format import Codebook, CompandedTensor, dequantize
 from cvxq_format.codebook import logarithmic_scales
 from cvxq_kernels import cpu
-from cvxq_kernels.cpu.matrix import matmul_many, release_pages
+from cvxq_kernels.cpu.matrix import matmul_many
 
 CODEBOOK = Codebook.default()
 Maker = Callable[..., CompandedTensor]
@@ -340,16 +341,52 @@ def test_refusals(random_companded: Maker) -> None:
         cpu.Pool(0)
 
 
-def test_pages_of_a_mapping_are_released(tmp_path: Path) -> None:
+def resident_kilobytes(path: Path) -> int:
+    """What of a mapped file is in this process's memory."""
+    found = re.search(
+        rf"{path}\n(?:\w+:.*\n)*?Rss: +(\d+) kB", Path("/proc/self/smaps").read_text()
+    )
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+def test_pages_of_a_mapping_are_released(random_companded: Maker, tmp_path: Path) -> None:
     """Read-only mappings lose their pages and keep their contents; other memory is untouched."""
-    path = tmp_path / "codes"
-    path.write_bytes(bytes(range(256)) * 256)
+    tensor = separable(random_companded((256, 700), seed=4, group_size=64))
+    codes, path = tensor.packed_codes, tmp_path / "codes"
+    path.write_bytes(bytes(5000) + codes.tobytes() + bytes(5000))
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    view = np.frombuffer(memoryview(mapped)[5000:60000], np.uint8)
-    before = view.copy()
-    release_pages(view)
-    np.testing.assert_array_equal(view, before)
-    ours = before.copy()
-    release_pages(ours)
-    np.testing.assert_array_equal(ours, before)
+    view = np.frombuffer(memoryview(mapped)[5000 : 5000 + codes.size], np.uint8)
+    np.testing.assert_array_equal(view, codes)
+    before = resident_kilobytes(path)
+    weight = cpu.Matrix.from_tensor(replace(tensor, packed_codes=view), CODEBOOK)
+    assert resident_kilobytes(path) <= before - codes.size // 1024
+    np.testing.assert_array_equal(view, codes)
+    ours = codes.copy()
+    again = cpu.Matrix.from_tensor(replace(tensor, packed_codes=ours), CODEBOOK)
+    np.testing.assert_array_equal(ours, codes)
+    np.testing.assert_array_equal(weight.rows(range(256)), again.rows(range(256)))
+
+
+def test_many_at_once_are_those_made_one_by_one(random_companded: Maker) -> None:
+    pool = cpu.Pool(3)
+    sizes = [(200, 70), (64, 300), (17, 5), (130, 64)]
+    tensors = [random_companded(size, seed=i, group_size=24) for i, size in enumerate(sizes)]
+    biases = [np.arange(size[0], dtype=np.float32) for size in sizes]
+    sources = [(t, CODEBOOK, b, -1) for t, b in zip(tensors, biases, strict=True)]
+    for source, weight in zip(sources, cpu.Matrix.from_tensors(sources, pool), strict=True):
+        alone = cpu.Matrix.from_tensor(*source[:3])
+        x = inputs(3, source[0].shape[1])
+        np.testing.assert_array_equal(weight.matmul(x), alone.matmul(x))
+    assert cpu.Matrix.from_tensors([], pool) == []
+
+
+def test_one_of_many_that_cannot_be(random_companded: Maker) -> None:
+    """Codes that are too few are found when they are repacked, beside others."""
+    good = random_companded((64, 30), seed=1, group_size=16)
+    bad = replace(good, packed_codes=good.packed_codes[:-1])
+    sources = [(tensor, CODEBOOK, None, -1) for tensor in (good, bad, good)]
+    with pytest.raises(MemoryError, match="sizes contradict"):
+        cpu.Matrix.from_tensors(sources, cpu.Pool(2))

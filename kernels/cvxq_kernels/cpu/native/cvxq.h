@@ -45,6 +45,9 @@ typedef struct {
     const int32_t *order;       /* (columns,): an order in which depths never fall, or NULL */
     const uint8_t *codes;       /* bit planes */
     int64_t code_bytes;
+    void *pages; /* whole pages of a read-only mapping that the codes lie in, which the system may
+                    take back when they are repacked; or NULL */
+    int64_t page_bytes;
     const float *scales;        /* (256,): scale unit · scale table, unused entries 0 */
     const float *means;         /* (256,): mean of code i at [i + 128]; NULL without means */
     const float *levels;        /* (512,): depth B's table at [2^B, 2^(B+1)) */

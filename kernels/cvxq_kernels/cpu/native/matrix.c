@@ -2,6 +2,7 @@
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "repack.h"
 
@@ -142,8 +143,10 @@ cvxq_matrix *cvxq_matrix_pack(cvxq_pool *pool, const cvxq_companded *source) {
     if (!w) return NULL;
     w->file = source->file;
     if (copy_side(w, source) &&
-        (source->transposed ? copy_transposed(w, source) : cvxq_repack(pool, w, source)))
+        (source->transposed ? copy_transposed(w, source) : cvxq_repack(pool, w, source))) {
+        if (source->pages) madvise(source->pages, (size_t)source->page_bytes, MADV_DONTNEED);
         return w;
+    }
     discard(w);
     return NULL;
 }
