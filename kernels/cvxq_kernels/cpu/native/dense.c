@@ -10,10 +10,10 @@ void cvxq_dense_item(const cvxq_job *job, const cvxq_item *item, float *results)
     const cvxq_ops *ops = job->exact ? &cvxq_ops_scalar : cvxq_ops_in_use();
     const size_t pitch = (size_t)w->inputs * width_of(w->dtype);
     float sums[BATCH];
-    for (int64_t n = item->first_tile; n < item->first_tile + item->tiles; n++) {
-        int batch;
-        for (int64_t m = 0; m < job->m; m += batch) {
-            batch = job->m - m >= 4 ? 4 : job->m - m >= 2 ? 2 : 1;
+    int batch;
+    for (int64_t m = 0; m < job->m; m += batch) { /* which the first cache holds for all rows */
+        batch = job->m - m >= 4 ? 4 : job->m - m >= 2 ? 2 : 1;
+        for (int64_t n = item->first_tile; n < item->first_tile + item->tiles; n++) {
             ops->dense(w->codes + (size_t)n * pitch, w->dtype, w->inputs, job->x + m * w->inputs,
                        w->inputs, batch, sums);
             for (int b = 0; b < batch; b++)

@@ -234,29 +234,44 @@ INLINE float sum_of(__m256 v) {
 }
 
 /* Eight dense weights from place k on. */
-INLINE __m256 widen(const void *row, int dtype, int64_t k) {
+INLINE __m256 widen(const void *row, const int dtype, int64_t k) {
     if (dtype == CVXQ_F32) return _mm256_loadu_ps((const float *)row + k);
     const __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)row + k));
     if (dtype == CVXQ_F16) return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-TARGET static void multiply_dense(const void *row, int dtype, int64_t inputs, const float *x,
-                                  int64_t stride, int batch, float *sums) {
-    for (int m = 0; m < batch; m++, x += stride) {
-        __m256 lanes[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(),
-                           _mm256_setzero_ps()};
-        int64_t k = 0;
-        for (; k + 32 <= inputs; k += 32)
-            for (int i = 0; i < 4; i++)
-                lanes[i] = _mm256_fmadd_ps(widen(row, dtype, k + 8 * i),
-                                           _mm256_loadu_ps(x + k + 8 * i), lanes[i]);
-        float sum = sum_of(
-            _mm256_add_ps(_mm256_add_ps(lanes[0], lanes[1]), _mm256_add_ps(lanes[2], lanes[3])));
-        for (; k < inputs; k++) sum += cvxq_widen(row, dtype, k) * x[k];
+/* At most two inputs, whose sums the registers hold. */
+INLINE void multiply_two(const int dtype, const int batch, const void *row, int64_t inputs,
+                         const float *x, int64_t stride, float *sums) {
+    __m256 lanes[2][4];
+    UNROLL for (int m = 0; m < batch; m++) UNROLL for (int i = 0; i < 4; i++)
+        lanes[m][i] = _mm256_setzero_ps();
+    int64_t k = 0;
+    for (; k + 32 <= inputs; k += 32)
+        UNROLL for (int i = 0; i < 4; i++) {
+            const __m256 weights = widen(row, dtype, k + 8 * i);
+            UNROLL for (int m = 0; m < batch; m++)
+                lanes[m][i] = _mm256_fmadd_ps(
+                    weights, _mm256_loadu_ps(x + m * stride + k + 8 * i), lanes[m][i]);
+        }
+    for (int m = 0; m < batch; m++) {
+        float sum = sum_of(_mm256_add_ps(_mm256_add_ps(lanes[m][0], lanes[m][1]),
+                                         _mm256_add_ps(lanes[m][2], lanes[m][3])));
+        for (int64_t i = k; i < inputs; i++)
+            sum += cvxq_widen(row, dtype, i) * x[m * stride + i];
         sums[m] = sum;
     }
 }
+
+/* Each weight is widened once for two inputs; how many they are changes no result. */
+INLINE void multiply_row(const int dtype, const int batch, const void *row, int64_t inputs,
+                         const float *x, int64_t stride, float *sums) {
+    multiply_two(dtype, batch < 2 ? batch : 2, row, inputs, x, stride, sums);
+    if (batch > 2) multiply_two(dtype, 2, row, inputs, x + 2 * stride, stride, sums + 2);
+}
+
+#include "dense_table.h"
 
 /* Masks of eight places: all ones for the first `have`, else 0; `have` is −56 … 64. */
 static const int32_t FIRST[2 * BLOCK + 8] = {[0 ... BLOCK - 1] = -1};

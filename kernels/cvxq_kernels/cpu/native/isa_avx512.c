@@ -243,32 +243,40 @@ TARGET static void prepare(const cvxq_matrix *w, const cvxq_cluster *cluster, in
 }
 
 /* 16 dense weights from place k on, fewer with a mask. */
-INLINE __m512 widen(const void *row, int dtype, int64_t k, __mmask16 mask) {
+INLINE __m512 widen(const void *row, const int dtype, int64_t k, __mmask16 mask) {
     if (dtype == CVXQ_F32) return _mm512_maskz_loadu_ps(mask, (const float *)row + k);
     const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)row + k);
     if (dtype == CVXQ_F16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-TARGET static void multiply_dense(const void *row, int dtype, int64_t inputs, const float *x,
-                                  int64_t stride, int batch, float *sums) {
-    for (int m = 0; m < batch; m++, x += stride) {
-        __m512 lanes[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
-                           _mm512_setzero_ps()};
-        int64_t k = 0;
-        for (; k + 64 <= inputs; k += 64)
-            for (int i = 0; i < 4; i++)
-                lanes[i] = _mm512_fmadd_ps(widen(row, dtype, k + 16 * i, 0xFFFF),
-                                           _mm512_loadu_ps(x + k + 16 * i), lanes[i]);
-        for (; k < inputs; k += 16) {
-            const __mmask16 mask = inputs - k >= 16 ? 0xFFFF : (1 << (inputs - k)) - 1;
-            lanes[0] = _mm512_fmadd_ps(widen(row, dtype, k, mask),
-                                       _mm512_maskz_loadu_ps(mask, x + k), lanes[0]);
+/* Each weight is widened once for all inputs; how many they are changes no result. */
+INLINE void multiply_row(const int dtype, const int batch, const void *row, int64_t inputs,
+                         const float *x, int64_t stride, float *sums) {
+    __m512 lanes[BATCH][4];
+    UNROLL for (int m = 0; m < batch; m++) UNROLL for (int i = 0; i < 4; i++)
+        lanes[m][i] = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (; k + 64 <= inputs; k += 64)
+        UNROLL for (int i = 0; i < 4; i++) {
+            const __m512 weights = widen(row, dtype, k + 16 * i, 0xFFFF);
+            UNROLL for (int m = 0; m < batch; m++)
+                lanes[m][i] = _mm512_fmadd_ps(
+                    weights, _mm512_loadu_ps(x + m * stride + k + 16 * i), lanes[m][i]);
         }
-        sums[m] = _mm512_reduce_add_ps(
-            _mm512_add_ps(_mm512_add_ps(lanes[0], lanes[1]), _mm512_add_ps(lanes[2], lanes[3])));
+    for (; k < inputs; k += 16) {
+        const __mmask16 mask = inputs - k >= 16 ? 0xFFFF : (1 << (inputs - k)) - 1;
+        const __m512 weights = widen(row, dtype, k, mask);
+        UNROLL for (int m = 0; m < batch; m++)
+            lanes[m][0] = _mm512_fmadd_ps(
+                weights, _mm512_maskz_loadu_ps(mask, x + m * stride + k), lanes[m][0]);
     }
+    UNROLL for (int m = 0; m < batch; m++)
+        sums[m] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(lanes[m][0], lanes[m][1]),
+                                                     _mm512_add_ps(lanes[m][2], lanes[m][3])));
 }
+
+#include "dense_table.h"
 
 const cvxq_ops cvxq_ops_avx512 = {"avx512", prepare, multiply_tile, multiply_dense,
                                   cvxq_repack_run_avx512};
