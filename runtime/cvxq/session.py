@@ -117,7 +117,8 @@ class Session(ABC):
         text = list(ids)
         while True:
             for token in self._draw(text, settings, sampler):
-                text.append(token)
+                if self.keep is not None:
+                    text.append(token)
                 yield token
             if self.keep is None:
                 return

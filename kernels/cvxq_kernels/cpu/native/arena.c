@@ -32,6 +32,8 @@ static chunk *current[2]; /* in memory, and in a file */
 
 static size_t padded(size_t bytes) { return (bytes + SLACK + 127) & ~(size_t)63; }
 
+size_t cvxq_arena_taken(size_t bytes) { return padded(bytes); }
+
 /* Map `bytes` more at the end of a file; room on the disk is reserved, for later there is no way
  * to say that it ran out. */
 static char *map_file(int file, size_t bytes) {

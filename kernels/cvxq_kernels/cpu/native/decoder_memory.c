@@ -150,6 +150,6 @@ int cvxq_decoder_copy(cvxq_decoder *decoder, const cvxq_decoder *from, int64_t c
 }
 
 int64_t cvxq_decoder_bytes(const cvxq_decoder *decoder) {
-    return (decoder->held * block_floats(decoder) + decoder->scratch_floats) *
-           (int64_t)sizeof(float);
+    const size_t block = cvxq_arena_taken((size_t)block_floats(decoder) * sizeof(float));
+    return decoder->held * (int64_t)block + decoder->scratch_floats * (int64_t)sizeof(float);
 }

@@ -212,6 +212,7 @@ int cvxq_fetches_by_page(void);
  * for none; the file only grows, and must not be used for another purpose. */
 void *cvxq_arena_new(size_t bytes);
 void cvxq_arena_free(void *memory, size_t bytes);
+size_t cvxq_arena_taken(size_t bytes); /* what so many take: prefetches may reach past their end */
 void *cvxq_arena_new_in(size_t bytes, int file);
 void cvxq_arena_free_in(void *memory, size_t bytes, int file);
 
@@ -250,7 +251,7 @@ void cvxq_spread(const uint8_t *planes, int depth, int64_t plane_bytes, int64_t 
 typedef struct {
     const cvxq_matrix *weight;
     const float *x; /* (M, K), in the matrix's order if it has one */
-    float *y;       /* (M, N) */
+    float *y; /* (M, N) */
     int64_t m;
     int exact;
 } cvxq_job;
@@ -271,13 +272,13 @@ void cvxq_transposed_row(const cvxq_matrix *w, int64_t row, float *out);
  * written to their places at once, every one would touch a cache line of its own that threads
  * share. */
 typedef struct {
-    void *inputs;   /* as the kernel wants them */
+    void *inputs; /* as the kernel wants them */
     float *results; /* (M, pitch): 64 for every tile */
     int32_t m;
     int32_t panels; /* of inputs, of about the same size */
     int32_t pieces; /* of panels, each a chunk of work for every item */
-    int32_t rows;   /* of the sums of a tile in a chunk: at least the inputs of a piece */
-    int32_t fills;  /* steps in which the inputs are laid out */
+    int32_t rows; /* of the sums of a tile in a chunk: at least the inputs of a piece */
+    int32_t fills; /* steps in which the inputs are laid out */
     size_t input_bytes, scratch_bytes;
 } cvxq_wide;
 
@@ -323,8 +324,8 @@ extern const cvxq_wide_ops cvxq_wide_fma, cvxq_wide_bf16;
 enum { MOST_FACTORS = 8 };
 typedef struct {
     cvxq_job job;
-    const float *from;         /* (M, K): its input */
-    float *ordered;            /* (M, K) to fill, or NULL */
+    const float *from; /* (M, K): its input */
+    float *ordered; /* (M, K) to fill, or NULL */
     const cvxq_wide_ops *many; /* for many inputs at once, or NULL */
     cvxq_wide wide;
 } cvxq_factor;
