@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy, deepcopy
+from functools import partial
 from typing import Any
 from weakref import ReferenceType
 
@@ -33,6 +35,7 @@ from cvxq.lean.weights import read_floats, read_norm, read_product
 
 # Weights repacked together; meanwhile their scales, unpacked, and the file's pages are held.
 TOGETHER = 1 << 29
+READERS = 2  # threads: checksums take turns with what Python does
 CHUNK_TOKENS = 256  # read per call of a prompt; Ctrl-C is felt between two calls
 
 Floats = npt.NDArray[np.float32]
@@ -77,9 +80,7 @@ class NativeDecoder:
         self._turning = Turning(record.ropes)
         self._cache_bytes = bytes_per_token(record)
         outside = set(found) if exact else _routed(found)
-        # Whoever works beside repacking has a processor, too.
-        packing = cpu.Pool(max(1, threads - 1) if beside else threads)
-        parts = _Parts(record, found, tensors, packing, scratch, outside, beside)
+        parts = _Parts(record, found, tensors, threads, scratch, outside, beside)
         shape = parts.shape(self.chunk)
         layers = [parts.layer(index) for index in range(self.layers)]
         self.native = Decoder(cpu.Pool(threads), shape, layers)
@@ -161,7 +162,7 @@ def _routed(found: DecoderProducts) -> set[Product]:
 def _load_matrices(
     found: DecoderProducts,
     tensors: Tensors,
-    pool: cpu.Pool,
+    threads: int,
     scratch: int,
     outside: set[Product],
     beside: Callable[[], None] | None,
@@ -170,30 +171,36 @@ def _load_matrices(
 
     outside: those that go to the file `scratch`. beside: called when Python has little left to do.
     """
+    # Whoever works beside repacking has a processor, too.
+    pool = cpu.Pool(max(1, threads - 1) if beside else threads)
     made: dict[Product, cpu.Matrix] = {}
-    for products in _some_at_a_time(dict.fromkeys(found)):
-        sources: dict[Product, Source] = {}
-        for product in products:
-            value, bias = read_product(tensors, product)
-            if isinstance(value, CompandedTensor):
-                place = scratch if product in outside else -1
-                sources[product] = (value, tensors.codebook(value.codebook), bias, place)
-            else:
-                made[product] = cpu.Matrix.from_dense(_dense(value), bias, pool)
-        if beside:
-            beside()
-        repacked = cpu.Matrix.from_tensors(list(sources.values()), pool)
-        made |= zip(sources, repacked, strict=True)
+    read = partial(read_product, tensors)
+    with ThreadPoolExecutor(READERS) as readers:
+        in_turn = readers.map if threads > 1 else map
+        for products in _some_at_a_time(dict.fromkeys(found)):
+            sources: dict[Product, Source] = {}
+            for product, (value, bias) in zip(products, in_turn(read, products), strict=True):
+                if isinstance(value, CompandedTensor):
+                    place = scratch if product in outside else -1
+                    sources[product] = (value, tensors.codebook(value.codebook), bias, place)
+                else:
+                    made[product] = cpu.Matrix.from_dense(_dense(value), bias, pool)
+            if beside:
+                beside()
+            repacked = cpu.Matrix.from_tensors(list(sources.values()), pool)
+            made |= zip(sources, repacked, strict=True)
     return made
 
 
 def _some_at_a_time(products: Iterable[Product]) -> Iterator[list[Product]]:
     """Cut products into lists of at most TOGETHER weights, each with the largest first."""
     some: list[Product] = []
+    total = 0
     for product in products:
-        if some and sum(map(_size, (*some, product))) > TOGETHER:
+        total += _size(product)
+        if some and total > TOGETHER:
             yield sorted(some, key=_size, reverse=True)
-            some = []
+            some, total = [], _size(product)
         some.append(product)
     yield sorted(some, key=_size, reverse=True)
 
@@ -210,7 +217,7 @@ class _Parts:
         record: DecoderRecord,
         found: DecoderProducts,
         tensors: Tensors,
-        pool: cpu.Pool,
+        threads: int,
         scratch: int,
         outside: set[Product],
         beside: Callable[[], None] | None,
@@ -219,7 +226,7 @@ class _Parts:
         self._record = record
         self._found = found
         self._tensors = tensors
-        self._matrices = _load_matrices(found, tensors, pool, scratch, outside, beside)
+        self._matrices = _load_matrices(found, tensors, threads, scratch, outside, beside)
 
     def _optional(self, product: Product | None) -> cpu.Matrix | None:
         return None if product is None else self._matrices[product]
