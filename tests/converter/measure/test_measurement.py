@@ -301,7 +301,7 @@ def test_a_matrix_that_was_not_measured_is_named(folder: Path, tmp_path: Path) -
 
 
 def test_measuring_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="measuring needs calibration sequences"):
+    with pytest.raises(ConversionError, match="leaves nothing to measure"):
         measure_model(str(folder), tmp_path / "a", options(calibration="none"))
 
 
