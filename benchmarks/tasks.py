@@ -8,7 +8,7 @@ evaluate` does.  So is the original, and so are peers: folders with the matrices
 benchmarks/quality.py had one make of this original (in its --peers folder, under work/peers).  Of
 both a file in 16 bits is made first, of which the smallest matrix has 8.  What was found is kept in
 --results, a line for each model and task, and not asked again.  Of ARC-challenge and HellaSwag
-acc_norm is shown, as is usual, of the others acc.
+acc_norm is shown, as is usual, of GSM8K exact_match, of the others acc.
 """
 
 from __future__ import annotations
@@ -146,16 +146,19 @@ def table(
     counts = [str(known[models[0], name, limit]["documents"]) for name in names]
     yield f"| documents | {' | '.join(counts)} | |"
     for model in models:
-        rows = [known[model, name, limit] for name in names]
-        metrics = ["acc_norm" if name in BY_LENGTH else "acc" for name in names]
-        values = [
-            (100 * row[f"{metric},none"], 100 * row[f"{metric}_stderr,none"])
-            for row, metric in zip(rows, metrics, strict=True)
-        ]
+        values = [percent(name, known[model, name, limit]) for name in names]
         mean = sum(value for value, _ in values) / len(values)
         error = sum(error**2 for _, error in values) ** 0.5 / len(values)
         texts = [f"{value:.1f} ± {error:.1f}" for value, error in [*values, (mean, error)]]
         yield f"| {model} | {' | '.join(texts)} |"
+
+
+def percent(name: str, row: dict[str, Any]) -> tuple[float, float]:
+    """What is usually told of a task, and its standard error; of answers, how many are right."""
+    metric, kind = "acc_norm" if name in BY_LENGTH else "acc", "none"
+    if "exact_match,last-number" in row:
+        metric, kind = "exact_match", "last-number"
+    return 100 * row[f"{metric},{kind}"], 100 * row[f"{metric}_stderr,{kind}"]
 
 
 if __name__ == "__main__":
