@@ -80,7 +80,8 @@ class NativeDecoder:
         self._turning = Turning(record.ropes)
         self._cache_bytes = bytes_per_token(record)
         outside = set(found) if exact else _routed(found)
-        parts = _Parts(record, found, tensors, threads, scratch, outside, beside)
+        matrices = _load_matrices(found, tensors, threads, scratch, outside, beside)
+        parts = _Parts(record, found, tensors, matrices)
         shape = parts.shape(self.chunk)
         layers = [parts.layer(index) for index in range(self.layers)]
         self.native = Decoder(cpu.Pool(threads), shape, layers)
@@ -217,16 +218,13 @@ class _Parts:
         record: DecoderRecord,
         found: DecoderProducts,
         tensors: Tensors,
-        threads: int,
-        scratch: int,
-        outside: set[Product],
-        beside: Callable[[], None] | None,
+        matrices: dict[Product, cpu.Matrix],
     ) -> None:
-        """Check and repack all matrices."""
+        """Join a record and all its matrices."""
         self._record = record
         self._found = found
         self._tensors = tensors
-        self._matrices = _load_matrices(found, tensors, threads, scratch, outside, beside)
+        self._matrices = matrices
 
     def _optional(self, product: Product | None) -> cpu.Matrix | None:
         return None if product is None else self._matrices[product]

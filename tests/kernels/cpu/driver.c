@@ -56,8 +56,8 @@ static int check(cvxq_pool *pool, int rows, int columns, int group, int transpos
     }
     // clang-format off
     const cvxq_companded source = {rows, columns, group, 1, transposed, depths, scale_codes,
-                                   mean_codes, NULL, NULL, codes, (int64_t)bytes, NULL, 0, scales, means,
-                                   levels, NULL, NULL, -1};
+                                   mean_codes, NULL, NULL, codes, (int64_t)bytes, NULL, 0,
+                                   scales, means, levels, NULL, NULL, -1};
     // clang-format on
     cvxq_matrix *matrix = cvxq_matrix_pack(pool, &source);
     if (!matrix) return 1;

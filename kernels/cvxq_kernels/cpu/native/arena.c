@@ -30,9 +30,7 @@ typedef struct chunk {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static chunk *current[2]; /* in memory, and in a file */
 
-static size_t padded(size_t bytes) { return (bytes + SLACK + 127) & ~(size_t)63; }
-
-size_t cvxq_arena_taken(size_t bytes) { return padded(bytes); }
+size_t cvxq_arena_taken(size_t bytes) { return (bytes + SLACK + 127) & ~(size_t)63; }
 
 /* Map `bytes` more at the end of a file; room on the disk is reserved, for later there is no way
  * to say that it ran out. */
@@ -94,7 +92,7 @@ void *cvxq_arena_new(size_t bytes) { return cvxq_arena_new_in(bytes, -1); }
 
 void *cvxq_arena_new_in(size_t bytes, int file) {
     void *memory = NULL;
-    const size_t needed = padded(bytes);
+    const size_t needed = cvxq_arena_taken(bytes);
     if (bytes < SMALL && file < 0) return posix_memalign(&memory, 64, needed) ? NULL : memory;
     pthread_mutex_lock(&lock);
     chunk **place = &current[file >= 0];

@@ -24,18 +24,8 @@
 #include "wide_tiles.h"
 
 static int is_available(int exact) {
-    static atomic_int known; /* 0 not asked yet, 1 no, 2 yes */
-    int state = atomic_load(&known);
-    if (!state) {
-        unsigned a, b, c, d, has_vbmi2, has_bf16;
-        __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-        has_vbmi2 = c >> 6 & 1;
-        __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
-        has_bf16 = a >> 5 & 1;
-        state = has_vbmi2 && has_bf16 ? 2 : 1;
-        atomic_store(&known, state);
-    }
-    return state == 2 && !exact && cvxq_ops_in_use() == &cvxq_ops_avx512;
+    return !exact && cvxq_ops_in_use() == &cvxq_ops_avx512 &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
 }
 
 /* Elements of the inputs, of which there are two planes where factors are split. */
