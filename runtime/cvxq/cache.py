@@ -8,7 +8,8 @@ longrope, for every token past the original length with dynamic scaling.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +17,27 @@ from transformers import DynamicCache, PreTrainedModel
 
 from cvxq import cuda
 from cvxq.angles import Angles
+from cvxq.config import reason
+from cvxq.errors import CvxqError, UnsupportedModelError, is_out_of_memory
 from cvxq.session import Logits, Session
 
 PREFILL_TOKENS = 512  # read per forward pass
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raise UnsupportedModelError for what stops a network whose parts all seemed to fit.
+
+    transformers uses many a value of a configuration only when it computes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CvxqError) or is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"the network that transformers makes of the file's config.json fails: {reason(error)}"
+        ) from error
 
 
 class NetworkSession(Session):
@@ -57,7 +76,7 @@ class NetworkSession(Session):
 
     @torch.inference_mode()
     def _read(self, ids: Sequence[int]) -> Logits:
-        with self._angles.of(len(self.ids) + len(ids)) as angles:
+        with _told(), self._angles.of(len(self.ids) + len(ids)) as angles:
             if not self._has_keys:
                 logits = self._forward([*self.ids, *ids])
                 self.ids.extend(ids)

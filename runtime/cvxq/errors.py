@@ -17,6 +17,8 @@ of `cvxq_format` and pass through unchanged.
 
 from __future__ import annotations
 
+import sys
+
 
 class CvxqError(Exception):
     """Base of the runtime's errors; the text is one line for the user."""
@@ -72,3 +74,11 @@ class UnsupportedModelError(CvxqError):
 
 class MissingExtraError(UnsupportedModelError):
     """A package is missing that an extra of cvxq brings."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is Python's or torch's way to say that memory ran out."""
+    torch = sys.modules.get("torch")
+    return isinstance(error, (MemoryError, getattr(torch, "OutOfMemoryError", ()))) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

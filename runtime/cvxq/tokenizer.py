@@ -91,6 +91,7 @@ def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreT
     from transformers import AutoTokenizer
 
     from cvxq.config import read_config
+    from cvxq.lean.fast_codec import check_growth
 
     with temporary_folder("cvxq-tokenizer") as folder:
         for name in parts:
@@ -111,5 +112,7 @@ def _from_transformers(reader: Reader, parts: list[str], own: list[str]) -> PreT
             raise UnsupportedModelError(
                 f"the tokenizer in the file ({', '.join(own)}) cannot be built: {lines[0]}"
             ) from error
+    if tokenizer.is_fast:
+        check_growth(tokenizer.backend_tokenizer)
     tokenizer.chat_template = chat_template(reader) or tokenizer.chat_template
     return tokenizer

@@ -12,7 +12,12 @@ from typing import Any
 import cvxq
 import pytest
 import torch
-from cvxq.errors import ArgumentError, InconsistentFileError, MissingPartError
+from cvxq.errors import (
+    ArgumentError,
+    InconsistentFileError,
+    MissingPartError,
+    UnsupportedModelError,
+)
 from cvxq.lean.tokenizer import LeanTokenizer
 from cvxq.modules import LazyWeight, PackedEmbedding, PackedLinear
 from cvxq_format import CorruptError
@@ -187,6 +192,18 @@ def test_an_unknown_architecture_is_named(make_file: MakeFile) -> None:
         cvxq.load(made.path)
     assert failure.value.exit_code == 5
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("weights", ["packed", "dense"])
+def test_a_value_that_stops_the_network_is_named(weights: str, make_file: MakeFile) -> None:
+    config = make_file("gpt-oss").network.config
+    files = changed(config, num_experts_per_tok=9)
+    made = make_file("gpt-oss", "many.cvxq", files=files, with_record=False)
+    with cvxq.load(made.path, weights=weights, dtype=torch.float32) as model:
+        session = model.session()
+    with pytest.raises(UnsupportedModelError, match=r"config\.json fails: RuntimeError: selected"):
+        session.resume([1, 2, 3])
+    assert session.ids == []
 
 
 def test_code_of_the_checkpoint_is_never_run(make_file: MakeFile, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 
+from cvxq.errors import is_out_of_memory
+
 UNEXPECTED, USAGE, FILE, CORRUPT, UNSUPPORTED, CONVERSION, INTERRUPTED = 1, 2, 3, 4, 5, 6, 130
 
 # Looked up among the modules that are loaded already: an error of a module that nobody imported
@@ -47,7 +49,7 @@ def exit_code(error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, OSError):
         return FILE
-    return CONVERSION if _is_out_of_memory(error) else UNEXPECTED
+    return CONVERSION if is_out_of_memory(error) else UNEXPECTED
 
 
 def describe(error: BaseException) -> str:
@@ -61,7 +63,7 @@ def describe(error: BaseException) -> str:
         text = "interrupted"
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"{os.fspath(error.filename)}: {error.strerror}"
-    elif _is_out_of_memory(error):
+    elif is_out_of_memory(error):
         text = f"not enough memory: {str(error) or 'an allocation failed'}"
     elif code == UNEXPECTED:
         text = f"unexpected error ({type(error).__name__}): {error}; --traceback shows where"
@@ -74,14 +76,6 @@ def describe(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Return a text of a stranger's as a terminal may see it: control characters spelled out."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is Python's or torch's way to say that memory ran out."""
-    torch = sys.modules.get("torch")
-    return isinstance(error, (MemoryError, getattr(torch, "OutOfMemoryError", ()))) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def expect_shrinking_files() -> None:

@@ -13,6 +13,8 @@ import pytest
 from cvxq.errors import ArgumentError, InconsistentFileError
 from cvxq.lean.fast_codec import FastCodec, check_growth
 from cvxq.lean.growth import growth
+from cvxq.tokenizer import load_tokenizer
+from cvxq_format import Reader
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 
@@ -62,6 +64,15 @@ def test_a_file_with_such_a_tokenizer_is_refused(make_file: Callable[..., Any]) 
     made = make_file("llama", files=files)
     with cvxq.load(made.path) as model, pytest.raises(InconsistentFileError, match="bytes of one"):
         model.encode("e")
+
+
+def test_so_it_is_where_transformers_reads_it(make_file: Callable[..., Any]) -> None:
+    blob = tokenizer(normalizer=normalizers.Sequence(replacing(9, "e" * 200))).to_str().encode()
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {}}
+    files = {"tokenizer.json": blob, "tokenizer_config.json": json.dumps(own).encode()}
+    made = make_file("llama", files=files)
+    with Reader(made.path) as reader, pytest.raises(InconsistentFileError, match="bytes of one"):
+        load_tokenizer(reader)
 
 
 def test_halves_of_characters_are_no_text() -> None:
