@@ -27,6 +27,7 @@ from cvxq_converter.preflight import (
     preflight,
     refuse_what_cannot_fit,
 )
+from cvxq_converter.products import fast_products
 from cvxq_converter.ranks import Ranks
 from cvxq_converter.source.allocator import give_freed_memory_back
 from cvxq_converter.source.checkpoint import Source, open_source
@@ -83,7 +84,8 @@ def begin(
     if _samples(options, measurement):
         ways.append(options.having(calibration="copy"))
 
-    speed = measure_speed(options.place.dtype, options.place.device)
+    with fast_products(options.place.device):
+        speed = measure_speed(options.place.dtype, options.place.device)
 
     def planned(way: int) -> Preflight:
         return preflight(source, ways[way], measurement, trials=trials, speed=speed)
@@ -97,7 +99,8 @@ def begin(
     announce(estimate.line())
     refuse_what_cannot_fit(estimate, output, options.place, bytes_in(folder))
     job = _job(source, options, measurement)
-    with open_journal(folder, job, announce, not resume, ranks) as journal:
+    opened = open_journal(folder, job, announce, not resume, ranks)
+    with opened as journal, fast_products(options.place.device):
         # What was decided by the memory and the disk that were free when the job began, holds.
         decision = (way, estimate.rounds, estimate.room)
         before, rounds, room = journal.step("decided", lambda: decision, keep=True)

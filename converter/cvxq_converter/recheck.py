@@ -21,6 +21,7 @@ from cvxq_converter.journal import Journal
 from cvxq_converter.measure.measurement import calibration_digest
 from cvxq_converter.measure.quality import split_sequences
 from cvxq_converter.options import ConversionOptions
+from cvxq_converter.products import fast_products
 from cvxq_converter.source.checkpoint import open_source
 from cvxq_converter.source.loaded import load_model
 from cvxq_converter.stages import Progress, Stages
@@ -62,7 +63,7 @@ def recalibrate(
     for notice in source.notices if announce else ():
         announce(notice)  # type: ignore[misc]
     stages = Stages(progress)
-    with _threads(provenance.get("threads")):
+    with _threads(provenance.get("threads")), fast_products("cpu"):
         differs = _differences(provenance, options)
         sequences = torch.empty(0, 2, dtype=torch.int64)
         if options.replaces_weights:

@@ -1,0 +1,52 @@
+"""Products of a conversion go to the faster library, lose nothing by it, and only there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cvxq_converter import products
+from cvxq_converter.products import fast_products
+
+
+def test_products_are_as_exact_as_before() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, inner, columns in ((1, 64, 64), (64, 576, 192), (256, 1536, 576), (7, 33, 91)):
+        a = torch.randn(rows, inner, generator=generator)
+        b = torch.randn(columns, inner, generator=generator)
+        exact = a.double() @ b.double().T
+        with fast_products("cpu"):
+            found = torch.nn.functional.linear(a, b)
+        assert float((found - exact).abs().max() / exact.abs().max()) < 4e-6
+
+
+def test_the_setting_holds_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), fast_products("cpu"):
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("supported", "faster"),
+    [
+        ({"avx512_bf16"}, True),
+        ({"avx512_bf16", "amx_tile"}, False),
+        (set(), False),
+    ],
+)
+def test_processors_with_matrix_units_keep_what_they_have(
+    supported: set[str], faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for what in ("avx512_bf16", "amx_tile"):
+        asked = f"_is_{what}_supported"
+        monkeypatch.setattr(torch.cpu, asked, lambda what=what: what in supported, raising=False)
+    assert products._onednn_is_faster() == faster
+
+
+def test_a_device_computes_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    with fast_products("cuda"):
+        assert torch.get_float32_matmul_precision() == before
