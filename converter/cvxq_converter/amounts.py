@@ -2,7 +2,7 @@
 
 Neither ever depends on a measurement, or two runs would not give the same file: on a CPU it is
 what a nominal machine of that many threads does in a time that suits the model's size, or in the
-one that was asked for. From twice the former on, half of what was asked for is spent on tuning.
+one that was asked for. From twice the former on, what was asked for is spent on tuning, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from cvxq_converter.costs import Speed, backward_seconds, moments_seconds, sampling_seconds
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.options import Calibration
-from cvxq_converter.quantize.tuning import BATCH
+from cvxq_converter.quantize.tuning import sequences_of_a_step
 from cvxq_converter.shapes import Shape, shape_of
 from cvxq_converter.source.checkpoint import Source
 
@@ -28,7 +28,8 @@ NOMINAL_FLOPS = 45e9  # float32 operations per second and thread
 NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
 LEAST_LENGTH = 64
 TUNED_FROM = 2.0  # times the default: less gains more by calibrating
-MOST_STEPS = 240  # of tuning, in which a sequence of the default amount is seen some 20 times
+CALIBRATED = 0.25  # of a longer time, or the default: more tokens than that gain little
+MOST_STEPS = 240  # of tuning
 _SHARDS = 8  # of a measurement: sequences are a multiple of that
 _TOKENS_FOR_EACH = 16  # that a sequence may have for each sequence that there is
 
@@ -83,7 +84,7 @@ def tuning_steps(source: Source, wanted: Calibration, trials: int = 1) -> int:
     shape = shape_of(source)
     _, tokens = calibration_amount(source, "cpu", wanted)
     _, allowed = _shares(shape, wanted)
-    step = BATCH * backward_seconds(shape, _nominal_speed(), tokens)
+    step = sequences_of_a_step(tokens) * backward_seconds(shape, _nominal_speed(), tokens)
     return min(int(allowed / (trials * step)), MOST_STEPS)
 
 
@@ -94,7 +95,8 @@ def _shares(shape: Shape, wanted: Calibration) -> tuple[float, float]:
         return default, 0.0
     if wanted.time < TUNED_FROM * default:
         return wanted.time, 0.0
-    return wanted.time / 2, wanted.time / 2
+    calibrating = max(default, CALIBRATED * wanted.time)
+    return calibrating, wanted.time - calibrating
 
 
 def _nominal_speed() -> Speed:

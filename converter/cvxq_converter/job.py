@@ -312,7 +312,15 @@ def quantize_prepared(prepared: Prepared, options: ConversionOptions, stages: St
         lessons, seed = prepared.lessons, options.calibration.seed
         with stages.stage("tune") as done:
             result = tune_network(
-                loaded, result, lessons, prepared.choosing, method.tune, seed, done, journal
+                loaded,
+                result,
+                statistics,
+                lessons,
+                prepared.choosing,
+                method.tune,
+                seed,
+                done,
+                journal,
             )
     if prepared.certifying is not None and prepared.certifying is not prepared.choosing:
         certifying = prepared.certifying

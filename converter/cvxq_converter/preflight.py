@@ -33,7 +33,7 @@ from cvxq_converter.footprint import (
 )
 from cvxq_converter.measure.measurement import Measurement
 from cvxq_converter.options import ConversionOptions, Place, Target
-from cvxq_converter.quantize.tuning import BATCH
+from cvxq_converter.quantize.tuning import sequences_of_a_step
 from cvxq_converter.shapes import shape_of
 from cvxq_converter.source.checkpoint import Source
 from cvxq_converter.source.scratch import Scratch
@@ -109,7 +109,8 @@ def preflight(
         if scratch.room is not None:  # once more for each quantization
             forward = count * backward_seconds(shape, speed, tokens) / 3
             seconds += quantizations * factors + (1 + quantizations) * forward
-        seconds += trials * method.tune * BATCH * backward_seconds(shape, speed, tokens)
+        step = sequences_of_a_step(tokens) * backward_seconds(shape, speed, tokens)
+        seconds += trials * method.tune * step
     seconds += proving_seconds(shape, speed)
     memory = peak_memory(source, shape, options, count, tokens)
     proving = proving_bytes(shape)

@@ -22,9 +22,16 @@ def test_products_are_as_exact_as_before() -> None:
 def test_the_setting_holds_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(ZeroDivisionError), fast_products("cpu"):
-        assert torch.get_float32_matmul_precision() == "medium"
-        raise ZeroDivisionError
+    during = []
+
+    def fail() -> None:
+        with fast_products("cpu"):
+            during.append(torch.get_float32_matmul_precision())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert during == ["medium"]
     assert torch.get_float32_matmul_precision() == before
 
 

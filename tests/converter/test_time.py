@@ -27,7 +27,7 @@ TIME = 4.0  # seconds of the machine below
 def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A nominal machine on which the tiny models take as long as usual ones do elsewhere."""
     monkeypatch.setattr(amounts, "CALIBRATION_SECONDS", 1.0)
-    monkeypatch.setattr(amounts, "NOMINAL_FLOPS", 2e8)
+    monkeypatch.setattr(amounts, "NOMINAL_FLOPS", 1.5e9)
 
 
 def converted(folder: Path, path: Path, **options: Any) -> tuple[str, dict[str, Any]]:
