@@ -31,7 +31,7 @@ TUNED_FROM = 2.0  # times the default: less gains more by calibrating
 CALIBRATED = 0.25  # of a longer time, or the default: more tokens than that gain little
 MOST_STEPS = 240  # of tuning
 _SHARDS = 8  # of a measurement: sequences are a multiple of that
-_TOKENS_FOR_EACH = 16  # that a sequence may have for each sequence that there is
+_TOKENS_FOR_EACH = 8  # that a sequence may have for each sequence that there is
 
 
 def calibration_seconds(shape: Shape) -> float:
@@ -44,7 +44,7 @@ def calibration_amount(source: Source, device: str, wanted: Calibration) -> tupl
     """Choose number and length of the calibration sequences; what was asked for stays.
 
     Depends on shapes, kind of device and number of threads only, never on a measurement. Sequences
-    are 512 tokens long if there is time for 32 of them, else half as long, and so on.
+    are 512 tokens long if there is time for 64 of them, else half as long, and so on.
     Raises ConversionError for a time on a GPU, whose speed no nominal one stands for.
     """
     shape = shape_of(source)

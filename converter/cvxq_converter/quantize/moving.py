@@ -158,11 +158,10 @@ class Moving:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Move back the codes that moved since `keep`, and forget what was felt."""
+        """Move back the codes that moved since `keep`."""
         while self._moved:
             moves = self._moved.pop()
             self._move(moves.places, -moves.steps)
-        self.felt.zero_()
 
     def _move(self, places: Tensor, steps: Tensor) -> None:
         at, change = self._at(places), self._change(places, steps)

@@ -36,7 +36,7 @@ OF_VECTORS = 0.25  # shares of norms and biases, for an octave of the scales
 WARM_UP = 6  # steps
 TOKENS = 2048  # per step
 CHECK = 4  # steps between two looks at the held-back sequences
-WORSE = 1.02  # times the least loss, from where on what was done is undone
+WORSE = 1.05  # times the least loss, from where on what was done is undone
 BETAS = (0.9, 0.95)
 WIN = 0.1  # share of the loss that the codes of one step promise together
 MOST_MOVES = 1024  # codes of one matrix in one step
@@ -86,10 +86,9 @@ def _tuned(
     tuning = _Tuning(loaded, result.tensors, result.codebook, statistics, least)
     batch = min(sequences_of_a_step(len(lessons[0].ids)), len(lessons))
     drawn = _draw(len(lessons), torch.Generator().manual_seed(seed))
-    begun = 0  # steps before the present way, which a failure ends
     try:
         for step in range(steps):
-            pace = min(1.0, (step + 1 - begun) / WARM_UP) * (1 - step / steps)
+            pace = min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
             tuning.step([lessons[i] for i in islice(drawn, batch)], pace)
             is_last = step + 1 == steps
             if (step + 1) % CHECK == 0 or is_last:
@@ -99,7 +98,6 @@ def _tuned(
                     tuning.keep()
                 elif is_last or found > WORSE * least:
                     tuning.undo()
-                    begun = step + 1
             progress(step + 1, steps)
         return tuning.tensors(), tuning.vectors()
     finally:
@@ -171,13 +169,9 @@ class _Tuning:
             share = OF_VECTORS * rate * size
             self.groups.append({"params": [parameter.requires_grad_(True)], "rate": share})
         self.win = WIN
-        self._start()
-        self._kept = self._positions()
-
-    def _start(self) -> None:
-        """Forget the gradients of earlier steps."""
         self.optimizer = torch.optim.Adam(self.groups, betas=BETAS)
         self.steps = 0
+        self._kept = self._positions()
 
     def step(self, lessons: list[Lesson], pace: float) -> None:
         """Take one step on the lessons; pace: share of the full step size."""
@@ -228,7 +222,6 @@ class _Tuning:
         for group in self.groups:
             group["rate"] /= 2
         self.win /= 2
-        self._start()
 
     def _moved(self) -> list[Tensor]:
         return [p for group in self.groups for p in group["params"]]
