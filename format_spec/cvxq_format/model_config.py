@@ -17,6 +17,7 @@ _CONTEXT_FIELDS = (
     "context_length",
     "model_max_length",
 )
+_LARGEST = 2**53  # of any number here: a file may hold some that no float can
 _EXPERTS_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)|(?<=\.)\d+(?=(\.(gate|up))?$)")
 
@@ -79,7 +80,7 @@ def _stated_length(config: Mapping[str, Any]) -> int | None:
 
 def _length(value: Any) -> int | None:
     is_length = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return value if is_length else None
+    return min(value, _LARGEST) if is_length else None
 
 
 def _rope_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -103,7 +104,7 @@ def _stretched(config: Mapping[str, Any], stated: int, settings: Mapping[str, An
     original = _length(settings.get(name)) or _length(config.get(name))
     if original is None and kind == "linear" and config.get("model_type") in _STATE_THE_PRODUCT:
         return stated
-    return round((original or stated) * factor)
+    return round((original or stated) * min(factor, _LARGEST))
 
 
 def attention_options(config: Mapping[str, Any]) -> dict[str, str]:

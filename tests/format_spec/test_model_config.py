@@ -120,3 +120,14 @@ def test_the_pool_of_an_experts_tensor(tensor: str, pool: str | None) -> None:
 )
 def test_the_share_of_experts_that_a_token_uses(config: dict[str, Any], share: float) -> None:
     assert routed_share(config) == share
+
+
+@pytest.mark.parametrize("length", [64, 10**400])
+@pytest.mark.parametrize("factor", [4.0, 1e308, 10**400])
+def test_numbers_that_no_float_holds(length: int, factor: float) -> None:
+    scaled = {"max_position_embeddings": length, "rope_scaling": {"type": "yarn", "factor": factor}}
+    found = context_length(scaled)
+    assert found is not None
+    assert found == 256 if length == 64 and factor == 4 else found >= 2**53
+    assert routed_share({"num_experts": 4, "num_experts_per_tok": length}) == 1
+    assert routed_share({"num_experts": length, "num_experts_per_tok": 2}) == 2 / min(length, 2**53)

@@ -15,10 +15,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from tests.fuzz import corpus
-from tests.fuzz.mutations import hostile_file
+from tests.fuzz.mutations import hostile_file, kind_of
 from tests.fuzz.trials import PATHS
 from tests.fuzz.workers import Result, as_record, run_cases
 
@@ -50,7 +51,13 @@ def main() -> int:
     indices = range(options.first, options.first + options.count)
     begin, counts = time.monotonic(), _Counts()
     for result in run_cases(
-        indices, _BATCHES[options.path], options.jobs, case, trial, not options.sanitized
+        indices,
+        _BATCHES[options.path],
+        options.jobs,
+        case,
+        partial(kind_of, options.seed),
+        trial,
+        not options.sanitized,
     ):
         counts.add(result)
         if options.log:  # at once, so that a run that is stopped has told what it tried

@@ -66,6 +66,10 @@ SCALING: tuple[Any, ...] = (
 )
 
 
+LARGE = 1 << 20  # characters of JSON that are not multiplied any more
+LARGEST = 1 << 24  # and of a document that is not changed any more
+
+
 def copied(value: Any) -> Any:
     """Return a deep copy of what JSON can hold, several times as fast as copy.deepcopy."""
     return pickle.loads(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
@@ -104,7 +108,8 @@ def any_value(rng: Random, old: Any) -> Any:
         at = rng.randrange(len(old) + 1)
         return rng.choice([*TEXTS, old[:at], old * 2, old[:at] + chr(rng.randrange(0xD7FF))])
     if isinstance(old, list) and old and chosen < 0.6:
-        return rng.choice([old * 2, old[:-1], old[::-1], [*old, old[0]], old * 50])
+        many = old * (50 if len(json.dumps(old)) < LARGE else 2)
+        return rng.choice([old * 2, old[:-1], old[::-1], [*old, old[0]], many])
     return rng.choice(rng.choice([NUMBERS, TEXTS, OTHERS]))
 
 

@@ -23,6 +23,7 @@ Change = Callable[[Container, Sequence[bytes], Random], None]
 Finish = Callable[[dict[str, Any]], bytes | None]
 
 _FLOATS = (float("nan"), float("inf"), float("-inf"), 3.4e38, -3.4e38, 1e-45, 0.0)
+_LARGEST_TENSOR = 1 << 26  # bytes
 _DTYPES = ("f32", "f16", "bf16", "f64", "i8", "u8", "i64", "bool", "complex", "F32")
 _EXTRA_FILES = {
     "vocab.txt": b"[UNK]\n[CLS]\nhello\n",
@@ -75,10 +76,9 @@ def change_shape(container: Container, files: Sequence[bytes], rng: Random) -> N
         count = 1
         for dimension in shape:
             count *= dimension
-        size = {"f32": 4, "bf16": 2, "f16": 2}.get(str(section.entry.get("dtype")), 1)
-        section.data = (section.data * (1 + count * size // max(1, len(section.data))))[
-            : count * size
-        ]
+        size = count * {"f32": 4, "bf16": 2, "f16": 2}.get(str(section.entry.get("dtype")), 1)
+        if size < _LARGEST_TENSOR:
+            section.data = (section.data * (1 + size // max(1, len(section.data))))[:size]
 
 
 def swap_tensors(container: Container, files: Sequence[bytes], rng: Random) -> None:
@@ -168,6 +168,8 @@ def _json_of(name: str) -> Change:
             alter = rng.choice([json_mutations.change, json_mutations.change_number])
             with suppress(RecursionError):  # a document that nests too deep for a copy stays
                 document = alter(document, rng)
+                if len(json.dumps(document)) > json_mutations.LARGEST:
+                    break
         container.carry(name, json_mutations.written(document, rng))
 
     return change
@@ -228,9 +230,18 @@ SPECIAL = ("deflated", "header-bytes", "header-json", "no-record")
 KINDS = (*_PLAIN, *WHOLE, *SPECIAL)
 
 
+def kind_of(seed: int, index: int) -> str:
+    """Return the first mutation of case `index` of `seed`, without making its file."""
+    return _generator(seed, index).choice(KINDS)
+
+
+def _generator(seed: int, index: int) -> Random:
+    return Random((seed << 40) + index)
+
+
 def hostile_file(seed: int, index: int, files: Sequence[bytes]) -> tuple[str, bytes]:
     """Return case `index` of `seed`: the kinds of its mutations, and the file."""
-    rng = Random((seed << 40) + index)
+    rng = _generator(seed, index)
     kind = rng.choice(KINDS)
     base = rng.choice(files)
     if kind in WHOLE:

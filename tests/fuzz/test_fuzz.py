@@ -11,7 +11,7 @@ import pytest
 
 from tests.fuzz.container import Container
 from tests.fuzz.corpus import VECTORS
-from tests.fuzz.mutations import KINDS, hostile_file
+from tests.fuzz.mutations import KINDS, hostile_file, kind_of
 from tests.fuzz.remembered import forget
 from tests.fuzz.trials import SHARE_OF_COMMANDS, Verdict, look_through, try_files
 
@@ -37,7 +37,9 @@ def test_hostile_files(path: str, count: int) -> None:
 def test_a_case_is_always_the_same_file() -> None:
     files = [(VECTORS / "worked-example.cvxq").read_bytes()]
     for number in range(50):
-        assert hostile_file(1, number, files) == hostile_file(1, number, files)
+        kind, data = hostile_file(1, number, files)
+        assert (kind, data) == hostile_file(1, number, files)
+        assert kind.partition("+")[0] == kind_of(1, number)
     assert {hostile_file(1, number, files)[0].partition("+")[0] for number in range(600)} == {
         *KINDS
     }

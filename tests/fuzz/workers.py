@@ -23,6 +23,7 @@ _ASLEEP = 5  # seconds between two looks, which are one apart at most
 _PAGE = resource.getpagesize()
 
 Case = Callable[[int], tuple[str, bytes]]
+Kind = Callable[[int], str]
 Trial = Callable[[Path, int], Verdict]
 
 
@@ -82,7 +83,13 @@ class _Worker:
 
 
 def run_cases(
-    indices: range, batch: int, jobs: int, case: Case, trial: Trial, limited: bool = True
+    indices: range,
+    batch: int,
+    jobs: int,
+    case: Case,
+    kind: Kind,
+    trial: Trial,
+    limited: bool = True,
 ) -> Iterator[Result]:
     """Yield the results of all cases, as they come; limited: in memory, too."""
     batches = [list(indices[start : start + batch]) for start in range(0, len(indices), batch)]
@@ -112,7 +119,7 @@ def run_cases(
             workers.remove(worker)
             why, rest = worker.end(), worker.indices
             if rest:  # the first of them is to blame
-                yield Result(rest[0], case(rest[0])[0], Verdict("found", why), float(SECONDS))
+                yield Result(rest[0], kind(rest[0]), Verdict("found", why), float(SECONDS))
                 if rest[1:]:
                     batches.append(rest[1:])
 
