@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -18,8 +17,17 @@ UNLIMITED_WIDTH = 10_000
 def emit_json(record: object, indent: int | None = 2) -> None:
     """Print `record` as strict JSON; numbers that JSON lacks (NaN, infinities) become null."""
     text = json.dumps(_finite(record), indent=indent, ensure_ascii=False, allow_nan=False)
-    # JSON may hold these as they are, but a terminal takes some for commands.
-    click.echo(re.sub("[\x7f-\x9f\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text))
+    click.echo("\n".join(map(_printable, text.split("\n"))))
+
+
+def _printable(line: str) -> str:
+    """Return a line of JSON with escapes for what it may hold, but a terminal takes for commands.
+
+    Halves of characters among them, which no terminal can be given.
+    """
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
 
 def _finite(value: Any) -> Any:

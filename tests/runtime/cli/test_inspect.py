@@ -40,3 +40,14 @@ def test_a_file_cannot_send_commands_to_the_terminal(
         shown = cvxq("inspect", path, *options).stdout
         assert "title" in shown
         assert all(character.isprintable() or character == "\n" for character in shown)
+
+
+def test_json_keeps_what_no_terminal_can_show(
+    cvxq: Callable[..., Result], make_file: MakeFile
+) -> None:
+    strange = "half \ud800 \u202e\u2028 \U000e0001 \x7f, and é 漢 are shown"
+    files = {"report.json": json.dumps({"a": strange}).encode()}
+    shown = cvxq("inspect", make_file("llama", files=files).path, "--json").stdout
+    assert json.loads(shown)["report"] == {"a": strange}
+    assert "é 漢" in shown
+    assert all(character.isprintable() or character == "\n" for character in shown)
