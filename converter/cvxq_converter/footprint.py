@@ -23,6 +23,7 @@ _QUANTIZER_BYTES = 16  # per weight that is quantized together: copies in the or
 _BATCH_BYTES = 24  # per weight of matrices that are quantized side by side: also their codes
 _CODE_BYTES = 3  # per weight of the matrix at hand: codes, before and after they are packed
 _FELT_BYTES = 5  # per weight that is tuned: the mean of its gradients, and its code
+_GRADIENTS = 3  # of each at once, at most: summed up, one more, and what the heap keeps of others
 _PLAN_BYTES = 1 / 32  # per quantized weight: what its row, column and cluster are worth
 _MOMENT_BYTES = 0.25  # per quantized weight, of its group
 _REPACKED = 1.15  # of the packed size, at most: what the decoder that is proved makes of it
@@ -77,7 +78,7 @@ def peak_memory(
     if options.method.tune:
         whole = shape.parameters * element + 12 * KEPT * count * tokens
         activations = shape.layers * tokens * (12 * shape.hidden + 4 * shape.inner) * element
-        moving = shape.quantized_weights * (element + _FELT_BYTES)
+        moving = shape.quantized_weights * (_GRADIENTS * element + _FELT_BYTES)
         stages.append(
             whole + moving + result + activations + 4 * tokens * shape.vocabulary * element
         )
