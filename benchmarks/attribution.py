@@ -85,7 +85,7 @@ def losses(
         if m.input_module_name is not None
     }
     loaded.restore()
-    reference = make_reference(loaded.streamed, windows, limit=1 << 62)
+    reference = make_reference(loaded.streamed, windows)
     for name, part in parts.items():
         chosen = {matrix.name for matrix in part}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cvxq_converter.measure.calibration import cache_bytes, copy_batch, sampling_batch
-from cvxq_converter.measure.quality import LOGIT_LIMIT
+from cvxq_converter.measure.quality import HELD_BACK, LOGIT_LIMIT
 from cvxq_converter.measure.sums import shards_of
 from cvxq_converter.measure.teaching import KEPT
 from cvxq_converter.options import ConversionOptions
@@ -126,7 +126,8 @@ def plan_scratch(shape: Shape, options: ConversionOptions, count: int, tokens: i
     """
     place = options.place
     logits = tokens * shape.vocabulary
-    kept = min(count * logits, max(LOGIT_LIMIT, 2 * logits)) + logits if count else 0
+    held_back = max(1, count // HELD_BACK)
+    kept = min(held_back * logits, max(LOGIT_LIMIT, 2 * logits)) + logits if count else 0
     rate = rate_of(shape, options) / 8
     packed = int(shape.quantized_weights * ((1 + _REPACKED) * rate + _MOMENT_BYTES))
     if not count:

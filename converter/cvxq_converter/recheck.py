@@ -19,10 +19,10 @@ from cvxq_converter.errors import ConversionError
 from cvxq_converter.job import calibrate
 from cvxq_converter.journal import Journal
 from cvxq_converter.measure.measurement import calibration_digest
-from cvxq_converter.measure.quality import split_sequences
+from cvxq_converter.measure.quality import choosing_and_certifying, split_sequences
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.products import fast_products
-from cvxq_converter.source.checkpoint import open_source
+from cvxq_converter.source.checkpoint import Source, open_source
 from cvxq_converter.source.loaded import load_model
 from cvxq_converter.stages import Progress, Stages
 from cvxq_converter.write.assembling import surroundings
@@ -83,7 +83,7 @@ def recalibrate(
         is_source=source.digest == provenance.get("source_sha256"),
         is_same=None if stated is None else calibration_digest(sequences) == stated,
         differs=differs,
-        certifying=_certifying(sequences),
+        certifying=_certifying(sequences, source),
     )
 
 
@@ -110,12 +110,12 @@ def _options(provenance: Mapping[str, Any], text: Path | None) -> ConversionOpti
     return options
 
 
-def _certifying(sequences: torch.Tensor) -> torch.Tensor:
-    """The half of those held back that no choice was made on, or all where one serves for both."""
+def _certifying(sequences: torch.Tensor, source: Source) -> torch.Tensor:
+    """The sequences that the file's figures are of."""
     if not len(sequences):
         return sequences
     _, held_back = split_sequences(sequences)
-    return held_back[len(held_back) // 2 :]
+    return choosing_and_certifying(held_back, source.config.get_text_config().vocab_size)[1]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from cvxq_converter.source.exactness import as_streamed
 
 HELD_BACK = 8  # one sequence in eight is kept from the measurement
-LOGIT_LIMIT = 1 << 26  # entries kept in float32: 256 MiB on disk
+LOGIT_LIMIT = 1 << 28  # entries kept in float32: 1 GiB on disk
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,9 @@ class Reference:
 
 
 @torch.no_grad()
-def make_reference(network: Any, sequences: torch.Tensor, limit: int = LOGIT_LIMIT) -> Reference:
-    """Run the original over as many of the sequences (S, L) as keep `limit` entries, or one."""
+def make_reference(network: Any, sequences: torch.Tensor) -> Reference:
+    """Run the original over sequences (S, L)."""
     streamed = as_streamed(network)
-    size = sequences.shape[1] * streamed.network.config.get_text_config().vocab_size
-    sequences = sequences[: max(1, limit // size)]
     kept: list[torch.Tensor] = []
     for s, part, logits in streamed.all_logits(sequences):
         if s == len(kept):
@@ -68,15 +66,29 @@ def split_sequences(sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return sequences[:-held], sequences[-held:]
 
 
-def make_references(network: Any, held_back: torch.Tensor) -> tuple[Reference, Reference]:
-    """The original on the sequences for choices and on those for figures; one serves for both."""
+def choosing_and_certifying(
+    held_back: torch.Tensor, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of those held back (S, L), the sequences for choices and those for figures.
+
+    One serves for both. Of each at least one, and no more than keep half of `LOGIT_LIMIT`.
+    """
     half = len(held_back) // 2
     if not half:
-        both = make_reference(network, held_back)
-        return both, both
-    parts = (held_back[:half], held_back[half:])
-    choosing, certifying = (make_reference(network, p, LOGIT_LIMIT // 2) for p in parts)
-    return choosing, certifying
+        return held_back, held_back
+    most = max(1, LOGIT_LIMIT // 2 // (held_back.shape[1] * vocabulary))
+    return held_back[:half][:most], held_back[half:][:most]
+
+
+def make_references(network: Any, held_back: torch.Tensor) -> tuple[Reference, Reference]:
+    """The original on the sequences for choices and on those for figures."""
+    streamed = as_streamed(network)
+    vocabulary = streamed.network.config.get_text_config().vocab_size
+    choosing, certifying = choosing_and_certifying(held_back, vocabulary)
+    reference = make_reference(streamed, choosing)
+    if certifying is choosing:
+        return reference, reference
+    return reference, make_reference(streamed, certifying)
 
 
 @torch.no_grad()

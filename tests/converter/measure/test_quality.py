@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cvxq_converter.measure.quality import divergence, make_reference
+from cvxq_converter.measure.quality import (
+    choosing_and_certifying,
+    divergence,
+    make_reference,
+    make_references,
+)
 from torch.nn import functional
 
 
@@ -31,8 +36,35 @@ def test_kl_and_the_loss_on_the_tokens_that_came(build_network: Any) -> None:
     assert found.loss_increase == pytest.approx(float(losses[1] - losses[0]), rel=1e-4)
 
 
-def test_as_many_sequences_are_kept_as_fit_but_one_at_least(build_network: Any) -> None:
-    network, sequences = build_network("llama"), torch.full((4, 10), 3)
-    for limit, kept in ((0, 1), (960, 1), (1919, 1), (1920, 2), (10**6, 4)):
-        reference = make_reference(network, sequences, limit)
-        assert len(reference.sequences) == len(reference.log_probabilities) == kept
+@pytest.mark.parametrize(
+    ("held", "limit", "choosing", "certifying"),
+    [
+        (8, 10**6, [0, 1, 2, 3], [4, 5, 6, 7]),
+        (7, 10**6, [0, 1, 2], [3, 4, 5, 6]),
+        (8, 2 * 2 * 960, [0, 1], [4, 5]),
+        (8, 2 * 2 * 960 - 1, [0], [4]),
+        (8, 0, [0], [4]),
+        (1, 0, [0], [0]),
+    ],
+)
+def test_as_many_sequences_are_judged_as_fit_but_one_at_least(
+    held: int,
+    limit: int,
+    choosing: list[int],
+    certifying: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cvxq_converter.measure.quality.LOGIT_LIMIT", limit)
+    sequences = torch.arange(held)[:, None].expand(held, 10)
+    found = choosing_and_certifying(sequences, vocabulary=96)
+    assert [part[:, 0].tolist() for part in found] == [choosing, certifying]
+
+
+def test_both_references_keep_what_is_judged(build_network: Any) -> None:
+    network, held_back = build_network("llama"), torch.arange(40).reshape(4, 10)
+    choosing, certifying = make_references(network, held_back)
+    assert torch.equal(choosing.sequences, held_back[:2])
+    assert torch.equal(certifying.sequences, held_back[2:])
+    assert len(choosing.log_probabilities) == len(certifying.log_probabilities) == 2
+    one, same = make_references(network, held_back[:1])
+    assert one is same
