@@ -166,7 +166,7 @@ class Moving:
     def _move(self, places: Tensor, steps: Tensor) -> None:
         at, change = self._at(places), self._change(places, steps)
         self.codes[at] = (self.codes[at].int() + steps).to(torch.uint8)
-        self.matrix.weight[at] += change
+        self.matrix.weight[at] += change.to(self.matrix.weight)
 
     def _change(self, places: Tensor, steps: Tensor) -> Tensor:
         """What weights change by if their codes move so."""

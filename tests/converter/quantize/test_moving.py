@@ -118,3 +118,16 @@ def test_what_is_kept_is_not_undone(moving: tuple[Moving, Codebook]) -> None:
     codes = matrix.codes.clone()
     matrix.undo()
     assert torch.equal(matrix.codes, codes)
+
+
+def test_weights_in_bfloat16_move_too(moving: tuple[Moving, Codebook]) -> None:
+    matrix, codebook = moving
+    parameter = matrix.matrix.parameter
+    parameter.data = parameter.data.bfloat16()
+    before = parameter.data.clone()
+    gradient = torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    matrix.move_codes(feel(matrix, gradient.bfloat16()))
+    matrix.move_scales()
+    assert int((parameter.data != before).sum()) == 5
+    kept = torch.from_numpy(dequantize(matrix.tensor_now(), codebook))
+    torch.testing.assert_close(parameter.data.float(), kept, rtol=2e-2, atol=2e-3)
