@@ -1,8 +1,8 @@
 """How much calibration and tuning there is where nobody says.
 
 Neither ever depends on a measurement, or two runs would not give the same file: on a CPU it is
-what a nominal machine of that many threads does in a time that suits the model's size, or in the
-one that was asked for. From twice the former on, what was asked for is spent on tuning, too.
+what a nominal machine of that many threads and that kind does in a time that suits the model's
+size, or in the one that was asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from cvxq_converter.costs import Speed, backward_seconds, moments_seconds, sampling_seconds
 from cvxq_converter.errors import ConversionError
 from cvxq_converter.options import Calibration
+from cvxq_converter.products import rounds_fast
 from cvxq_converter.quantize.tuning import sequences_of_a_step
 from cvxq_converter.shapes import Shape, shape_of
 from cvxq_converter.source.checkpoint import Source
@@ -24,12 +25,15 @@ CPU_LENGTH = 512  # shorter documents cost less per token and sample as many con
 CALIBRATION_SECONDS = 300.0  # of sampling and measuring on a CPU, at the nominal speed,
 CALIBRATION_WEIGHTS = 135e6  # for a model of so many weights or less; in proportion for a larger
 MOST_CALIBRATION_SECONDS = 3600.0
-NOMINAL_FLOPS = 45e9  # float32 operations per second and thread
+NOMINAL_FLOPS = 45e9  # float32 operations per second and thread,
+NOMINAL_FLOPS_IN_512_BITS = 80e9  # of a processor that multiplies bfloat16, too
+TUNING_FASTER = 2.0  # times as fast it is in bfloat16
 NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
 LEAST_LENGTH = 64
-TUNED_FROM = 2.0  # times the default: less gains more by calibrating
-CALIBRATED = 0.25  # of a longer time, or the default: more tokens than that gain little
-MOST_STEPS = 240  # of tuning
+CALIBRATED = 0.55  # of the default time, the rest is for tuning;
+CALIBRATED_LONGER = 0.25  # of a longer one, where that is more: further tokens gain little
+DEFAULT_STEPS = 12  # of tuning, at most,
+MOST_STEPS = 240  # and in a time that was asked for
 _SHARDS = 8  # of a measurement: sequences are a multiple of that
 _TOKENS_FOR_EACH = 8  # that a sequence may have for each sequence that there is
 
@@ -80,25 +84,29 @@ def calibration_amount(source: Source, device: str, wanted: Calibration) -> tupl
 
 
 def tuning_steps(source: Source, wanted: Calibration, trials: int = 1) -> int:
-    """How many steps of tuning there is time for, after each of so many quantizations."""
+    """How many steps of tuning there is time for.
+
+    trials: quantizations that share a time that was asked for; the default is for each.
+    """
     shape = shape_of(source)
     _, tokens = calibration_amount(source, "cpu", wanted)
     _, allowed = _shares(shape, wanted)
-    step = sequences_of_a_step(tokens) * backward_seconds(shape, _nominal_speed(), tokens)
+    speed = _nominal_speed(TUNING_FASTER if rounds_fast() else 1.0)
+    step = sequences_of_a_step(tokens) * backward_seconds(shape, speed, tokens)
+    if wanted.time is None:
+        return min(int(allowed / step), DEFAULT_STEPS)
     return min(int(allowed / (trials * step)), MOST_STEPS)
 
 
 def _shares(shape: Shape, wanted: Calibration) -> tuple[float, float]:
     """Seconds for calibrating, and for tuning."""
     default = calibration_seconds(shape)
-    if wanted.time is None:
-        return default, 0.0
-    if wanted.time < TUNED_FROM * default:
-        return wanted.time, 0.0
-    calibrating = max(default, CALIBRATED * wanted.time)
-    return calibrating, wanted.time - calibrating
+    time = default if wanted.time is None else wanted.time
+    calibrating = min(time, max(CALIBRATED * default, CALIBRATED_LONGER * time))
+    return calibrating, time - calibrating
 
 
-def _nominal_speed() -> Speed:
-    threads = torch.get_num_threads()
-    return Speed(NOMINAL_FLOPS * threads, 2e8 * threads, NOMINAL_CALL)
+def _nominal_speed(times: float = 1.0) -> Speed:
+    threads = times * torch.get_num_threads()
+    flops = NOMINAL_FLOPS_IN_512_BITS if rounds_fast() else NOMINAL_FLOPS
+    return Speed(flops * threads, 2e8 * threads, NOMINAL_CALL)

@@ -53,7 +53,7 @@ def begin(
     """Look at the model before any work: estimate, refuse what cannot be done, open the journal.
 
     Where memory has no room for the network, text is sampled from a copy: the options say so then.
-    tunes: the time that was asked for may be for tuning, too, if there is memory for that.
+    tunes: the time there is may be for tuning, too, if there is memory for that.
     """
     if not _samples(options, measurement):
         give_freed_memory_back()
@@ -78,7 +78,7 @@ def begin(
     options = _share(options, ranks)
 
     ways = [options]
-    if tunes and options.calibration.time is not None and not options.method.tune:
+    if tunes and measurement is None and options.leaves_tuning_open:
         steps = tuning_steps(source, options.calibration, expected_trials(options.target))
         ways.insert(0, options.having(tune=steps))
     if _samples(options, measurement):

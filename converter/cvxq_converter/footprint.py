@@ -12,6 +12,7 @@ from cvxq_converter.measure.sums import shards_of
 from cvxq_converter.measure.teaching import KEPT
 from cvxq_converter.options import ConversionOptions
 from cvxq_converter.quantize.columns import SIDE_BY_SIDE, TOGETHER
+from cvxq_converter.quantize.tuning import TOGETHER as LEARNT_TOGETHER
 from cvxq_converter.shapes import Shape
 from cvxq_converter.source.blocks import LOGITS
 from cvxq_converter.source.checkpoint import Source
@@ -77,6 +78,7 @@ def peak_memory(
         stages.append(4 * shape.parameters)
     if options.method.tune:
         whole = shape.parameters * element + 12 * KEPT * count * tokens
+        tokens = max(tokens, LEARNT_TOGETHER)
         activations = shape.layers * tokens * (12 * shape.hidden + 4 * shape.inner) * element
         moving = shape.quantized_weights * (_GRADIENTS * element + _FELT_BYTES)
         stages.append(

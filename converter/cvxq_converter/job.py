@@ -317,7 +317,7 @@ def quantize_prepared(prepared: Prepared, options: ConversionOptions, stages: St
                 statistics,
                 lessons,
                 prepared.choosing,
-                method.tune,
+                method.tune or 0,
                 seed,
                 done,
                 journal,

@@ -85,7 +85,7 @@ class Method:
     """How weights become codes; the defaults are those that docs/ablation.md settled.
 
     name: "cvxq" or "rtn". keep: shell patterns of matrix names left in 16 bits. iterations:
-    measure and quantize so often. tune: steps of `tuning`. The others have no option on the command
+    measure and quantize so often. tune: steps of `tuning`; None leaves them to the preflight. The others have no option on the command
     line: they are what the ablation takes away.
     uniform_depths: every group alike. largest_error: share of a cluster's output power that may be
         lost; 1 for no bound. levels: "fitted" or "compander". gain: exponent of the gain folded
@@ -98,7 +98,7 @@ class Method:
     partitions: int = PARTITIONS
     keep: tuple[str, ...] = ()
     iterations: int = 1
-    tune: int = 0
+    tune: int | None = None
     uniform_depths: bool = False
     separable_depths: bool = True
     largest_error: float = 1 / 3
@@ -179,6 +179,17 @@ class ConversionOptions:
     def replaces_weights(self) -> bool:
         """Whether the conversion runs the quantized network, so that originals must be kept."""
         return self.method.name == "cvxq" and self.calibration.source != "none"
+
+    @property
+    def leaves_tuning_open(self) -> bool:
+        """Whether how much is tuned follows from the time there is, asked for or not.
+
+        Whoever says how much to calibrate says so of tuning, too. No time is known of a GPU.
+        """
+        amount = self.calibration
+        is_open = amount.time is not None or (amount.sequences is None and amount.length is None)
+        on_cpu = torch.device(self.place.device).type == "cpu"
+        return is_open and on_cpu and self.method.tune is None and self.replaces_weights
 
     def to_json(self) -> dict[str, Any]:
         """All options as JSON values, without paths: a calibration file gives its name only."""

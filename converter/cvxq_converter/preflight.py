@@ -110,7 +110,7 @@ def preflight(
             forward = count * backward_seconds(shape, speed, tokens) / 3
             seconds += quantizations * factors + (1 + quantizations) * forward
         step = sequences_of_a_step(tokens) * backward_seconds(shape, speed, tokens)
-        seconds += trials * method.tune * step
+        seconds += trials * (method.tune or 0) * step
     seconds += proving_seconds(shape, speed)
     memory = peak_memory(source, shape, options, count, tokens)
     proving = proving_bytes(shape)
@@ -128,7 +128,7 @@ def preflight(
         origin,
         scratch.rounds,
         scratch.room,
-        method.tune if count else 0,
+        method.tune or 0 if count else 0,
     )
 
 

@@ -28,7 +28,7 @@ DEFAULTS: Mapping[str, Any] = {
     "revision": None,
     "dtype": "float32",
     "iterations": 1,
-    "tune": 0,
+    "tune": None,
     "method": "cvxq",
 }
 _SPELLED = {"size_bytes": "--size"}

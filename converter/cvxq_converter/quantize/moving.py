@@ -39,7 +39,10 @@ class Moves:
 
     def at_least(self, gain: float) -> Moves:
         """Those that promise as much."""
-        chosen = self.gains >= gain
+        return self.of(self.gains >= gain)
+
+    def of(self, chosen: Tensor) -> Moves:
+        """Those chosen by a mask or by their numbers."""
         return Moves(self.gains[chosen], self.places[chosen], self.steps[chosen])
 
 
@@ -93,11 +96,10 @@ class Moving:
 
         share: of it in what is felt, the rest being what was felt before.
         """
-        parameter = self.matrix.parameter
-        gradient, parameter.grad = parameter.grad, None
+        gradient = self._gradient()
+        self.matrix.parameter.grad = None
         if gradient is None:
             return
-        gradient = gradient.T if self.matrix.kind == "conv1d" else gradient
         by_scale = torch.zeros_like(self.start)
         for rows in self._chunks():
             part = gradient[rows].float()
@@ -120,29 +122,45 @@ class Moving:
 
     @torch.no_grad()
     def promising(self, count: int, share: float) -> Moves:
-        """The codes that promise most, at most `count` of them.
+        """The codes that promise most, of each row and each column one, at most `count` of them.
 
-        share: of all gradients in what is felt, less than 1 in the first steps.
+        Comes before `feel`: what was felt and the gradient at the weights are of other sequences,
+        and a code promises by the smaller one where they agree. share: of all gradients in what is
+        felt, less than 1 in the first steps.
         """
+        gradient = self._gradient()
+        if gradient is None:
+            nothing = torch.empty(0, dtype=torch.int64, device=self.felt.device)
+            return self._moves(nothing, nothing.float())
         bound = self._units() * self._widest
         best: list[tuple[Tensor, Tensor]] = []
         for rows in self._chunks():
-            score = self.felt[rows].abs() * bound[self.cluster[rows]]
+            score = _agreed(self.felt[rows] / share, gradient[rows].float())
+            score *= bound[self.cluster[rows]]
             if self._factors is not None:
                 score *= self._factors[rows, None]
             found = score.flatten().topk(min(count, score.numel()))
             best.append((found.values, found.indices + rows.start * self.felt.shape[1]))
         scores, places = (torch.cat(parts) for parts in zip(*best, strict=True))
         places = places[scores.topk(min(count, len(scores))).indices]
+        at = self._at(places)
+        now = gradient[at].float()
+        slopes = _agreed(self.felt[at] / share, now).clamp_min(0) * now.sign()
+        moves = self._moves(places, slopes)
+        moves = moves.of(moves.gains.argsort(descending=True, stable=True))
+        moves = moves.of(_first_of_each(self._at(moves.places)[0]))
+        return moves.of(_first_of_each(self._at(moves.places)[1]))
+
+    def _moves(self, places: Tensor, slopes: Tensor) -> Moves:
+        """Moves down the slopes that promise something and lead to a level."""
         row, column = self._at(places)
-        felt = self.felt[row, column] / share
-        steps = -felt.sign().int()
+        steps = -slopes.sign().int()
         after = self.codes[row, column].int() + steps
         may = (steps != 0) & (after >= 0) & (after <= self._top[self.cluster[row], column])
-        places, steps, felt = places[may], steps[may], felt[may]
+        places, steps, slopes = places[may], steps[may], slopes[may]
         change = self._change(places, steps)
         curvature = self._curvature[0][row[may]] * self._curvature[1][column[may]]
-        gains = -felt * change - curvature * change.square() / 2
+        gains = -slopes * change - curvature * change.square() / 2
         return Moves(gains, places, steps).at_least(SMALLEST_GAIN)
 
     @torch.no_grad()
@@ -194,6 +212,11 @@ class Moving:
         scales = self.scale_codes[None].to(torch.uint8).cpu().numpy()
         return replace(tensor, scale_codes=scales, packed_codes=packed)
 
+    def _gradient(self) -> Tensor | None:
+        """Of the loss at the weights (N, K), if they were felt at all."""
+        gradient = self.matrix.parameter.grad
+        return gradient.T if gradient is not None and self.matrix.kind == "conv1d" else gradient
+
     def _position(self, scale_codes: Tensor) -> Tensor:
         return self.ladder[(scale_codes - 1).clamp_min(0)]
 
@@ -202,6 +225,19 @@ class Moving:
         step = max(1, _CHUNK // columns)
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
+
+
+def _agreed(a: Tensor, b: Tensor) -> Tensor:
+    """Size of the smaller of two estimates where they have one sign, else at most 0."""
+    return torch.minimum(a * b.sign(), b.abs())
+
+
+def _first_of_each(numbers: Tensor) -> Tensor:
+    """The places (m,), in order, where each of the numbers comes first."""
+    _, which = torch.unique(numbers, return_inverse=True)
+    places = torch.arange(len(numbers), device=numbers.device)
+    first = torch.full_like(places, len(numbers)).scatter_reduce(0, which, places, "amin")
+    return first[first < len(numbers)].sort().values
 
 
 def _curvature(

@@ -25,20 +25,22 @@ from cvxq_converter.measure.quality import Reference, divergence
 from cvxq_converter.measure.sums import Statistics
 from cvxq_converter.measure.teaching import Lesson
 from cvxq_converter.quantize.correction import to_16_bits
-from cvxq_converter.quantize.moving import Moving
+from cvxq_converter.products import coarse_products
+from cvxq_converter.quantize.moving import Moves, Moving
 from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.stages import Done
 
-STEP = 0.015  # in octaves of the scales per √nat
+STEP = 0.008  # in octaves of the scales per √nat
 LARGEST_STEP = 0.02
 OF_VECTORS = 0.25  # shares of norms and biases, for an octave of the scales
 WARM_UP = 6  # steps
 TOKENS = 2048  # per step
+TOGETHER = 512  # of them in the network at a time
 CHECK = 4  # steps between two looks at the held-back sequences
 WORSE = 1.05  # times the least loss, from where on what was done is undone
 BETAS = (0.9, 0.95)
-WIN = 0.1  # share of the loss that the codes of one step promise together
+WIN = 0.05  # share of the loss that the codes of one step promise together
 MOST_MOVES = 1024  # codes of one matrix in one step
 
 
@@ -169,19 +171,16 @@ class _Tuning:
             share = OF_VECTORS * rate * size
             self.groups.append({"params": [parameter.requires_grad_(True)], "rate": share})
         self.win = WIN
+        self.products = coarse_products(loaded.hollow.device.type, loss)
         self.optimizer = torch.optim.Adam(self.groups, betas=BETAS)
         self.steps = 0
         self._kept = self._positions()
 
     def step(self, lessons: list[Lesson], pace: float) -> None:
         """Take one step on the lessons; pace: share of the full step size."""
-        total = 0.0
-        with torch.enable_grad():
-            for lesson in lessons:
-                logits = self.network(input_ids=lesson.ids[None], use_cache=False).logits[0]
-                loss = lesson.loss(logits) / len(lessons)
-                loss.backward()
-                total += float(loss.detach())
+        loss = self._feel(lessons)
+        felt = 1 - BETAS[0] ** self.steps
+        moves = [m.promising(MOST_MOVES, felt) for m in self.matrices] if self.steps else []
         self.steps += 1
         for matrix in self.matrices:
             matrix.feel(1 - BETAS[0])
@@ -191,12 +190,27 @@ class _Tuning:
         self.optimizer.zero_grad()
         for matrix in self.matrices:
             matrix.move_scales()
-        self._move_codes(self.win * pace * total)
+        self._move_codes(moves, self.win * loss)
 
-    def _move_codes(self, win: float) -> None:
+    def _feel(self, lessons: list[Lesson]) -> float:
+        """Leave the gradient of the loss on the lessons at all that moves; returns that loss."""
+        total, several = 0.0, max(1, TOGETHER // len(lessons[0].ids))
+        with torch.enable_grad():
+            for first in range(0, len(lessons), several):
+                part = lessons[first : first + several]
+                ids = torch.stack([lesson.ids for lesson in part])
+                with self.products:
+                    logits = self.network(input_ids=ids, use_cache=False).logits
+                losses = [lesson.loss(row) for lesson, row in zip(part, logits, strict=True)]
+                loss = torch.stack(losses).sum() / len(lessons)
+                loss.backward()
+                total += float(loss.detach())
+        return total
+
+    def _move_codes(self, moves: list[Moves], win: float) -> None:
         """Move the codes that promise most, together no more than `win` nats."""
-        felt = 1 - BETAS[0] ** self.steps
-        moves = [matrix.promising(MOST_MOVES, felt) for matrix in self.matrices]
+        if not moves:
+            return
         gains = torch.cat([m.gains.cpu() for m in moves]).sort(descending=True).values
         count = int((gains.double().cumsum(0) <= win).sum())
         if count:
