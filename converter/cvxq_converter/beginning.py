@@ -77,12 +77,12 @@ def begin(
         options = options.having(scratch=output.absolute().parent)
     options = _share(options, ranks)
 
-    ways = [options]
+    ways = [options.having(tune=options.method.tune or 0)]
     if tunes and measurement is None and options.leaves_tuning_open:
         steps = tuning_steps(source, options.calibration, expected_trials(options.target))
         ways.insert(0, options.having(tune=steps))
     if _samples(options, measurement):
-        ways.append(options.having(calibration="copy"))
+        ways.append(ways[-1].having(calibration="copy"))
 
     with fast_products(options.place.device):
         speed = measure_speed(options.place.dtype, options.place.device)

@@ -85,8 +85,8 @@ class Method:
     """How weights become codes; the defaults are those that docs/ablation.md settled.
 
     name: "cvxq" or "rtn". keep: shell patterns of matrix names left in 16 bits. iterations:
-    measure and quantize so often. tune: steps of `tuning`; None leaves them to the preflight. The others have no option on the command
-    line: they are what the ablation takes away.
+    measure and quantize so often. tune: steps of `tuning`; None leaves them to the time there
+    is. The others have no option on the command line: they are what the ablation takes away.
     uniform_depths: every group alike. largest_error: share of a cluster's output power that may be
         lost; 1 for no bound. levels: "fitted" or "compander". gain: exponent of the gain folded
         into the level tables; None tries several and keeps the one with the least KL on the

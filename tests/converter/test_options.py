@@ -57,3 +57,12 @@ def test_json_names_every_choice_but_the_device_and_no_path() -> None:
 def test_whole_numbers_are_told_as_others_are() -> None:
     whole, other = ConversionOptions.of(bits=4), ConversionOptions.of(bits=4.0)
     assert json.dumps(whole.to_json()) == json.dumps(other.to_json())
+
+
+def test_tuning_is_open_where_a_time_says_how_much() -> None:
+    assert ConversionOptions.of(bits=3).leaves_tuning_open
+    assert ConversionOptions.of(bits=3, time=60.0, sequences=8).leaves_tuning_open
+    for said in ({"sequences": 8}, {"length": 64}, {"tune": 0}, {"device": "cuda"}):
+        assert not ConversionOptions.of(bits=3, **said).leaves_tuning_open
+    for none in ({"calibration": "none"}, {"method": "rtn"}):
+        assert not ConversionOptions.of(bits=3, **none).leaves_tuning_open

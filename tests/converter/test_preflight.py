@@ -159,6 +159,12 @@ def test_default_calibration_is_full_on_a_gpu_and_capped_by_the_context() -> Non
     assert amount(llama(4, 256, context=256))[1] == 256
 
 
+@pytest.fixture
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that has no instructions for it, whatever this one has."""
+    monkeypatch.setattr(module, "rounds_fast", lambda: False)
+
+
 def nominal() -> Speed:
     threads = torch.get_num_threads()
     return Speed(module.NOMINAL_FLOPS * threads, 2e8 * threads, module.NOMINAL_CALL)
@@ -170,17 +176,19 @@ def calibrating(model: Any, **wanted: Any) -> float:
     return whole - plan_for(model, speed=nominal(), calibration="none").seconds
 
 
+@pytest.mark.usefixtures("without_bfloat16")
 def test_default_calibration_shrinks_on_a_cpu_until_its_time_holds() -> None:
     sizes = [(4, 64), (8, 256), (12, 768), (16, 2048), (26, 4096)]
     amounts = [amount(llama(*size)) for size in sizes]
     tokens = [count * length for count, length in amounts]
     assert tokens == sorted(tokens, reverse=True)
-    assert tokens[0] > 8 * tokens[-1]
+    assert tokens[0] > 4 * tokens[-1]
     assert all(count >= 8 and length >= 64 for count, length in amounts)
     factoring = 60  # of Hessians, which is not in it
     assert calibrating(llama(8, 256)) <= module.CALIBRATION_SECONDS + factoring
 
 
+@pytest.mark.usefixtures("without_bfloat16")
 @pytest.mark.parametrize("source", ["self", "copy", "a.txt"])
 def test_a_time_of_ones_own_is_used_up(source: str) -> None:
     """What there is most of needs no sampling."""
@@ -191,7 +199,6 @@ def test_a_time_of_ones_own_is_used_up(source: str) -> None:
     for time, (count, length) in zip(seconds, amounts, strict=True):
         assert count % 8 == 0
         steps = tuning_steps(model, Calibration(source, time=time))
-        assert bool(steps) == (time >= 900)
         choices = {"sequences": count, "length": length, "calibration": source, "tune": steps}
         found = calibrating(model, **choices)
         assert 0.9 * time < found < time + 120  # what Hessians take of factoring is not in it
@@ -199,7 +206,9 @@ def test_a_time_of_ones_own_is_used_up(source: str) -> None:
     assert amount(model, time=1e9, source=source) == (512, 512)  # as many tokens as the papers had
     assert amount(model, time=1e-9, source=source) == (8, 64)
     assert tuning_steps(model, Calibration(source, time=1e9)) == 240
-    assert tuning_steps(model, Calibration(source)) == 0
+    by_default = tuning_steps(model, Calibration(source))
+    assert 1 < by_default <= module.DEFAULT_STEPS
+    assert tuning_steps(model, Calibration(source), trials=4) == by_default
     of_text = amount(model, time=600.0, source="a.txt")
     assert math.prod(of_text) >= math.prod(amount(model, time=600.0))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cvxq_converter import products
-from cvxq_converter.products import fast_products
+from cvxq_converter.products import coarse_products, fast_products
 
 
 def test_products_are_as_exact_as_before() -> None:
@@ -57,3 +57,23 @@ def test_a_device_computes_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_float32_matmul_precision()
     with fast_products("cuda"):
         assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("device", "loss", "supported", "coarse"),
+    [
+        ("cpu", 0.3, True, True),
+        ("cpu", 0.3, False, False),
+        ("cpu", 0.003, True, False),  # as little as bfloat16 adds
+        ("cuda", 0.3, True, False),
+    ],
+)
+def test_products_are_coarse_where_that_is_fast_and_does_not_show(
+    device: str, loss: float, supported: bool, coarse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "rounds_fast", lambda: supported)
+    a, b = torch.randn(8, 64), torch.randn(8, 64)
+    with coarse_products(device, loss):
+        found = torch.nn.functional.linear(a, b)
+    assert (found.dtype == torch.bfloat16) == coarse
+    assert torch.nn.functional.linear(a, b).dtype == torch.float32

@@ -87,3 +87,21 @@ def test_a_measurement_tunes_nothing(save_network: Save, tmp_path: Path) -> None
     path = tmp_path / "a.safetensors"
     record = measure_model(str(save_network("llama")), path, options, announce=lines.append)
     assert f"calibration {record.sequences} × {record.length} tokens)" in lines[0]
+
+
+def test_the_default_tunes_too(save_network: Save, tmp_path: Path) -> None:
+    folder = save_network("llama")
+    steps = tuning_steps(open_source(str(folder)), Calibration())
+    line, told = converted(folder, tmp_path / "a.cvxq")
+    assert line.endswith(f", {steps} steps of tuning)")
+    assert told["options"]["tune"] == steps > 0
+    assert told["options"]["time"] is None
+
+
+@pytest.mark.parametrize("said", [{"sequences": 8}, {"length": 32}, {"tune": 0}])
+def test_who_says_how_much_there_is_says_so_of_tuning(
+    save_network: Save, tmp_path: Path, said: dict[str, int]
+) -> None:
+    line, told = converted(save_network("llama"), tmp_path / "a.cvxq", **said)
+    assert "tuning" not in line
+    assert told["options"]["tune"] == 0

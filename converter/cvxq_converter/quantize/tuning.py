@@ -24,8 +24,8 @@ from cvxq_converter.journal import Journal
 from cvxq_converter.measure.quality import Reference, divergence
 from cvxq_converter.measure.sums import Statistics
 from cvxq_converter.measure.teaching import Lesson
-from cvxq_converter.quantize.correction import to_16_bits
 from cvxq_converter.products import coarse_products
+from cvxq_converter.quantize.correction import to_16_bits
 from cvxq_converter.quantize.moving import Moves, Moving
 from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.source.loaded import LoadedModel

@@ -40,10 +40,17 @@ def _moving(loaded: LoadedModel, matrix: Matrix, found: Any) -> Moving:
     return Moving(matrix, tensor, found.codebook, None)
 
 
-def feel(moving: Moving, gradient: torch.Tensor) -> Moves:
-    moving.matrix.parameter.grad = gradient.clone()
-    moving.feel(0.1)
+def promised(moving: Moving, before: torch.Tensor, now: torch.Tensor) -> Moves:
+    """By the gradient of the steps before, and that of this one."""
+    moving.felt.copy_(0.1 * before)
+    moving.matrix.parameter.grad = now.clone()
     moves = moving.promising(moving.felt.numel(), 0.1)
+    moving.feel(0.1)
+    return moves
+
+
+def feel(moving: Moving, gradient: torch.Tensor) -> Moves:
+    moves = promised(moving, gradient, gradient)
     return moves.at_least(float(moves.gains.sort(descending=True).values[4]))
 
 
@@ -91,6 +98,37 @@ def _alone(
                     change *= float(scales[cluster[row], column]) * factor
                     found.append(-float(gradient[order[row], column]) * change)
     return found
+
+
+def test_codes_promise_what_two_samples_agree_on(moving: tuple[Moving, Codebook]) -> None:
+    matrix, _ = moving
+    first, second = (
+        torch.randn(matrix.felt.shape, generator=torch.Generator().manual_seed(seed)) * 1e-3
+        for seed in (0, 1)
+    )
+    moves = promised(matrix, first, second)
+    a, b = (gradient.flatten()[moves.places] for gradient in (first, second))
+    assert (a * b > 0).all()
+    assert (moves.steps == -a.sign()).all()
+    change = matrix._change(moves.places, moves.steps).abs()
+    torch.testing.assert_close(moves.gains, change * torch.minimum(a.abs(), b.abs()))
+    assert not len(promised(matrix, first, -first).places)
+
+
+def test_of_each_row_and_column_one_code_moves(moving: tuple[Moving, Codebook]) -> None:
+    matrix, _ = moving
+    gradient = torch.ones(matrix.felt.shape) * 1e-3
+    moves = promised(matrix, gradient, gradient)
+    rows, columns = matrix._at(moves.places)
+    assert len(moves.places) > 1
+    assert len(rows.unique()) == len(columns.unique()) == len(moves.places)
+    assert (moves.gains.diff() <= 0).all()
+
+
+def test_what_no_token_came_to_promises_nothing(moving: tuple[Moving, Codebook]) -> None:
+    matrix, _ = moving
+    matrix.matrix.parameter.grad = None
+    assert not len(matrix.promising(8, 0.1).places)
 
 
 def test_what_moved_can_be_undone(moving: tuple[Moving, Codebook]) -> None:
