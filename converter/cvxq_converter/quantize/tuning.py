@@ -28,6 +28,7 @@ from cvxq_converter.products import coarse_products
 from cvxq_converter.quantize.correction import to_16_bits
 from cvxq_converter.quantize.moving import Moves, Moving
 from cvxq_converter.quantize.result import Quantized
+from cvxq_converter.source.allocator import freed_memory_kept
 from cvxq_converter.source.loaded import LoadedModel
 from cvxq_converter.stages import Done
 
@@ -64,7 +65,7 @@ def tune_network(
     """
 
     def tune() -> tuple[dict[str, CompandedTensor], dict[str, Tensor]]:
-        with loaded.whole():
+        with loaded.whole(), freed_memory_kept():
             return _tuned(loaded, result, statistics, lessons, held_back, steps, seed, progress)
 
     tensors, vectors = (journal or Journal()).step("tuned", tune)
