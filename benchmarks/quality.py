@@ -1,6 +1,6 @@
 """Compare cvxq with other quantizers on one model or several: what is lost at equal bits.
 
-    python benchmarks/quality.py --output docs/quality.md --check                  # demo model
+    python benchmarks/quality.py --output docs/quality-small.md --check            # demo model
     python benchmarks/quality.py --model FOLDER --text FILE --only hqq gguf --seeds 0
 
 Table A fixes the set of matrices and the rate: the linear layers of the blocks are quantized,

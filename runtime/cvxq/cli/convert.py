@@ -44,7 +44,11 @@ TARGETS = ("bits", "size_bytes", "max_kl", "max_perplexity_increase")
 )
 @measuring_options
 @click.option("--iterations", type=click.IntRange(min=1), help="Measure and quantize N times.")
-@click.option("--tune", type=click.IntRange(min=0), help="Steps that tune scales, norms and codes.")
+@click.option(
+    "--tune",
+    type=click.IntRange(min=0),
+    help="Steps that tune scales, norms and codes; default: what --time leaves.",
+)
 @click.option(
     "--method",
     type=click.Choice(["cvxq", "rtn"]),
