@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cvxq_converter.errors import ConversionError
+from cvxq_converter.job import convert
 from cvxq_converter.measure.quality import Reference, divergence, make_reference
 from cvxq_converter.measure.statistics import measure_statistics
 from cvxq_converter.measure.sums import MatrixStatistics
@@ -148,3 +149,21 @@ def test_lumped_divergence_is_exact_when_every_token_is_kept() -> None:
 def test_tuning_needs_calibration() -> None:
     with pytest.raises(ConversionError, match=r"^--tune needs calibration sequences"):
         ConversionOptions.of(bits=3, tune=10, calibration="none")
+
+
+def converted(network: Any, folder: Path) -> str:
+    """Convert a network, tuned, and return what the estimate said."""
+    network.save_pretrained(folder / "model")
+    lines: list[str] = []
+    options = ConversionOptions.of(bits=3.0, group_size=8, sequences=16, length=16, tune=3, seed=1)
+    convert(str(folder / "model"), folder / "a.cvxq", options, announce=lines.append)
+    return lines[0]
+
+
+def test_every_architecture_is_tuned(architecture: str, build_network: Any, tmp_path: Path) -> None:
+    assert "3 steps of tuning" in converted(build_network(architecture), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GraniteMoe", "GptOss"])
+def test_mixtures_of_experts_are_tuned(family: str, build_mixture: Any, tmp_path: Path) -> None:
+    assert "3 steps of tuning" in converted(build_mixture(family), tmp_path)
