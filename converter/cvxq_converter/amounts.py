@@ -26,7 +26,7 @@ CALIBRATION_SECONDS = 300.0  # of sampling and measuring on a CPU, at the nomina
 CALIBRATION_WEIGHTS = 135e6  # for a model of so many weights or less; in proportion for a larger
 MOST_CALIBRATION_SECONDS = 3600.0
 NOMINAL_FLOPS = 45e9  # float32 operations per second and thread,
-NOMINAL_FLOPS_IN_512_BITS = 80e9  # of a processor that multiplies bfloat16, too
+NOMINAL_FLOPS_WITH_BFLOAT16 = 80e9  # of one that multiplies bfloat16, too
 TUNING_FASTER = 2.0  # times as fast it is in bfloat16
 NOMINAL_CALL = 8e-6  # seconds for one small tensor operation
 LEAST_LENGTH = 64
@@ -108,5 +108,5 @@ def _shares(shape: Shape, wanted: Calibration) -> tuple[float, float]:
 
 def _nominal_speed(times: float = 1.0) -> Speed:
     threads = times * torch.get_num_threads()
-    flops = NOMINAL_FLOPS_IN_512_BITS if rounds_fast() else NOMINAL_FLOPS
+    flops = NOMINAL_FLOPS_WITH_BFLOAT16 if rounds_fast() else NOMINAL_FLOPS
     return Speed(flops * threads, 2e8 * threads, NOMINAL_CALL)

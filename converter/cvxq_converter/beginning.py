@@ -27,7 +27,7 @@ from cvxq_converter.preflight import (
     preflight,
     refuse_what_cannot_fit,
 )
-from cvxq_converter.products import fast_products
+from cvxq_converter.products import fast_products, instructions
 from cvxq_converter.ranks import Ranks
 from cvxq_converter.source.allocator import give_freed_memory_back
 from cvxq_converter.source.checkpoint import Source, open_source
@@ -143,6 +143,7 @@ def _job(
         **options.to_json(),
         "text": sha256(text.read_bytes()).hexdigest() if text.is_file() else None,
         "statistics": measurement.digest if measurement else None,
+        "instructions": instructions(),
         **surroundings(options.place),
         "code": code.hexdigest(),
     }

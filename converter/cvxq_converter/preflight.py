@@ -128,7 +128,7 @@ def preflight(
         origin,
         scratch.rounds,
         scratch.room,
-        method.tune or 0 if count else 0,
+        (method.tune or 0) if count else 0,
     )
 
 

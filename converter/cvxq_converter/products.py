@@ -41,6 +41,12 @@ def coarse_products(device: str, loss: float) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if faster else nullcontext()
 
 
+def instructions() -> str:
+    """What this processor's products are made of: others round, and sample, otherwise."""
+    widest = torch.backends.cpu.get_cpu_capability()
+    return f"{widest}, bfloat16" if rounds_fast() else widest
+
+
 def rounds_fast() -> bool:
     """Whether this is a processor with instructions that multiply bfloat16."""
     return _has("avx512_bf16")

@@ -21,7 +21,7 @@ from cvxq_converter.journal import Journal
 from cvxq_converter.measure.measurement import calibration_digest
 from cvxq_converter.measure.quality import choosing_and_certifying, split_sequences
 from cvxq_converter.options import ConversionOptions
-from cvxq_converter.products import fast_products
+from cvxq_converter.products import fast_products, instructions
 from cvxq_converter.source.checkpoint import Source, open_source
 from cvxq_converter.source.loaded import load_model
 from cvxq_converter.stages import Progress, Stages
@@ -131,7 +131,7 @@ def _threads(count: Any) -> Iterator[None]:
 
 
 def _differences(provenance: Mapping[str, Any], options: ConversionOptions) -> tuple[str, ...]:
-    here = surroundings(options.place)
+    here = {**surroundings(options.place), "instructions": instructions()}
     return tuple(
         f"{name} {provenance.get(name)}, here {value}"
         for name, value in here.items()

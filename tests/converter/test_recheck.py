@@ -42,3 +42,18 @@ def test_figures_are_of_the_same_sequences(
     assert again.is_same
     assert len(again.certifying) == judged
     assert torch.equal(again.certifying, certified[0])
+
+
+def test_another_kind_of_processor_is_named(
+    save_network: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """It rounds, and so samples, otherwise: nothing wrong is told of the file."""
+    folder, path = save_network("llama"), tmp_path / "a.cvxq"
+    options = ConversionOptions.of(bits=3.0, group_size=16, gain=0.5, sequences=8, length=16)
+    convert(str(folder), path, options)
+    with Reader(path) as reader:
+        provenance = json.loads(reader.file("provenance.json"))
+    assert recalibrate(str(folder), provenance).differs == ()
+    provenance["instructions"] = "AVX7"
+    (difference,) = recalibrate(str(folder), provenance).differs
+    assert difference.startswith("instructions AVX7, here ")

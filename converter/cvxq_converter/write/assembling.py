@@ -17,6 +17,7 @@ from cvxq_converter.errors import NotDescribedError, one_line
 from cvxq_converter.measure.measurement import calibration_digest
 from cvxq_converter.measure.quality import Divergence
 from cvxq_converter.options import ConversionOptions, Place
+from cvxq_converter.products import instructions
 from cvxq_converter.quantize.result import Quantized
 from cvxq_converter.source.decoding import record_bytes
 from cvxq_converter.source.loaded import LoadedModel
@@ -154,6 +155,7 @@ def provenance(
         "calibration_sha256": calibration_digest(sequences) if sequences.numel() else None,
         **({"notices": list(loaded.notices)} if loaded.notices else {}),
         "options": options.to_json(),
+        "instructions": instructions(),
         **surroundings(options.place),
     }
 
