@@ -17,7 +17,7 @@ FILES = {
     for path in sorted((ROOT / folder).glob("cvxq*/**/*.py"))
 }
 ROOMS = ("source", "measure", "allocate", "quantize", "write")
-BELOW_ALL_ROOMS = ("errors", "journal", "options", "ranks", "result_file", "stages")
+BELOW_ALL_ROOMS = ("errors", "journal", "options", "products", "ranks", "result_file", "stages")
 EXTERNAL = ("numpy", "torch", "triton", "transformers", "vllm")
 
 
