@@ -8,6 +8,7 @@ size, or in the one that was asked for.
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -91,7 +92,9 @@ def tuning_steps(source: Source, wanted: Calibration, trials: int = 1) -> int:
     shape = shape_of(source)
     _, tokens = calibration_amount(source, "cpu", wanted)
     _, allowed = _shares(shape, wanted)
-    speed = _nominal_speed(TUNING_FASTER if rounds_fast() else 1.0)
+    speed = _nominal_speed()
+    if rounds_fast():
+        speed = replace(speed, flops=TUNING_FASTER * speed.flops)
     step = sequences_of_a_step(tokens) * backward_seconds(shape, speed, tokens)
     if wanted.time is None:
         return min(int(allowed / step), DEFAULT_STEPS)
@@ -106,7 +109,7 @@ def _shares(shape: Shape, wanted: Calibration) -> tuple[float, float]:
     return calibrating, time - calibrating
 
 
-def _nominal_speed(times: float = 1.0) -> Speed:
-    threads = times * torch.get_num_threads()
+def _nominal_speed() -> Speed:
+    threads = torch.get_num_threads()
     flops = NOMINAL_FLOPS_WITH_BFLOAT16 if rounds_fast() else NOMINAL_FLOPS
     return Speed(flops * threads, 2e8 * threads, NOMINAL_CALL)

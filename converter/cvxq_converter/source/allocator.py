@@ -36,7 +36,7 @@ def give_freed_memory_back() -> None:
 def freed_memory_kept() -> Iterator[None]:
     """Keep what is freed for a while, then give it back.
 
-    Where the same tensors are made again and again, as in steps of tuning, a third of the time
+    Where the same tensors are made again and again, as in steps of tuning, a quarter of the time
     would go to the system's clearing of their memory.
     """
     library = _glibc()
